@@ -1,0 +1,8 @@
+"""minprefix: GPT-2 with prefix-tuning (Li & Liang 2021), from scratch in PyTorch."""
+
+from minprefix.generate import generate
+from minprefix.load import load_model
+from minprefix.prefix import Prefix, load_prefix
+from minprefix.tokenizer import load_tokenizer
+
+__all__ = ["Prefix", "generate", "load_model", "load_prefix", "load_tokenizer"]

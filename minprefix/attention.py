@@ -1,0 +1,100 @@
+"""The one attention function: queries against segments of keys and values (prefix, source, tokens).
+
+Shapes: B rows of queries, H heads, T query tokens, S keys of a segment, D head dimension, L layers, P prefix length.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+def attend(q, segments):
+    """Scaled dot-product attention of q (B, H, T, D) over all keys of all segments at once -> (B, H, T, D).
+
+    A segment is (k, v, mask): k and v (b, H, S, D); mask None, or (T, S) or (B, 1, 1, S) to be added to the scores, 0
+    where a query may look and -inf where not. b divides B, and row i of a segment serves the B/b consecutive query
+    rows from i*B/b on: a prefix for the whole batch has b = 1, the source of an example serves all of its beams.
+    Concatenating the scores instead of the keys is what keeps such a segment stored once.
+    """
+    q = q * q.size(-1) ** -0.5
+    scores = []
+    for k, _, mask in segments:
+        score = _shared_matmul(q, k.transpose(-1, -2))
+        scores.append(score if mask is None else score + mask)
+    if len(segments) == 1:
+        return _shared_matmul(scores[0].softmax(dim=-1), segments[0][1])
+    weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([k.size(-2) for k, _, _ in segments], dim=-1)
+    return sum(_shared_matmul(w, v) for w, (_, v, _) in zip(weights, segments, strict=True))
+
+
+def _shared_matmul(x, matrix):
+    """x (B, H, T, X) @ matrix (b, H, X, Y) -> (B, H, T, Y); row i of `matrix` serves B/b consecutive rows of x."""
+    B, H, T, X = x.shape
+    b, _, _, Y = matrix.shape
+    if b == B:
+        return x @ matrix
+    x = x.view(b, B // b, H, T, X).transpose(1, 2).reshape(b, H, B // b * T, X)  # fold the rows, copy no keys
+    return (x @ matrix).view(b, H, B // b, T, Y).transpose(1, 2).reshape(B, H, T, Y)
+
+
+def causal_mask(T, like):
+    """(T, T): token t may look at tokens 0..t. dtype and device of the tensor `like`."""
+    return torch.full((T, T), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
+
+
+def padding_mask(lengths, S, like):
+    """(B, 1, 1, S) for right-padded rows of `lengths` (B,): the pads are hidden."""
+    pads = torch.arange(S, device=like.device) >= lengths[:, None]
+    return torch.zeros(pads.shape, dtype=like.dtype, device=like.device).masked_fill(pads, float("-inf"))[:, None, None]
+
+
+def prefix_segments(prefix, site, n_layer, dtype):
+    """What each layer sees of a prefix at one site: for each layer a list with one segment for `attend`, or none.
+
+    prefix: None, or a dict site -> (L, 2, H, P, D) for the whole batch, or (L, 2, b, H, P, D) for b rows.
+    """
+    if prefix_length(prefix, site) == 0:
+        return [[]] * n_layer
+    kv = prefix[site].to(dtype)
+    if kv.dim() == 5:
+        kv = kv.unsqueeze(2)
+    return [[(k, v, None)] for k, v in kv.unbind(0)]
+
+
+def prefix_length(prefix, site):
+    """P, the number of virtual tokens at a site."""
+    return 0 if prefix is None or site not in prefix else prefix[site].size(-2)
+
+
+@dataclass
+class Cache:
+    """Keys and values of a generation under way: B examples, R = B * beams rows, the rows of an example adjacent.
+
+    prefix, source: per layer the segments that no step changes, with 1 or B rows; source_mask: (B, 1, 1, S).
+    suffix: per layer (k, v) (R, H, t, D) of the tokens generated so far, None before the first.
+    position: (R,) position ids of the next token.
+    """
+
+    prefix: list
+    source: list
+    source_mask: torch.Tensor
+    suffix: list
+    position: torch.Tensor
+
+    def segments(self, layer):
+        """The segments before the next token: prefix, source, suffix."""
+        rows = self.position.size(0) // self.source_mask.size(0)
+        mask = self.source_mask.repeat_interleave(rows, dim=0)
+        k, v = self.source[layer]
+        suffix = self.suffix[layer]
+        return [*self.prefix[layer], (k, v, mask), *([(*suffix, None)] if suffix else [])]
+
+    def append(self, layer, k, v):
+        """Take in one token's keys and values (R, H, 1, D)."""
+        past = self.suffix[layer]
+        self.suffix[layer] = (torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)) if past else (k, v)
+
+    def select(self, rows):
+        """Go on from these rows (R',), still the same number for every example: surviving beams, or copies."""
+        self.suffix = [kv and (kv[0][rows], kv[1][rows]) for kv in self.suffix]
+        self.position = self.position[rows]

@@ -1,0 +1,171 @@
+"""The trainable prefix (Li & Liang 2021, section 4): keys and values of P virtual tokens for every attention layer.
+
+Shapes: P prefix length, L layers, H heads, D head dimension, C = H * D model dimension.
+"""
+
+import json
+from importlib import metadata
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from minprefix.checkpoint import read_safetensors, write_safetensors
+from minprefix.files import InputError
+
+
+class FoldedPrefix(dict):
+    """What `model(..., prefix=)` takes: site -> (L, 2, H, P, D), keys and values.
+
+    position_offset: position id of the first real token. info: what the prefix file says of itself (base model, task).
+    """
+
+    def __init__(self, kv, position_offset, info=None):
+        super().__init__(kv)
+        self.position_offset = position_offset
+        self.info = info or {}
+
+
+class Prefix(nn.Module):
+    """A prefix under training, one part for each site of the model; calling it gives what the model takes.
+
+    hidden: width of the MLP that reparametrises it (paper section 4.3: 512 for table-to-text, 800 for summarisation);
+    0 trains the keys and values directly. Parameters are float32 whatever the model's dtype.
+    """
+
+    def __init__(self, model, length, hidden=512, position_offset=None):
+        super().__init__()
+        if length < 1 or hidden < 0:
+            raise InputError(f"prefix length {length} must be at least 1, hidden width {hidden} at least 0")
+        self.position_offset = length if position_offset is None else position_offset
+        part = (lambda *shape: MLPPart(*shape, length, hidden)) if hidden else (lambda *shape: DirectPart(*shape, length))
+        self.parts = nn.ModuleDict({site: part(*shape) for site, shape in model.prefix_sites.items()})
+
+    def forward(self):
+        return FoldedPrefix({site: part() for site, part in self.parts.items()}, self.position_offset)
+
+    @torch.no_grad()
+    def fold(self, info=None):
+        """The keys and values alone, the MLP dropped: what is saved, and all that inference needs."""
+        return FoldedPrefix({site: part().clone() for site, part in self.parts.items()}, self.position_offset, info)
+
+    def init_from_words(self, model, tokenizer, words):
+        """Start from the activations of real words (paper section 7.4), repeated or cut to the prefix length."""
+        ids = tokenizer.encode(words)
+        if not ids:
+            raise InputError(f"the words {words!r} to start the prefix from hold no token")
+        for site, part in self.parts.items():
+            length = part().size(-2)
+            part.fit(word_activations(model, list(islice(cycle(ids), length)))[site].float())
+
+
+class DirectPart(nn.Module):
+    """One site, its keys and values trained as they are."""
+
+    def __init__(self, L, H, D, length):
+        super().__init__()
+        self.kv = nn.Parameter(torch.randn(L, 2, H, length, D))
+
+    def forward(self):
+        return self.kv
+
+    @torch.no_grad()
+    def fit(self, kv):
+        self.kv.copy_(kv)
+
+
+class MLPPart(nn.Module):
+    """One site, its keys and values computed from a smaller embedding: P' (P, C) -> MLP -> (L, 2, H, P, D)."""
+
+    def __init__(self, L, H, D, length, hidden):
+        super().__init__()
+        self.shape = (length, L, 2, H, D)
+        self.embedding = nn.Parameter(torch.randn(length, H * D))
+        self.mlp = nn.Sequential(nn.Linear(H * D, hidden), nn.Tanh(), nn.Linear(hidden, L * 2 * H * D))
+
+    def forward(self):
+        return self.mlp(self.embedding).view(self.shape).permute(1, 2, 3, 0, 4)
+
+    def fit(self, kv, steps=500, lr=1e-4):
+        """Train the MLP's output towards kv (L, 2, H, P, D) by mean squared error, as the authors do."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=lr)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.mse_loss(self(), kv).backward()
+            optimizer.step()
+
+
+@torch.no_grad()
+def word_activations(model, ids):
+    """Keys and values that the frozen model computes for tokens: site -> (L, 2, H, len(ids), D)."""
+    device = next(model.parameters()).device
+    cache = model.prefill(torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device))
+    return {"decoder": torch.stack([torch.cat([k, v]) for k, v in cache.source])}
+
+
+def parameter_shares(prefix, model):
+    """One line: how many numbers are trained and how many are saved, as shares of the model's parameters."""
+    total = sum(p.numel() for p in model.parameters())
+    trained, saved = sum(p.numel() for p in prefix.parameters()), sum(kv.numel() for kv in prefix.fold().values())
+    return (
+        f"trains {trained:,} numbers ({trained / total:.2%} of the model's {total:,}), "
+        f"saves {saved:,} ({saved / total:.2%}) once folded"
+    )
+
+
+def fingerprint(model):
+    """Norms of the first eight embedding rows: equal for a model in any dtype, different for another model."""
+    return [round(row.float().norm().item(), 4) for row in next(model.parameters())[:8]]
+
+
+def save_prefix(path, folded, model, info):
+    """Write a folded prefix as one safetensors file; info: base_model (name or folder), task, ... (strings)."""
+    base = {"base_shape": json.dumps(model.prefix_sites), "base_fingerprint": json.dumps(fingerprint(model))}
+    info = {"format": "minprefix", "version": version(), "position_offset": str(folded.position_offset), **base, **info}
+    write_safetensors(path, {site: kv.float().contiguous() for site, kv in folded.items()}, info)
+
+
+def load_prefix(path, model=None):
+    """A FoldedPrefix from a file of `save_prefix`. InputError if it is no such file, or made for another model."""
+    if not Path(path).is_file():
+        raise InputError(f"no prefix file at {path}: train one with train.py, or check the path")
+    tensors, info = read_safetensors(path)
+    offset = info.get("position_offset", "")
+    if info.get("format") != "minprefix" or not (offset.isascii() and offset.isdigit() and len(offset) < 8):
+        raise InputError(f"{path} is not a minprefix prefix: its metadata does not say so")
+    for site, kv in tensors.items():
+        if kv.dim() != 5 or kv.size(1) != 2 or 0 in kv.shape or not kv.is_floating_point():
+            raise InputError(f"{path}: {site!r} has shape {tuple(kv.shape)}, a prefix is (layers, 2, heads, length, dim)")
+        if not kv.isfinite().all():
+            raise InputError(f"{path}: {site!r} holds numbers that are not finite")
+    prefix = FoldedPrefix(tensors, int(offset), info)
+    if model is not None:
+        check_fits(prefix, model, path)
+    return prefix
+
+
+def check_fits(prefix, model, path):
+    """InputError if a loaded prefix was made for another model than this one."""
+    base = prefix.info.get("base_model", "another model")
+    for site, kv in prefix.items():
+        L, _, H, _, D = kv.shape
+        if model.prefix_sites.get(site) != (L, H, D):
+            has = ", ".join(f"{s} {shape}" for s, shape in model.prefix_sites.items())
+            raise InputError(
+                f"{path} was made for {base}: its {site} prefix has (layers, heads, dim) {(L, H, D)}, this model {has}"
+            )
+    try:
+        norms = [float(norm) for norm in json.loads(prefix.info.get("base_fingerprint", "[]"))]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: the base model's fingerprint in its metadata is not a list of numbers") from error
+    if any(abs(a - b) > 0.005 * abs(b) for a, b in zip(norms, fingerprint(model), strict=False)):
+        raise InputError(f"{path} was made for {base}: this model has the same shape, but other weights")
+
+
+def version():
+    try:
+        return metadata.version("minprefix")
+    except metadata.PackageNotFoundError:  # run from a checkout that was not installed
+        return "unknown"

@@ -1,0 +1,139 @@
+"""The optimisation loop: steps, dev loss, checkpoints that a killed run resumes from, a log."""
+
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from minprefix.data import bucket_batches, collate
+from minprefix.files import InputError, atomic_write
+
+
+def target_loss(model, batch, prefix):
+    """Negative log-likelihood of all target tokens of a batch, summed (nats)."""
+    states = model.hidden(batch.ids, prefix).flatten(0, 1)[batch.index]
+    return F.cross_entropy(model.logits(states).float(), batch.labels, reduction="sum")
+
+
+@torch.no_grad()
+def dev_loss(model, prefix, pairs, tokenizer, batch_size):
+    """Nats per target token over (source, target) pairs."""
+    device = next(model.parameters()).device
+    folded, total, count = prefix(), 0.0, 0
+    by_length = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    for i in range(0, len(by_length), batch_size):
+        batch = collate(by_length[i : i + batch_size], tokenizer).to(device)
+        total, count = total + target_loss(model, batch, folded), count + len(batch.labels)
+    return float(total) / count
+
+
+def linear_schedule(step, steps, warmup):
+    """The share of the learning rate for a step: linear warm-up, then linear decay to zero."""
+    return min((step + 1) / (warmup + 1), (steps - step) / max(1, steps - warmup))
+
+
+def batch_stream(pairs, batch_size, seed, start):
+    """Batches of pairs from step `start` on, epoch after epoch, the same for the same seed."""
+    lengths = [len(source) + len(target) for source, target in pairs]
+    per_epoch = math.ceil(len(pairs) / batch_size)
+    for epoch in itertools.count(start // per_epoch):
+        for picked in bucket_batches(lengths, batch_size, seed, epoch)[start % per_epoch :]:
+            yield [pairs[i] for i in picked]
+        start = 0
+
+
+def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_size, lr, warmup=0, eval_every=100,
+          seed=101, resume=False):  # fmt: skip
+    """Train a prefix for `steps` steps of AdamW; leave the weights with the best dev loss in it and return the log.
+
+    The loss is summed over the target tokens of a sentence and averaged over sentences, the authors' scale for GPT-2.
+    Every `eval_every` steps the dev loss is taken and OUT/log.jsonl and OUT/checkpoint.pt are written; with `resume`
+    the run goes on from there, bit for bit as if it had not stopped (on CPU). The log's rows hold step, epoch, loss
+    and dev_loss (nats per target token), lr, and examples_per_s.
+    """
+    out, device = Path(out), next(model.parameters()).device
+    settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "seed": seed, "pairs": len(train_pairs)}
+    optimizer = torch.optim.AdamW(prefix.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup))
+    step, log, best = 0, [], None
+    if resume:
+        step, log, best = load_checkpoint(out / "checkpoint.pt", settings, prefix, optimizer, schedule)
+    if not log:
+        loss = dev_loss(model, prefix, dev_pairs, tokenizer, batch_size)
+        log.append({"step": 0, "epoch": 0.0, "dev_loss": loss})
+    window_loss, window_tokens, window_start = torch.zeros((), device=device), 0, time.perf_counter()
+    bar = tqdm(total=steps, initial=step, desc="training", unit="step", dynamic_ncols=True)
+    bar.set_postfix(dev_loss=f"{log[-1]['dev_loss']:.3f}")
+    for pairs in itertools.islice(batch_stream(train_pairs, batch_size, seed, step), steps - step):
+        batch = collate(pairs, tokenizer).to(device)
+        loss = target_loss(model, batch, prefix())
+        (loss / batch.rows).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        step += 1
+        window_loss, window_tokens = window_loss + loss.detach(), window_tokens + len(batch.labels)
+        bar.update()
+        if step % 10 == 0:  # reading the loss waits for the device: not at every step
+            check_finite(loss, step, lr)
+            speed = bar.format_dict["rate"] or 0.0
+            bar.set_postfix(loss=f"{float(loss) / len(batch.labels):.3f}", dev_loss=f"{log[-1]['dev_loss']:.3f}",
+                            examples_per_s=f"{speed * batch_size:.0f}")  # fmt: skip
+        if step % eval_every == 0 or step == steps:
+            elapsed = time.perf_counter() - window_start
+            row = {"step": step, "epoch": round(step * batch_size / len(train_pairs), 3)}
+            row |= {"loss": float(window_loss) / window_tokens, "lr": optimizer.param_groups[0]["lr"]}
+            row["dev_loss"] = dev_loss(model, prefix, dev_pairs, tokenizer, batch_size)
+            row["examples_per_s"] = round(min(eval_every, step) * batch_size / elapsed, 1)
+            check_finite(row["dev_loss"], step, lr)
+            if best is None or row["dev_loss"] < best["dev_loss"]:
+                weights = {name: p.detach().clone() for name, p in prefix.state_dict().items()}
+                best = {"dev_loss": row["dev_loss"], "step": step, "weights": weights}
+            log.append(row)
+            bar.write(f"step {step:>6}  loss {row['loss']:.4f}  dev loss {row['dev_loss']:.4f}")
+            save_checkpoint(out, settings, step, log, best, prefix, optimizer, schedule)
+            window_loss, window_tokens, window_start = torch.zeros_like(window_loss), 0, time.perf_counter()
+    bar.close()
+    prefix.load_state_dict(best["weights"])
+    return log
+
+
+def check_finite(loss, step, lr):
+    if not math.isfinite(loss):
+        raise InputError(f"the loss became {float(loss)} at step {step}: lower the learning rate (--lr, now {lr})")
+
+
+def save_checkpoint(out, settings, step, log, best, prefix, optimizer, schedule):
+    """OUT/log.jsonl and OUT/checkpoint.pt: all that the next step depends on."""
+    state = {"settings": settings, "step": step, "log": log, "best": best, "prefix": prefix.state_dict(),
+             "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}  # fmt: skip
+    with atomic_write(out / "checkpoint.pt", "wb") as file:
+        torch.save(state, file)
+    with atomic_write(out / "log.jsonl") as file:
+        file.writelines(json.dumps(row) + "\n" for row in log)
+
+
+def load_checkpoint(path, settings, prefix, optimizer, schedule):
+    """Put a run's state back -> (step, log, best); from the start if the run had not saved anything yet."""
+    if not path.exists():
+        return 0, [], None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state["settings"]
+    except Exception as error:  # torch.load documents no closed list of errors for a damaged file
+        raise InputError(f"{path} cannot be resumed from, it is damaged: delete it to start again") from error
+    for key, value in settings.items():
+        if saved.get(key) != value:
+            raise InputError(f"{path} is of a run with {key} = {saved.get(key)}, not {value}: resume with the same settings")
+    try:
+        prefix.load_state_dict(state["prefix"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        return state["step"], state["log"], state["best"]
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is of a run with another prefix or model: resume with the same settings") from error
