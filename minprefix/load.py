@@ -1,4 +1,4 @@
-"""A HuggingFace folder as a frozen model."""
+"""A HuggingFace folder as a frozen model, on the device and in the dtype that suit the machine."""
 
 import torch
 
@@ -36,3 +36,25 @@ def check_state(state, expected, folder):
             raise InputError(f"{folder}: tensor {name!r} has shape {shapes}")
         if not tensor.is_floating_point():
             raise InputError(f"{folder}: tensor {name!r} holds {tensor.dtype}, not floating-point numbers")
+
+
+def pick_device(name):
+    """"auto" is CUDA, else Apple's MPS, else the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device in available if available[device])
+    if not available[name]:
+        raise InputError(f"--device {name}: this machine, or this build of torch, has none; try --device cpu")
+    return name
+
+
+def pick_dtype(name, device):
+    """"auto" is bfloat16 where the hardware multiplies it natively, else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        cpu = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+        native = cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False)
+    return torch.bfloat16 if native else torch.float32

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from minprefix.data import bucket_batches, collate
+from minprefix.data import bucket_batches, collate, pair_lengths, sorted_batches
 from minprefix.files import InputError, atomic_write
 
 
@@ -25,9 +25,8 @@ def dev_loss(model, prefix, pairs, tokenizer, batch_size):
     """Nats per target token over (source, target) pairs."""
     device = next(model.parameters()).device
     folded, total, count = prefix(), 0.0, 0
-    by_length = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
-    for i in range(0, len(by_length), batch_size):
-        batch = collate(by_length[i : i + batch_size], tokenizer).to(device)
+    for picked in sorted_batches(pair_lengths(pairs), batch_size):
+        batch = collate([pairs[i] for i in picked], tokenizer.end_id, tokenizer.pad_id).to(device)
         total, count = total + target_loss(model, batch, folded), count + len(batch.labels)
     return float(total) / count
 
@@ -39,7 +38,7 @@ def linear_schedule(step, steps, warmup):
 
 def batch_stream(pairs, batch_size, seed, start):
     """Batches of pairs from step `start` on, epoch after epoch, the same for the same seed."""
-    lengths = [len(source) + len(target) for source, target in pairs]
+    lengths = pair_lengths(pairs)
     per_epoch = math.ceil(len(pairs) / batch_size)
     for epoch in itertools.count(start // per_epoch):
         for picked in bucket_batches(lengths, batch_size, seed, epoch)[start % per_epoch :]:
@@ -70,14 +69,15 @@ def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch
     bar = tqdm(total=steps, initial=step, desc="training", unit="step", dynamic_ncols=True)
     bar.set_postfix(dev_loss=f"{log[-1]['dev_loss']:.3f}")
     for pairs in itertools.islice(batch_stream(train_pairs, batch_size, seed, step), steps - step):
-        batch = collate(pairs, tokenizer).to(device)
+        batch = collate(pairs, tokenizer.end_id, tokenizer.pad_id).to(device)
         loss = target_loss(model, batch, prefix())
         (loss / batch.rows).backward()
+        loss = loss.detach()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         step += 1
-        window_loss, window_tokens = window_loss + loss.detach(), window_tokens + len(batch.labels)
+        window_loss, window_tokens = window_loss + loss, window_tokens + len(batch.labels)
         bar.update()
         if step % 10 == 0:  # reading the loss waits for the device: not at every step
             check_finite(loss, step, lr)

@@ -1,0 +1,194 @@
+"""train.py and sample.py as a user runs them: from the command line to the files, and what they say to bad input."""
+
+import json
+import struct
+import sys
+
+import pytest
+import torch
+from tiny import ROOT, write_tiny_model
+
+import sample
+import train
+from minprefix import load_model, load_prefix
+from minprefix.checkpoint import read_safetensors
+from minprefix.files import run_main
+
+ROWS = [{"source": f"item {i} of the list", "target": f"This is item number {i}."} for i in range(40)]
+MR = "name[The Golden Lantern], eatType[pub], food[Thai]"
+
+
+def call(script, capsys, *args):
+    """Run a script's main with arguments -> (exit code, stdout, stderr)."""
+    sys.argv = [script.__name__ + ".py", *map(str, args)]
+    code = 0
+    try:
+        run_main(script.main)
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny model, another of the same shape, one of another shape, and rows to train on."""
+    folder = tmp_path_factory.mktemp("world")
+    write_tiny_model(folder / "model")
+    write_tiny_model(folder / "twin", seed=1)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "e2e").mkdir()
+    for name in ("trainset", "devset", "testset_w_refs"):
+        (folder / "e2e" / f"{name}.csv").write_text(f'mr,ref\n"{MR}",The Golden Lantern is a Thai pub.\n' * 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prefix_file(world):
+    sys.argv = ["train.py", "--model", str(world / "model"), "--task", str(world / "rows.jsonl"), "--steps", "6",
+                "--eval-every", "2", "--eval-inputs", "2", "--out", str(world / "run"), "--device", "cpu"]  # fmt: skip
+    train.main()
+    return world / "run" / "prefix.safetensors"
+
+
+def test_train_writes_prefix_log_and_result(prefix_file, world):
+    tensors, info = read_safetensors(prefix_file)
+    assert tensors["decoder"].shape == (2, 2, 4, 5, 8) and tensors["decoder"].dtype == torch.float32
+    assert info["task"] == str(world / "rows.jsonl") and info["base_model"] == str(world / "model")
+    log = [json.loads(line) for line in (world / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [0, 2, 4, 6]
+    result = json.loads((world / "run" / "result.json").read_text())
+    assert result["dev_loss"] == min(row["dev_loss"] for row in log)
+    assert result["scores"].keys() == {"without", "with"} and result["settings"]["seed"] == 101
+    assert not list((world / "run").glob("*.tmp"))
+
+
+def test_the_line_that_train_prints_works(world, capsys, monkeypatch):
+    monkeypatch.chdir(world)
+    code, out, _ = call(train, capsys, "--model", "model", "--data", "e2e", "--steps", 2, "--eval-inputs", 1)
+    assert code == 0 and "BLEU on e2e, 1 test inputs" in out
+    line = out.splitlines()[-1]
+    assert line.startswith("  python sample.py --prefix runs/e2e-model/prefix.safetensors --input 'name[")
+    code, out, _ = call(sample, capsys, "--prefix", "runs/e2e-model/prefix.safetensors", "--input", line.split("'")[1])
+    assert code == 0 and len(out.splitlines()) == 1
+
+
+def test_sample_takes_arguments_files_and_stdin_alike(prefix_file, world, capsys, monkeypatch):
+    (world / "inputs.txt").write_text("item 7 of the list\n\nitem 8 of the list\n")
+    (world / "inputs.jsonl").write_text('{"source": "item 7 of the list"}\n{"source": "item 8 of the list"}\n')
+    common = ("--prefix", prefix_file, "--max-new-tokens", 8)
+    arguments = call(sample, capsys, *common, "--input", "item 7 of the list", "item 8 of the list")
+    assert arguments[0] == 0 and arguments[1].count("\n") == 2
+    assert call(sample, capsys, *common, "--file", world / "inputs.txt")[1] == arguments[1]
+    assert call(sample, capsys, *common, "--file", world / "inputs.jsonl")[1] == arguments[1]
+    with open(world / "inputs.txt") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert call(sample, capsys, *common)[1] == arguments[1]
+
+
+def test_sample_evaluates(prefix_file, world, capsys):
+    output = world / "texts" / "out.txt"
+    code, out, _ = call(sample, capsys, "--prefix", prefix_file, "--task", world / "rows.jsonl", "--split", "dev",
+                        "--beams", 2, "--max-new-tokens", 8, "--evaluate", "--output", output)  # fmt: skip
+    assert code == 0 and all(name in out for name in ("BLEU", "NIST", "ROUGE-L", "CIDEr"))
+    assert len(output.read_text().splitlines()) == 4
+    assert json.loads(output.with_suffix(".json").read_text())["scores"].keys() >= {"BLEU", "NIST", "ROUGE-L", "CIDEr"}
+
+
+def test_sampling_follows_its_seed(prefix_file, capsys):
+    def draw(seed):
+        return call(sample, capsys, "--prefix", prefix_file, "--input", "item 3", "--sample", "--seed", seed)[1]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_a_new_run_gets_a_folder_of_its_own(world, prefix_file, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    common = ("--model", world / "model", "--task", world / "rows.jsonl", "--steps", 1, "--eval-inputs", 0)
+    assert all(call(train, capsys, *common)[0] == 0 for _ in range(3))
+    assert call(train, capsys, *common, "--resume")[0] == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["rows-model", "rows-model-2", "rows-model-3"]
+
+
+def test_resume_of_a_finished_run_changes_nothing(prefix_file, world, capsys):
+    before = prefix_file.read_bytes()
+    code, _, _ = call(train, capsys, "--model", world / "model", "--task", world / "rows.jsonl", "--steps", 6, "--resume",
+                      "--eval-every", 2, "--eval-inputs", 0, "--out", world / "run", "--device", "cpu")  # fmt: skip
+    assert code == 0 and prefix_file.read_bytes() == before
+
+
+def break_prefix(source, target, **metadata):
+    """A copy of a prefix file with other metadata."""
+    raw = source.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    header["__metadata__"].update(metadata)
+    text = json.dumps(header).encode()
+    target.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    return target
+
+
+BAD = {
+    "no such model": (train, "--model nowhere", "nowhere"),
+    "empty model folder": (train, "--model empty", "empty"),
+    "truncated weights": (train, "--model truncated", "truncated/model.safetensors"),
+    "jsonl row without target": (train, "--model model --task untargeted.jsonl", "untargeted.jsonl:2"),
+    "csv without mr": (train, "--model model --data no_mr", "no_mr/trainset.csv"),
+    "no such data": (train, "--model model --data nodata", "nodata"),
+    "too long": (train, "--model model --task long.jsonl", "room for 251"),
+    "unknown task": (train, "--model model --task poetry", "poetry"),
+    "run there already": (train, "--model model --task rows.jsonl --out run", "--resume"),
+    "prefix length 0": (train, "--model model --task rows.jsonl --prefix-length 0", "prefix length 0"),
+    "no such prefix": (sample, "--prefix nowhere.safetensors --input x", "nowhere.safetensors"),
+    "not a prefix": (sample, "--prefix model/model.safetensors --input x", "model/model.safetensors"),
+    "pickle for a prefix": (sample, "--prefix run/checkpoint.pt --input x", "run/checkpoint.pt"),
+    "prefix of another model": (sample, "--prefix run/prefix.safetensors --model twin --input x", "other weights"),
+    "prefix of a bigger model": (sample, "--prefix run/prefix.safetensors --model gpt2-mini --input x", "was made for"),
+    "prefix of a lost model": (sample, "--prefix lost.safetensors --input x", "long/gone"),
+    "no model and no prefix": (sample, "--input x", "--model"),
+    "nothing to write about": (sample, "--prefix run/prefix.safetensors --file empty.txt", "no input"),
+    "input not in the task's form": (sample, "--prefix e2e.safetensors --input pub", "slot[value]"),
+    "source too long": (sample, "--prefix run/prefix.safetensors --file long.txt", "256"),
+    "evaluate without references": (sample, "--prefix run/prefix.safetensors --input x --evaluate", "references"),
+    "temperature 0": (sample, "--prefix run/prefix.safetensors --input x --sample --temperature 0", "temperature"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line_and_exit_code_2(case, world, prefix_file, capsys, monkeypatch):
+    monkeypatch.chdir(world)
+    if not (world / "empty").exists():
+        (world / "empty").mkdir()
+        write_tiny_model(world / "truncated")
+        weights = world / "truncated" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+        (world / "untargeted.jsonl").write_text('{"source": "a", "target": "b"}\n{"source": "a"}\n')
+        (world / "long.jsonl").write_text((json.dumps({"source": "word " * 300, "target": "b"}) + "\n") * 2)
+        (world / "long.txt").write_text("word " * 300)
+        (world / "empty.txt").write_text("\n")
+        (world / "no_mr").mkdir()
+        (world / "no_mr" / "trainset.csv").write_text("meaning,ref\na,b\n")
+        break_prefix(prefix_file, world / "lost.safetensors", base_model="long/gone")
+        break_prefix(prefix_file, world / "e2e.safetensors", task="e2e")
+    script, arguments, message = BAD[case]
+    code, out, err = call(script, capsys, *arguments.split())
+    assert code == 2, (out, err)
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+    assert not list(world.rglob("*.tmp"))
+
+
+def test_folded_prefix_file_gives_what_training_measured(prefix_file, world):
+    model = load_model(world / "model")
+    prefix = load_prefix(prefix_file, model)
+    assert prefix.position_offset == 5 and model(torch.tensor([[1, 2]]), prefix).shape == (1, 2, 4096)
+
+
+def test_help_is_readable(capsys):
+    for script in (train, sample):
+        code, out, _ = call(script, capsys, "--help")
+        assert code == 0 and "usage" in out
+
+
+def test_readme_commands_are_the_ones_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    assert "python train.py" in readme and "python -m pytest" in readme

@@ -1,0 +1,146 @@
+"""Train a prefix on a frozen language model, then compare the model's texts without and with it.
+
+    python train.py                                   the bundled model; E2E data, or the bundled sample if offline
+    python train.py --data e2e/ --epochs 5            the real E2E data from its official CSV files
+    python train.py --model gpt2-medium/ --task my.jsonl --lr 5e-5
+"""
+
+import argparse
+import json
+import math
+import shlex
+import time
+from pathlib import Path
+
+import torch
+
+from minprefix import Prefix, generate, load_model, load_prefix, load_tokenizer, metrics
+from minprefix.checkpoint import resolve_model
+from minprefix.data import check_lengths, encode_pairs, find_e2e, load_examples
+from minprefix.files import InputError, atomic_write, run_main
+from minprefix.load import pick_device, pick_dtype
+from minprefix.prefix import parameter_shares, save_prefix
+from minprefix.training import train
+
+# The paper's settings for full-size models, and those measured to suit the bundled one (see weights/README.md).
+PAPER = {"prefix_length": 5, "hidden": 512, "lr": 8e-5, "batch_size": 10, "epochs": 5}
+BUNDLED = {"gpt2-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 1500}}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 folder, or a bundled model's name (%(default)s)")
+    add("--task", default="e2e", help='"e2e", or your own FILE.jsonl of {"source": ..., "target": ...} rows (%(default)s)')
+    add("--data", help="folder with the E2E CSV files; else data/e2e, else a download, else the bundled sample")
+    add("--prefix-length", type=int, help="virtual tokens (5; bundled model 20)")
+    add("--hidden", type=int, help="width of the reparametrisation MLP, 0 for none (512)")
+    add("--init", help='words whose activations start the prefix, e.g. "table to text :" (default: random)')
+    add("--epochs", type=float, help="passes over the training pairs (5)")
+    add("--steps", type=int, help="optimiser steps, instead of --epochs (bundled model 1500)")
+    add("--limit", type=int, help="train on the first N pairs only")
+    add("--batch-size", type=int, help="pairs in a step (10; bundled model 16)")
+    add("--lr", type=float, help="peak learning rate (8e-5; bundled model 3e-3)")
+    add("--warmup", type=int, default=0, help="steps of linear warm-up (%(default)s)")
+    add("--eval-every", type=int, default=100, help="steps between dev losses and checkpoints (%(default)s)")
+    add("--eval-inputs", type=int, default=100, help="test inputs to write texts for at the end, 0 for none (%(default)s)")
+    add("--beams", type=int, default=5, help="beams of those texts (%(default)s)")
+    add("--seed", type=int, default=101)
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the frozen model (%(default)s)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--out", type=Path, help="folder for prefix.safetensors, log.jsonl, result.json (runs/TASK-MODEL, numbered if taken)")
+    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt after a kill")
+    args = parser.parse_args()
+    defaults = {**PAPER, **BUNDLED.get(Path(args.model).name, {})}
+    if args.epochs is None and args.steps is None:
+        args.steps, args.epochs = defaults.get("steps"), defaults["epochs"]
+    for key in ("prefix_length", "hidden", "lr", "batch_size"):
+        if getattr(args, key) is None:
+            setattr(args, key, defaults[key])
+    args.out = run_folder(args)
+    return args
+
+
+def run_folder(args):
+    """--out; by default runs/TASK-MODEL, or with a number if that is taken, so that no run overwrites another."""
+    if args.out and not args.resume and (args.out / "checkpoint.pt").exists():
+        raise InputError(f"{args.out} holds a run already: add --resume to go on with it, or choose another --out")
+    if args.out:
+        return args.out
+    first, number = Path("runs", f"{Path(args.task).stem}-{Path(args.model).name}"), 1
+    folder, last = first, first
+    while folder.exists():
+        number += 1
+        folder, last = first.with_name(f"{first.name}-{number}"), folder
+    return last if args.resume else folder
+
+
+def main():
+    args = parse_args()
+    started = time.time()
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    folder = resolve_model(args.model)
+    model, tokenizer = load_model(folder, device, dtype), load_tokenizer(folder)
+    train_pairs, dev_pairs = load_pairs(args, model, tokenizer)
+    steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
+
+    prefix = Prefix(model, args.prefix_length, args.hidden).to(device)
+    if args.init:
+        prefix.init_from_words(model, tokenizer, args.init)
+    print(f"{folder} in {dtype} on {device}: {len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}")
+    print(f"prefix of length {args.prefix_length}: {parameter_shares(prefix, model)}")
+    log = train(model, prefix, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
+                lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, resume=args.resume)  # fmt: skip
+    path = args.out / "prefix.safetensors"
+    save_prefix(path, prefix.fold(), model, {"base_model": args.model, "task": args.task})
+    best = min(log, key=lambda row: row["dev_loss"])
+    print(f"dev loss {log[0]['dev_loss']:.3f} before training, {best['dev_loss']:.3f} at step {best['step']} (kept)")
+
+    scores = compare(args, model, tokenizer, load_prefix(path, model)) if args.eval_inputs else {}
+    seconds = round(time.time() - started, 1)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    with atomic_write(args.out / "result.json") as file:
+        json.dump({"dev_loss": best["dev_loss"], "best_step": best["step"], "scores": scores, "steps": steps,
+                   "seconds": seconds, "dtype": str(dtype), "device": device, "settings": settings}, file, indent=2)  # fmt: skip
+    print(f"\nwrote {path} ({path.stat().st_size / 1024:,.0f} KiB), log.jsonl and result.json after {seconds:.0f} s; try")
+    print(f"  python sample.py --prefix {shlex.quote(str(path))} --input {shlex.quote(example_input(args))}")
+
+
+def load_pairs(args, model, tokenizer):
+    """Training pairs, and at most 500 dev pairs, as token ids that are known to fit the model."""
+    room = model.config["n_positions"] - args.prefix_length
+    pairs = {}
+    for split in ("train", "dev"):
+        pairs[split] = encode_pairs(load_examples(args.task, split, args.data), tokenizer)
+        check_lengths(pairs[split], room, f"{args.task}, {split} split")
+    return pairs["train"][: args.limit], pairs["dev"][:: math.ceil(len(pairs["dev"]) / 500)]
+
+
+def compare(args, model, tokenizer, prefix):
+    """Texts for held-out inputs from the frozen model alone and with the prefix: print the scores and one example."""
+    examples = load_examples(args.task, "test", args.data)
+    examples = examples[:: math.ceil(len(examples) / args.eval_inputs)]
+    sources, references = [e.source for e in examples], [e.references for e in examples]
+    texts, scores = {}, {}
+    for name, kv in (("without", None), ("with", prefix)):
+        print(f"\nwriting {len(sources)} texts for held-out inputs {name} the prefix, {args.beams} beams")
+        texts[name] = generate(model, tokenizer, sources, prefix=kv, beams=args.beams, progress=True)
+        scores[name] = {"BLEU": metrics.bleu(texts[name], references)}
+    print(f"\ninput           {sources[0]}\nwithout prefix  {texts['without'][0][:200]}")
+    print(f"with prefix     {texts['with'][0]}\nreference       {references[0][0]}")
+    sample = args.task == "e2e" and find_e2e(args.data) is None
+    what = "the bundled sample, not E2E" if sample else f"{args.task}, {len(sources)} test inputs"
+    print(f"BLEU on {what}: {scores['without']['BLEU']:.3f} without the prefix, {scores['with']['BLEU']:.3f} with it")
+    return scores
+
+
+def example_input(args):
+    if args.task == "e2e":
+        return "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
+    return load_examples(args.task, "test", args.data)[0].source
+
+
+if __name__ == "__main__":
+    run_main(main)
