@@ -48,14 +48,15 @@ def padding_mask(lengths, S, like):
     return torch.zeros(pads.shape, dtype=like.dtype, device=like.device).masked_fill(pads, float("-inf"))[:, None, None]
 
 
-def prefix_segments(prefix, site, n_layer, dtype):
+def prefix_segments(prefix, site, n_layer, like):
     """What each layer sees of a prefix at one site: for each layer a list with one segment for `attend`, or none.
 
     prefix: None, or a dict site -> (L, 2, H, P, D) for the whole batch, or (L, 2, b, H, P, D) for b rows.
+    The segments have the dtype and device of the tensor `like`.
     """
     if prefix_length(prefix, site) == 0:
         return [[]] * n_layer
-    kv = prefix[site].to(dtype)
+    kv = prefix[site].to(like)
     if kv.dim() == 5:
         kv = kv.unsqueeze(2)
     return [[(k, v, None)] for k, v in kv.unbind(0)]

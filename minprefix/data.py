@@ -211,7 +211,7 @@ def open_url(url):
     thread.start()
     thread.join(2 * TIMEOUT)
     if not result:
-        raise TimeoutError(f"no answer within {2 * TIMEOUT} s")
+        raise TimeoutError(f"timed out, no answer within {2 * TIMEOUT} s")
     if isinstance(result[0], Exception):
         raise result[0]
     return result[0]

@@ -126,30 +126,31 @@ class GPT2(nn.Module):
         return prefix_length(prefix, "decoder") if offset is None else offset
 
     def _prefix(self, prefix):
-        return prefix_segments(prefix, "decoder", len(self.h), self.wte.weight.dtype)
+        return prefix_segments(prefix, "decoder", len(self.h), self.wte.weight)
 
 
 def check_config(config):
     """A GPT-2 config.json as the model needs it, defaults filled in; InputError where this model cannot follow it."""
     defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
-    shape = {}
-    for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-        shape[key] = config.get(key)
-        if type(shape[key]) is not int or not 0 < shape[key] < 2**24:
-            raise InputError(f"config.json of the GPT-2 model: {key} is {shape[key]!r}, a positive integer is needed")
+    shape = {key: config.get(key) for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
+    if config.get("n_inner") is not None:
+        shape["n_inner"] = config["n_inner"]
+    for key, size in shape.items():
+        if type(size) is not int or not 0 < size < 2**24:
+            raise InputError(f"config.json of the GPT-2 model: {key} is {size!r}, a positive integer is needed")
     if shape["n_embd"] % shape["n_head"]:
         raise InputError(f"config.json: n_embd {shape['n_embd']} is not a multiple of n_head {shape['n_head']}")
     for key, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
                        ("add_cross_attention", False)):  # fmt: skip
         if config.get(key, value) is not value:
             raise InputError(f"config.json: {key} = {config[key]!r} is not supported by minprefix")
-    shape = {"model_type": "gpt2", **defaults, **config, **shape}
-    shape["n_inner"] = config.get("n_inner") or 4 * shape["n_embd"]
-    if shape["activation_function"] not in ACTIVATIONS:
-        raise InputError(
-            f"config.json: activation {shape['activation_function']!r} is not supported, only {', '.join(ACTIVATIONS)}"
-        )
-    return shape
+    config = {"model_type": "gpt2", **defaults, **config, "n_inner": 4 * shape["n_embd"], **shape}
+    activation, eps = config["activation_function"], config["layer_norm_epsilon"]
+    if activation not in list(ACTIVATIONS):  # a list, since JSON's value need not be hashable
+        raise InputError(f"config.json: activation {activation!r} is not supported, only {', '.join(ACTIVATIONS)}")
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise InputError(f"config.json: layer_norm_epsilon is {eps!r}, a small positive number is needed")
+    return config
 
 
 def from_huggingface(tensors, config):
@@ -157,7 +158,11 @@ def from_huggingface(tensors, config):
     state = {}
     for name, tensor in tensors.items():
         name = name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight" and config["tie_word_embeddings"]:
+        if name in state:
+            raise InputError(f"tensor {name!r} is there twice, with and without 'transformer.' before its name")
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        if name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
         state[name] = tensor.T if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
     return state

@@ -40,8 +40,12 @@ class Prefix(nn.Module):
         if length < 1 or hidden < 0:
             raise InputError(f"prefix length {length} must be at least 1, hidden width {hidden} at least 0")
         self.position_offset = length if position_offset is None else position_offset
-        part = (lambda *shape: MLPPart(*shape, length, hidden)) if hidden else (lambda *shape: DirectPart(*shape, length))
-        self.parts = nn.ModuleDict({site: part(*shape) for site, shape in model.prefix_sites.items()})
+        self.parts = nn.ModuleDict(
+            {
+                site: MLPPart(*shape, length, hidden) if hidden else DirectPart(*shape, length)
+                for site, shape in model.prefix_sites.items()
+            }
+        )
 
     def forward(self):
         return FoldedPrefix({site: part() for site, part in self.parts.items()}, self.position_offset)
@@ -135,9 +139,12 @@ def load_prefix(path, model=None):
     offset = info.get("position_offset", "")
     if info.get("format") != "minprefix" or not (offset.isascii() and offset.isdigit() and len(offset) < 8):
         raise InputError(f"{path} is not a minprefix prefix: its metadata does not say so")
+    if not tensors:
+        raise InputError(f"{path} holds no prefix: there is no tensor in it")
     for site, kv in tensors.items():
         if kv.dim() != 5 or kv.size(1) != 2 or 0 in kv.shape or not kv.is_floating_point():
-            raise InputError(f"{path}: {site!r} has shape {tuple(kv.shape)}, a prefix is (layers, 2, heads, length, dim)")
+            what = f"{tuple(kv.shape)} {kv.dtype}"
+            raise InputError(f"{path}: {site!r} is {what}, a prefix is (layers, 2, heads, length, dim) of real numbers")
         if not kv.isfinite().all():
             raise InputError(f"{path}: {site!r} holds numbers that are not finite")
     prefix = FoldedPrefix(tensors, int(offset), info)
@@ -158,7 +165,7 @@ def check_fits(prefix, model, path):
             )
     try:
         norms = [float(norm) for norm in json.loads(prefix.info.get("base_fingerprint", "[]"))]
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: the base model's fingerprint in its metadata is not a list of numbers") from error
     if any(abs(a - b) > 0.005 * abs(b) for a, b in zip(norms, fingerprint(model), strict=False)):
         raise InputError(f"{path} was made for {base}: this model has the same shape, but other weights")

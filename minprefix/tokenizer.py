@@ -8,8 +8,9 @@ import tiktoken
 from minprefix.files import InputError, read_json, read_text
 
 # GPT-2's pre-tokenisation (Radford et al. 2019), written with possessive quantifiers so that no text, however long,
-# makes the regex engine backtrack.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# makes the regex engine backtrack. White space before a word, all but its last character, goes in strides of 256: the
+# plain `\s+(?!\S)` overflows the engine's stack after a million of them.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|(?:\s{256}(?=\s))*(?:\s(?=\s))++|\s"
 SPECIAL_TOKENS = ("<|endoftext|>", "<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
@@ -78,12 +79,18 @@ def load_tokenizer(folder):
 def _read_tokenizer_json(path):
     spec = read_json(path)
     model = spec.get("model") if isinstance(spec, dict) else None
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in read_text(path):
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         raise InputError(f"{path} is not a byte-level BPE tokeniser (GPT-2's and BART's kind)")
+    split, kind = spec.get("pre_tokenizer"), {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    if not isinstance(split, dict) or any(split.get(key, value) != value for key, value in kind.items()):
+        raise InputError(f"{path}: pre_tokenizer {split!r:.100} does not split texts as GPT-2's and BART's do: {kind}")
+    for part, key in ((spec, "normalizer"), (model, "ignore_merges")):
+        if part.get(key):
+            raise InputError(f"{path}: {key} {part[key]!r:.100} is not supported: GPT-2's and BART's have none")
     vocab, added = model.get("vocab"), spec.get("added_tokens") or []
     if not isinstance(vocab, dict) or not isinstance(model.get("merges"), list) or not isinstance(added, list):
         raise InputError(f"{path} lacks the model's vocab or merges")
-    added = {t["content"]: t["id"] for t in added if isinstance(t, dict) and {"content", "id"} <= t.keys()}
+    added = {t["content"]: t.get("id") for t in added if isinstance(t, dict) and isinstance(t.get("content"), str)}
     return {**vocab, **added}, model["merges"]
 
 

@@ -1,0 +1,188 @@
+"""Greedy decoding, sampling and beam search over a cache that holds the prefix and each source once.
+
+A model offers `prefill`, `step` and `logits` (see gpt2.py); nothing here knows which model it is.
+Shapes: B examples, K beams, R = B or B * K rows, S source tokens, N new tokens at most, V vocabulary.
+"""
+
+import copy
+
+import torch
+from tqdm import tqdm
+
+from minprefix.files import InputError
+
+
+def generate(model, tokenizer, sources, prefix=None, beams=5, max_new_tokens=64, **options):
+    """The model's continuation of each source text: list of str -> list of str, white space around them stripped.
+
+    options: those of `generate_ids`; the tokens of blank lines are forbidden (as in the paper) unless forbidden=() says
+    otherwise. InputError as in `generate_ids`.
+    """
+    if isinstance(sources, str):
+        raise InputError("sources is one text, a list of texts is needed")
+    options.setdefault("forbidden", tokenizer.newline_ids)
+    ids = [tokenizer.encode(" " + text + " ") for text in sources]
+    end = tokenizer.end_id  # it separates target from source, too
+    targets = generate_ids(model, ids, end, end, prefix, beams, max_new_tokens, **options)
+    return [tokenizer.decode(target).strip() for target in targets]
+
+
+@torch.inference_mode()
+def generate_ids(
+    model, sources, start_id, end_id, prefix=None, beams=5, max_new_tokens=64, length_penalty=1.0, sample=False,
+    temperature=1.0, top_k=0, top_p=1.0, generator=None, forbidden=(), batch_size=16, progress=False,
+):  # fmt: skip
+    """What the model makes of each source: list of token ids -> list of token ids, without start and end token.
+
+    prefix: as the model takes it; a tensor with a row dimension has one row for each source (or one for all).
+    beams > 1 is beam search, the result of a beam being its log-probability / its length ** length_penalty;
+    beams = 1 is greedy decoding, or with sample=True a draw from the distribution at that temperature, cut to its
+    top_k tokens (0: all) and then to the fewest that hold the mass top_p. generator: a torch.Generator on the model's
+    device; a draw also depends on batch_size, nothing else does.
+    forbidden: ids that are never generated. progress: show a bar.
+    InputError: an option makes no sense, or a source is too long for the model.
+    """
+    _check(model, sources, prefix, beams, max_new_tokens, sample, temperature, top_k, top_p, forbidden, batch_size)
+    device = next(model.parameters()).device
+    forbidden = torch.tensor(list(forbidden), dtype=torch.long, device=device)
+
+    def choose(logits):
+        return _draw(logits, temperature, top_k, top_p, generator) if sample else logits.argmax(dim=-1)
+
+    # The longest first: batches of like lengths, and what does not fit (model or memory) fails at once.
+    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
+    targets = [None] * len(sources)
+    with tqdm(total=len(sources), unit="source", disable=not progress) as bar:
+        for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+            cache = _prefill(model, sources, batch, prefix, max_new_tokens, device)
+            start = torch.full((len(batch),), start_id, device=device)
+            if beams > 1:
+                rows = _beam_search(model, cache, start, end_id, beams, max_new_tokens, length_penalty, forbidden)
+            else:
+                rows = _one_by_one(model, cache, start, end_id, max_new_tokens, forbidden, choose)
+            for i, row in zip(batch, rows.tolist(), strict=True):
+                targets[i] = row[: row.index(end_id)] if end_id in row else row
+            bar.update(len(batch))
+    return targets
+
+
+def _one_by_one(model, cache, ids, end_id, max_new_tokens, forbidden, choose):
+    """From the start tokens ids (B,), the token that `choose` picks at each step -> (B, <= N), end_id after the end."""
+    done = torch.zeros_like(ids, dtype=torch.bool)
+    columns = []
+    for _ in range(max_new_tokens):
+        logits = model.logits(model.step(ids, cache)).float()
+        logits[:, forbidden] = float("-inf")
+        ids = choose(logits).masked_fill(done, end_id)
+        columns.append(ids)
+        done |= ids == end_id
+        if done.all():
+            break
+    return torch.stack(columns, dim=1)
+
+
+def _draw(logits, temperature, top_k, top_p, generator):
+    """Logits (B, V) -> a sampled token id for each row (B,)."""
+    logits = logits / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p < 1:
+        ascending, index = logits.sort(dim=-1)
+        drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        drop[:, -1] = False  # the likeliest stays
+        logits = logits.masked_fill(drop.scatter(1, index, drop), float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def _beam_search(model, cache, ids, end_id, beams, max_new_tokens, length_penalty, forbidden):
+    """From the start tokens ids (B,), the best sequence of each example -> (B, N), end_id after its end.
+
+    The search of HuggingFace's generate with early_stopping=False: of the 2K best continuations the K best that do not
+    end run on; those that end and rank among the first K compete for the K places of the finished. An example is over
+    when its best running beam, scored at its present length, is no better than its worst finished one.
+    """
+    K, inf = beams, float("inf")
+    example = torch.arange(ids.size(0), device=ids.device)[:, None]  # (B, 1), indexes what is (B, K, ...)
+    scores = torch.zeros_like(example, dtype=torch.float)  # log-probabilities of the running beams: just one at first,
+    tokens = torch.full((ids.size(0), 1, max_new_tokens), end_id, device=ids.device)  # the start token's
+    finished_scores = scores.new_full((ids.size(0), K), -inf)  # best first
+    finished = tokens.repeat(1, K, 1)
+    improvable = torch.ones_like(ids, dtype=torch.bool)
+    for t in range(max_new_tokens):
+        log_probs = model.logits(model.step(ids, cache)).float().log_softmax(dim=-1)  # (R, V)
+        log_probs[:, forbidden] = -inf
+        log_probs += scores.view(-1, 1)
+        V, rows_each = log_probs.size(-1), scores.size(1)  # rows_each: 1 at the first step, then K
+        candidate_scores, index = log_probs.view(-1, rows_each * V).topk(2 * K)  # (B, 2K): K of them may end
+        parent, token = index // V, index % V
+        candidates = tokens[example, parent]
+        candidates[:, :, t] = token
+        ends = token == end_id if t + 1 < max_new_tokens else torch.ones_like(token, dtype=torch.bool)
+
+        length = (t + 1) ** length_penalty  # of the new tokens, the end token among them
+        barred = ~(ends & improvable[:, None])
+        ended_scores = (candidate_scores / length).masked_fill(barred, -inf)[:, :K]
+        finished_scores, best = torch.cat([finished_scores, ended_scores], dim=1).topk(K)
+        finished = torch.cat([finished, candidates[:, :K]], dim=1)[example, best]
+
+        scores, best = candidate_scores.masked_fill(ends, -inf).topk(K)
+        tokens = candidates[example, best]
+        ids = tokens[:, :, t].flatten()
+        improvable &= scores[:, 0] / length > finished_scores[:, -1]
+        if not improvable.any():  # so it is after the last step: nothing runs on
+            break
+        cache.select((example * rows_each + parent.gather(1, best)).flatten())
+    return finished[:, 0]
+
+
+def _prefill(model, sources, batch, prefix, max_new_tokens, device):
+    """The Cache of the sources number `batch`, the longest first; InputError if that one leaves too little room."""
+    lengths = [len(sources[i]) for i in batch]
+    # Any id pads, nothing looks at padding; one column at least, since a model may not take empty rows.
+    ids = torch.zeros((len(batch), max(1, lengths[0])), dtype=torch.long)
+    for row, i in zip(ids, batch, strict=True):
+        row[: len(sources[i])] = torch.tensor(sources[i], dtype=torch.long)
+    longest = f"source {batch[0] + 1} of {len(sources)}, the longest with {lengths[0]} tokens"
+    try:
+        cache = model.prefill(ids.to(device), torch.tensor(lengths, device=device), _rows(prefix, batch))
+    except InputError as error:
+        raise InputError(f"{longest}: {error}") from error
+    # The start token comes at cache.position; the last new token is never fed back and needs no position.
+    need, room = int(cache.position.max()) + max_new_tokens, model.config["n_positions"]
+    if need > room:
+        raise InputError(
+            f"{longest}, needs {need} positions with its prefix and {max_new_tokens} new tokens, "
+            f"but the model has {room}: shorten the source or lower max_new_tokens"
+        )
+    return cache
+
+
+def _rows(prefix, batch):
+    """The rows `batch` of a prefix whose rows differ; else the prefix as it is."""
+    if prefix is None or all(kv.dim() == 5 or kv.size(2) == 1 for kv in prefix.values()):
+        return prefix
+    part = copy.copy(prefix)  # keeps what else a prefix may carry: position_offset
+    for site, kv in prefix.items():
+        if kv.dim() == 6 and kv.size(2) > 1:
+            part[site] = kv[:, :, batch]
+    return part
+
+
+def _check(model, sources, prefix, beams, max_new_tokens, sample, temperature, top_k, top_p, forbidden, batch_size):
+    """InputError where the options of `generate_ids` make no sense."""
+    allowed = model.config["vocab_size"] - len(set(forbidden))
+    rows = {kv.size(2) for kv in (prefix or {}).values() if kv.dim() == 6} - {1, len(sources)}
+    for wrong, complaint in (
+        (beams < 1, f"beams is {beams}, at least 1 is needed"),
+        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, at least 1 is needed"),
+        (batch_size < 1, f"batch_size is {batch_size}, at least 1 is needed"),
+        (not temperature > 0, f"temperature is {temperature}, it must be above 0"),
+        (top_k < 0, f"top_k is {top_k}, it must be 0 (all tokens) or more"),
+        (not 0 < top_p <= 1, f"top_p is {top_p}, it must be above 0 and at most 1"),
+        (sample and beams > 1, f"sampling with {beams} beams is not supported: use beams 1"),
+        (2 * beams > allowed, f"{beams} beams need {2 * beams} tokens to choose from, the vocabulary allows {allowed}"),
+        (rows, f"the prefix has {rows} rows for {len(sources)} sources: one for each, or one for all, is needed"),
+    ):
+        if wrong:
+            raise InputError(complaint)

@@ -1,0 +1,660 @@
+"""Examples are what the files say, sequences what the paper says, batches hold each row once; bad input is named."""
+
+import csv
+import hashlib
+import http.server
+import io
+import json
+import socket
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minprefix import data
+from minprefix.data import (
+    Batch,
+    Example,
+    bucket_batches,
+    check_lengths,
+    collate,
+    encode_pairs,
+    encode_source,
+    find_e2e,
+    format_source,
+    linearise_e2e,
+    load_examples,
+    pair_lengths,
+    sorted_batches,
+)
+from minprefix.files import InputError
+from minprefix.sample_e2e import sample_rows
+from minprefix.tokenizer import Tokenizer, byte_alphabet, load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+E2E = ROOT.parent / "shared" / "data" / "e2e"
+MINI = ROOT / "weights" / "gpt2-mini"
+SIZES = {"train": (4862, 42061), "dev": (547, 4672), "test": (630, 4693)}
+OFFICIAL_URL = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
+needs_e2e = pytest.mark.skipif(not E2E.is_dir(), reason="the E2E files are not at ../shared/data/e2e")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Each test has an empty current directory, no network but its own, and a fresh try at the download."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setattr(data, "E2E_URL", f"http://127.0.0.1:{closed_port()}/e2e.zip")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    data.download_e2e.cache_clear()
+    yield
+    data.download_e2e.cache_clear()
+
+
+def closed_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def complaint(function, *arguments):
+    with pytest.raises(InputError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    return str(caught.value)
+
+
+# ---- linearisation ----
+
+
+@pytest.mark.parametrize(
+    "mr, text",
+    [
+        (
+            "name[Blue Spice], eatType[coffee shop], priceRange[more than £30], familyFriendly[yes]",
+            "name : Blue Spice | Type : coffee shop | price : more than £30 | family friendly : yes",
+        ),
+        (
+            "near[Café Sicilia], area[city centre], customer rating[5 out of 5], food[Chinese]",
+            "near : Café Sicilia | area : city centre | customer rating : 5 out of 5 | food : Chinese",
+        ),
+        ("name[Fish, Chips, and Co]", "name : Fish, Chips, and Co"),
+        ("colour[red],  name [ X ] ,familyFriendly[no] ", "colour : red | name : X | family friendly : no"),
+        ("priceRange[£20-25]", "price : £20-25"),
+    ],
+)
+def test_linearise(mr, text):
+    assert linearise_e2e(mr) == format_source("e2e", f" {mr}\n") == text
+    assert format_source("e2e", text) == text  # an input that is linearised already
+
+
+BAD_MRS = [
+    "", "Blue Spice", "name", "name[]", "name[ ]", "[Blue Spice]", " [X]", "name[A] area[B]", "name[A],, area[B]",
+    "name[A],", ", name[A]", "name[A", "name[A]]", "name[[A]]", "name A]", "name[A], area", "name[A]; area[B]",
+    "name[A] x", "name : A | area[B]", "name : A, area[B]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mr", BAD_MRS)
+def test_linearise_refuses(mr):
+    for message in (complaint(linearise_e2e, mr), complaint(linearise_e2e, mr, "a.csv:7")):
+        assert repr(mr) in message and "slot[value]" in message
+    assert message.startswith("a.csv:7: ")
+
+
+@pytest.mark.parametrize("mr", ["a" * 10**6, " " * 10**6, "a[b]" * 10**5, "a[b]," * 10**5, "a[b]" + " " * 10**6 + "x"])
+def test_linearise_refuses_long_text_fast(mr):
+    begin = time.monotonic()
+    complaint(linearise_e2e, mr)
+    assert time.monotonic() - begin < 2
+
+
+def test_format_source():
+    assert format_source("my.jsonl", " a[b] : c\n") == format_source("jsonl", "a[b] : c") == "a[b] : c"
+    assert "empty" in complaint(format_source, "e2e", "  ")
+    assert "empty" in complaint(format_source, "jsonl", "")
+    assert "lone surrogate" in complaint(format_source, "jsonl", "a\udcff")
+    assert "NUL" in complaint(format_source, "jsonl", "a\0")
+
+
+# ---- E2E files ----
+
+
+@needs_e2e
+@pytest.mark.parametrize("split", SIZES)
+def test_real_e2e(split):
+    examples = load_examples("e2e", split, E2E)
+    assert (len(examples), sum(len(example.references) for example in examples)) == SIZES[split]
+    assert len({example.source for example in examples}) == len(examples)
+    assert all(example.references for example in examples)
+    back = {"Type": "eatType", "price": "priceRange", "family friendly": "familyFriendly"}
+    mrs = set()
+    for example in examples:
+        slots = [pair.split(" : ") for pair in example.source.split(" | ")]
+        mrs.add(", ".join(f"{back.get(slot, slot)}[{value}]" for slot, value in slots))
+    with open(E2E / data.E2E_FILES[split], encoding="utf-8", newline="") as file:
+        assert mrs == {row["mr"] for row in csv.DictReader(file)}
+
+
+@needs_e2e
+def test_real_e2e_is_the_official_release():
+    for name, digest in data.E2E_SHA256.items():
+        assert hashlib.sha256((E2E / name).read_bytes()).hexdigest() == digest
+
+
+def write_e2e(folder, text, split="train"):
+    folder.mkdir(exist_ok=True)
+    path = folder / data.E2E_FILES[split]
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def test_grouping_keeps_the_files_order(tmp_path):
+    write_e2e(tmp_path, '\ufeffid,mr,ref\r\n1,name[B],b1\r\n\r\n2,name[A],"a1, ""x""\nand more"\r\n3,name[B], b2 \r\n')
+    assert load_examples("e2e", "train", tmp_path) == [
+        Example("name : B", ["b1", "b2"]),
+        Example("name : A", ['a1, "x"\nand more']),
+    ]
+
+
+def test_columns_in_another_order(tmp_path):
+    write_e2e(tmp_path, '"ref","mr"\n"It is A.","name[A]"', "test")
+    assert load_examples("e2e", "test", str(tmp_path)) == [Example("name : A", ["It is A."])]
+
+
+GOOD = 'mr,ref\nname[A],"two\nlines"\n'  # so the next row begins on line 4
+
+
+@pytest.mark.parametrize(
+    "text, line, part",
+    [
+        ("", "", "is empty"),
+        ("mr,ref\n\n", "", "is empty"),
+        ("mr,text\nname[A],b", ":1", "['mr', 'text']"),
+        ("MR,ref\nname[A],b", ":1", "['MR', 'ref']"),
+        ("name[A],b\n", ":1", "['name[A]', 'b']"),
+        (GOOD + "name[B]\n", ":4", "1 fields, but the header has 2"),
+        (GOOD + "name[B],b,c\n", ":4", "3 fields, but the header has 2"),
+        (GOOD + "name[B],\n", ":4", "ref is empty"),
+        (GOOD + "name[B],\n\n", ":4", "ref is empty"),
+        (GOOD + ' ,"b"\n', ":4", "mr is empty"),
+        (GOOD + "name[B],b\0\n", ":4", "NUL"),
+        (GOOD + "name[B,b\n", ":4", "'name[B'"),
+        (GOOD + f"name[B],{'b' * 140_000}\n", ":4", "field larger"),
+        (GOOD + 'name[B],"never closed\n\n\n', ":4", "unexpected end"),
+        (GOOD + 'name[B],"b"c\n', ":4", "expected after"),
+        (b"mr,ref\nname[A],\xe9\n", "", "not UTF-8"),
+    ],
+)
+def test_bad_csv(tmp_path, text, line, part):
+    path = write_e2e(tmp_path, text)
+    message = complaint(load_examples, "e2e", "train", tmp_path)
+    assert message.startswith(f"{path}{line}") and part in message
+    assert not line or message.startswith(f"{path}{line}:")
+
+
+def test_missing_data(tmp_path, capsys):
+    write_e2e(tmp_path, GOOD)
+    for folder, split, name in ((tmp_path / "none", "train", "none"), (tmp_path, "dev", "devset.csv")):
+        message = complaint(load_examples, "e2e", split, folder)
+        assert str(tmp_path / name) in message and "--data" in message and OFFICIAL_URL in message
+    assert capsys.readouterr().err == ""  # nothing falls back to the sample where --data was given
+
+
+@pytest.mark.parametrize("task, split", [("e2e", "all"), ("e3e", "train"), ("a.jsonl", "valid"), ("a.json", "train")])
+def test_unknown_task_or_split(task, split):
+    message = complaint(load_examples, task, split)
+    assert repr(task) in message and repr(split) in message and "FILE.jsonl" in message
+
+
+# ---- the download ----
+
+CONTENTS = {
+    "trainset.csv": "mr,ref\n" + "".join(f"name[A{i}],This is A{i} of {hash(i) % 97}.\n" for i in range(500)),
+    "devset.csv": "mr,ref\nname[B],This is B.\nname[B],It is B.\n",
+    "testset_w_refs.csv": "mr,ref\nname[C],This is C.\n",
+}
+
+
+def zip_of(contents, folder="e2e-dataset/"):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in {**contents, "../evil.csv": "x", "README.md": "y"}.items():
+            archive.writestr(folder + name, text)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(answer) -> the list of requests; answer(handler) replies to each, at the address that data.py now uses."""
+    for name, text in CONTENTS.items():
+        monkeypatch.setitem(data.E2E_SHA256, name, hashlib.sha256(text.encode()).hexdigest())
+    servers, stop = [], threading.Event()
+
+    def start(answer):
+        requests = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                requests.append(self.path)
+                answer(self, stop)
+
+            def log_message(self, *arguments):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads, server.handle_error = True, lambda *arguments: None
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setattr(data, "E2E_URL", f"http://127.0.0.1:{server.server_port}/e2e.zip")
+        return requests
+
+    yield start
+    stop.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def send(content, length=None, status=200):
+    def answer(handler, stop):
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(content) if length is None else length))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return answer
+
+
+def drip(headers_first):
+    """An answer that always has a little more to send, so that no single read times out."""
+
+    def answer(handler, stop):
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if headers_first else b"X: "))
+        while not stop.wait(0.02):
+            handler.wfile.write(b"x")
+
+    return answer
+
+
+def in_pieces(content):
+    def answer(handler, stop):
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
+        for i in range(0, len(content), 1000):
+            handler.wfile.write(content[i : i + 1000])
+            handler.wfile.flush()
+
+    return answer
+
+
+def corrupt(content):
+    """Damaged in the middle of the first file's compressed bytes."""
+    return content[:200] + bytes(255 - byte for byte in content[200:260]) + content[260:]
+
+
+def lines_of(capsys):
+    out, err = capsys.readouterr()
+    assert out == "" and (not err or err.endswith("\n"))
+    return err.splitlines()
+
+
+def assert_sample(capsys, reason):
+    """All splits come from the sample, with one line for all of them, and nothing is left in the current directory."""
+    for split in SIZES:
+        examples = load_examples("e2e", split)
+        rows = sample_rows(split)
+        assert [y for example in examples for y in example.references] == [y for _, y in rows]
+        assert [example.source for example in examples] == [linearise_e2e(mr) for mr in dict(rows)]
+    assert find_e2e() is None
+    (line,) = lines_of(capsys)
+    assert reason in line and "not E2E scores" in line and "--data" in line and OFFICIAL_URL in line
+    assert [path for path in Path().rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("answer", [send, in_pieces], ids=["with a length", "without"])
+def test_download(serve, capsys, monkeypatch, answer):
+    requests = serve(answer(zip_of(CONTENTS)))
+    assert find_e2e() == Path("data/e2e")
+    assert load_examples("e2e", "dev") == [Example("name : B", ["This is B.", "It is B."])]
+    files = {path.name: path.read_text() for path in Path().resolve().parent.rglob("*") if path.is_file()}
+    assert files == CONTENTS  # nothing else from the zip, no temporary file
+    assert len(requests) == 1 and lines_of(capsys) == []
+
+    data.download_e2e.cache_clear()  # a later process, without a network
+    monkeypatch.setattr(data, "E2E_URL", f"http://127.0.0.1:{closed_port()}/e2e.zip")
+    assert len(load_examples("e2e", "train")) == 500 and lines_of(capsys) == []
+
+
+def test_download_keeps_the_users_files(serve, capsys):
+    serve(send(zip_of(CONTENTS)))
+    (Path("data") / "e2e").mkdir(parents=True)
+    write_e2e(Path("data/e2e"), "mr,ref\nname[Mine],m\n", "dev")
+    assert load_examples("e2e", "dev") == [Example("name : Mine", ["m"])]
+    assert len(load_examples("e2e", "train")) == 500 and lines_of(capsys) == []
+
+
+GOOD_ZIP = zip_of(CONTENTS)
+WRONG = {**CONTENTS, "testset_w_refs.csv": "mr,ref\nname[C],This is D.\n"}
+FAILURES = {
+    "truncated": (send(GOOD_ZIP[:500], len(GOOD_ZIP)), f"after 500 of {len(GOOD_ZIP)} bytes"),
+    "truncated, and nobody says so": (send(GOOD_ZIP[:500]), "not a zip file"),
+    "corrupt": (send(corrupt(GOOD_ZIP)), "trainset.csv"),
+    "wrong checksum": (send(zip_of(WRONG)), "testset_w_refs.csv has a wrong checksum"),
+    "no such page": (send(b"<html>", status=404), "HTTP Error 404"),
+    "no zip": (send(b"<html>log in</html>"), "not a zip file"),
+    "empty": (send(b""), "not a zip file"),
+    "other members": (send(zip_of(CONTENTS, "")), "no item named 'e2e-dataset/trainset.csv'"),
+    "one member missing": (send(zip_of({"trainset.csv": CONTENTS["trainset.csv"]})), "no item named"),
+    "not HTTP": (lambda handler, stop: handler.wfile.write(b"hello\n"), "hello"),
+}
+SLOW = {
+    "silent": (lambda handler, stop: stop.wait(), "timed out"),
+    "stops midway": (lambda handler, stop: (send(GOOD_ZIP[:500], 999)(handler, stop), stop.wait()), "timed out"),
+    "slow headers": (drip(False), "no answer within"),
+    "slow body": (drip(True), "too slow"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES | SLOW)
+def test_download_fails(serve, capsys, monkeypatch, name):
+    answer, reason = (FAILURES | SLOW)[name]
+    if name in SLOW:  # only there: elsewhere a busy machine might need the time
+        monkeypatch.setattr(data, "TIMEOUT", 0.3)
+        monkeypatch.setattr(data, "DEADLINE", 0.5)
+    begin = time.monotonic()
+    requests = serve(answer)
+    assert_sample(capsys, reason)
+    assert len(requests) == 1 and time.monotonic() - begin < 5
+
+
+def test_download_too_large(serve, capsys, monkeypatch):
+    monkeypatch.setattr(data, "MAX_BYTES", len(GOOD_ZIP) - 1)
+    serve(send(GOOD_ZIP))
+    assert_sample(capsys, "too large")
+
+
+def test_no_network(capsys):
+    begin = time.monotonic()
+    assert_sample(capsys, "refused")
+    assert time.monotonic() - begin < 5
+
+
+def test_folder_cannot_be_written(serve, capsys):
+    serve(send(GOOD_ZIP))
+    Path("data").symlink_to("/dev/null")
+    assert find_e2e() is None and load_examples("e2e", "dev")
+    (line,) = lines_of(capsys)
+    assert "cannot write data/e2e/" in line
+
+
+# ---- own data ----
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def numbered(n, start=0):
+    return [{"source": f"s{i}", "target": f"t{i}"} for i in range(start, start + n)]
+
+
+def sources(task, split):
+    return [int(example.source[1:]) for example in load_examples(task, split)]
+
+
+def test_jsonl_rows(tmp_path):
+    path = tmp_path / "own.jsonl"
+    lines = [
+        '\ufeff{"source": " x : y ", "target": "z\\u2028ü", "id": 3}',
+        "",
+        '{"references": ["a", "b[c]\\n"], "source": "raw \u2028 line separator"}\r',
+        '{"source": "unlabelled"}',
+        '{"source": "unlabelled", "references": []}',
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert load_examples(str(path), "all") == load_examples("own.jsonl", "all", tmp_path) == [
+        Example("x : y", ["z\u2028ü"]),
+        Example("raw \u2028 line separator", ["a", "b[c]"]),
+        Example("unlabelled", []),
+        Example("unlabelled", []),
+    ]
+    for split in SIZES:
+        message = complaint(load_examples, str(path), split)
+        assert message.startswith(f"{path}:4: ") and "a JSONL row without a target" in message
+
+
+@pytest.mark.parametrize("n, held_out", [(2, 1), (10, 1), (19, 1), (20, 2), (4999, 499), (6000, 500)])
+def test_held_out_tail(tmp_path, n, held_out):
+    task = write_jsonl(tmp_path / "own.jsonl", numbered(n))
+    write_jsonl(tmp_path / "dev.jsonl", numbered(3))  # not beside a train.jsonl: not ours
+    assert sources(task, "all") == list(range(n))
+    assert sources(task, "train") == list(range(n - held_out))
+    assert sources(task, "dev") == sources(task, "test") == list(range(n - held_out, n))
+
+
+def test_files_beside_train_jsonl(tmp_path):
+    task = write_jsonl(tmp_path / "train.jsonl", numbered(20))
+    tail, rest = [18, 19], list(range(18))
+    splits = ("train", "dev", "test")
+    assert [sources(task, split) for split in splits] == [rest, tail, tail]
+    write_jsonl(tmp_path / "test.jsonl", numbered(2, 200))
+    assert [sources(task, split) for split in splits] == [rest, tail, [200, 201]]
+    write_jsonl(tmp_path / "dev.jsonl", numbered(2, 100))
+    assert [sources(task, split) for split in splits] == [rest + tail, [100, 101], [200, 201]]
+    (tmp_path / "test.jsonl").unlink()
+    assert [sources(task, split) for split in splits] == [rest + tail, [100, 101], [100, 101]]
+    assert sources(task, "all") == rest + tail
+
+
+OK_ROW = '\n{"source": "a", "target": "b"}\n'  # so the next row is on line 3
+
+
+@pytest.mark.parametrize(
+    "text, line, part",
+    [
+        ("", "", "is empty"),
+        ("\n \n", "", "is empty"),
+        (OK_ROW + "source: x", 3, "not valid JSON"),
+        (OK_ROW + '{"source": "a"', 3, "not valid JSON"),
+        (OK_ROW + "[" * 100_000, 3, "not valid JSON"),
+        (OK_ROW + '{"source": "a", "target": ' + "1" * 5000 + "}", 3, "not valid JSON"),
+        (OK_ROW + '["a", "b"]', 3, "not an object"),
+        (OK_ROW + "null", 3, "not an object"),
+        (OK_ROW + '{"src": "a", "target": "b"}', 3, "without a source: its keys are ['src', 'target']"),
+        (OK_ROW + '{"source": 1, "target": "b"}', 3, "source is a JSON int"),
+        (OK_ROW + '{"source": ["a"], "target": "b"}', 3, "source is a JSON list"),
+        (OK_ROW + '{"source": "", "target": "b"}', 3, "source is empty"),
+        (OK_ROW + '{"source": "a", "target": null}', 3, "target is a JSON NoneType"),
+        (OK_ROW + '{"source": "a", "target": ["b"]}', 3, "target is a JSON list"),
+        (OK_ROW + '{"source": "a", "target": " "}', 3, "target is empty"),
+        (OK_ROW + '{"source": "a", "target": "\\ud83d"}', 3, "lone surrogate"),
+        (OK_ROW + '{"source": "a\\u0000", "target": "b"}', 3, "NUL"),
+        (OK_ROW + '{"source": "a", "references": "b"}', 3, "references is a JSON str"),
+        (OK_ROW + '{"source": "a", "references": ["b", 1]}', 3, "reference is a JSON int"),
+        (OK_ROW + '{"source": "a", "references": ["b", ""]}', 3, "reference is empty"),
+        (OK_ROW + '{"source": "a", "target": "b", "references": ["b"]}', 3, "both target and references"),
+    ],
+)
+def test_bad_jsonl(tmp_path, text, line, part):
+    path = tmp_path / "own.jsonl"
+    path.write_text(text)
+    for split in ("all", "train", "dev"):
+        message = complaint(load_examples, str(path), split)
+        assert message.startswith(f"{path}:{line}: " if line else f"{path} ") and part in message
+
+
+def test_too_few_rows(tmp_path):
+    task = write_jsonl(tmp_path / "train.jsonl", numbered(1))
+    for split in SIZES:
+        message = complaint(load_examples, task, split)
+        assert message.startswith(f"{task} has only 1 row") and "at least 2" in message
+    assert sources(task, "all") == [0]
+    write_jsonl(tmp_path / "dev.jsonl", numbered(1))
+    assert sources(task, "train") == sources(task, "dev") == [0]
+
+
+def test_missing_jsonl(tmp_path):
+    message = complaint(load_examples, str(tmp_path / "none.jsonl"), "train")
+    assert str(tmp_path / "none.jsonl") in message and '{"source": "...", "target": "..."}' in message
+    assert "is missing" in complaint(load_examples, ".jsonl", "all", tmp_path)
+
+
+# ---- examples -> token ids ----
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Bytes and one merge, so that ids can be written down: " a" is 256, "<|endoftext|>" 257, a blank 220."""
+    vocab = {character: i for i, character in enumerate(byte_alphabet())}
+    return Tokenizer({**vocab, "Ġa": 256, "<|endoftext|>": 257}, [("Ġ", "a")])
+
+
+def test_exact_ids(tiny):
+    a, b, c, blank, end = 256, 65, 66, 220, 257
+    examples = [Example("a", ["b", "c a"]), Example("unlabelled", []), Example("b", ["a"])]
+    pairs = encode_pairs(examples, tiny)
+    assert pairs == [
+        ([a, blank], [blank, b, blank, end]),
+        ([a, blank], [blank, c, a, blank, end]),
+        ([blank, b, blank], [a, blank, end]),
+    ]
+    assert encode_source("a", tiny) == [a, blank]
+    assert pair_lengths(pairs) == [6, 7, 6]
+
+    pad = 999
+    batch = collate(pairs, end, pad)
+    assert batch.ids.tolist() == [
+        [a, blank, end, blank, b, blank, pad],
+        [a, blank, end, blank, c, a, blank],
+        [blank, b, blank, end, a, blank, pad],
+    ]
+    assert batch.index.tolist() == [2, 3, 4, 5, 9, 10, 11, 12, 13, 17, 18, 19]
+    assert batch.labels.tolist() == [blank, b, blank, end, blank, c, a, blank, end, a, blank, end]
+    assert (batch.rows, batch.tokens) == (3, 19)
+
+
+def test_the_sequence_reads_as_in_the_paper():
+    tokenizer = load_tokenizer(MINI)
+    examples = load_examples("e2e", "dev")[:20]
+    pairs = encode_pairs(examples, tokenizer)
+    texts = [(example.source, y) for example in examples for y in example.references]
+    assert len(pairs) == len(texts) == 60
+    batch = collate(pairs, tokenizer.end_id, tokenizer.pad_id)
+    T = batch.ids.size(1)
+    for b, ((source, _), (x, y)) in enumerate(zip(pairs, texts, strict=True)):
+        assert source == encode_source(x, tokenizer)
+        here = (batch.index >= b * T) & (batch.index < (b + 1) * T)
+        labels, begin = batch.labels[here].tolist(), int(batch.index[here][0]) - b * T
+        seen = batch.ids[b, : begin + len(labels)].tolist() + labels[-1:]  # what is read, and the last prediction
+        assert tokenizer.decode(seen) == f" {x} <|endoftext|> {y} <|endoftext|>"
+        assert tokenizer.decode(labels) == f" {y} <|endoftext|>" and labels[-1] == tokenizer.end_id
+
+
+def test_special_tokens_in_a_text_are_characters():
+    tokenizer = load_tokenizer(MINI)
+    ((source, target),) = encode_pairs([Example("a <|endoftext|> b", ["<|endoftext|>"])], tokenizer)
+    assert tokenizer.end_id not in source + target[:-1] and target[-1] == tokenizer.end_id
+
+
+def test_check_lengths():
+    pairs = [([1] * 3, [2] * 4), ([1] * 5, [2] * 6), ([1] * 2, [2] * 9), ([1], [2])]
+    check_lengths(pairs, 11, "x")
+    check_lengths([], 0, "x")
+    message = complaint(check_lengths, pairs, 10, "own.jsonl, train split")
+    assert message.startswith("own.jsonl, train split: pair 2 of 4 ") and "has 11 tokens" in message
+    assert "room for 10" in message and "shorten" in message
+    assert collate(pairs, 7, 8).ids.size(1) == 11  # the number that check_lengths speaks of
+
+
+# ---- ids -> batches ----
+
+
+def test_collate_properties():
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        sizes = rng.integers(1, 30, (rng.integers(1, 9), 2))
+        pairs = [(rng.integers(0, 50, s).tolist(), rng.integers(0, 50, t).tolist()) for s, t in sizes]
+        before = json.dumps(pairs)
+        batch = collate(pairs, 50, 51)
+        B, T = batch.ids.shape
+        assert (B, T) == (len(pairs), max(s + t for s, t in sizes)) and batch.rows == B
+        assert batch.ids.dtype == batch.index.dtype == batch.labels.dtype == torch.int64
+        assert batch.tokens == int((batch.ids != 51).sum())
+        assert json.dumps(pairs) == before
+        inputs = batch.ids.reshape(-1)
+        at = 0
+        for b, (source, target) in enumerate(pairs):
+            row = batch.ids[b].tolist()
+            assert row[: len(source) + 1] == [*source, 50]
+            index = batch.index[at : at + len(target)].tolist()
+            assert batch.labels[at : at + len(target)].tolist() == target
+            assert index == list(range(b * T + len(source), b * T + len(source) + len(target)))
+            # every label but the last is the next input of its row; after the last one there is only padding
+            assert [int(inputs[i + 1]) for i in index[:-1]] == target[:-1]
+            assert set(row[index[-1] - b * T + 1 :]) <= {51}
+            at += len(target)
+        assert at == len(batch.labels) == len(batch.index)
+
+
+def test_collate_when_padding_is_the_end_token(tiny):
+    pairs = encode_pairs([Example("a", ["b"]), Example("a a a", ["c c c"])], tiny)
+    batch = collate(pairs, tiny.end_id, tiny.pad_id)
+    assert tiny.end_id == tiny.pad_id
+    assert batch.labels.tolist() == pairs[0][1] + pairs[1][1]
+    assert batch.tokens == sum(map(len, pairs[0] + pairs[1]))
+
+
+def test_batch_to_device():
+    batch = collate([([1, 2], [3, 4])], 5, 6)
+    moved = batch.to("meta")
+    assert isinstance(moved, Batch) and {moved.ids.device, moved.index.device, moved.labels.device} == {
+        torch.device("meta")
+    }
+    assert (moved.rows, moved.tokens, moved.ids.shape) == (1, 4, (1, 4)) and batch.ids.device.type == "cpu"
+
+
+def test_bucket_batches_properties():
+    rng = np.random.default_rng(2)
+    for trial in range(200):
+        n, size = int(rng.integers(0, 700)), int(rng.integers(1, 20))
+        lengths = rng.integers(1, 40, n).tolist()
+        batches = bucket_batches(lengths, size, trial, 3)
+        assert sorted(i for batch in batches for i in batch) == list(range(n))
+        assert all(type(i) is int for batch in batches for i in batch)
+        assert len(batches) == -(-n // size)
+        assert sum(len(batch) != size for batch in batches) == (n % size > 0)
+        assert batches == bucket_batches(lengths, size, trial, 3)
+        in_order = sorted_batches(lengths, size)
+        assert [i for batch in in_order for i in batch] == sorted(range(n), key=lambda i: -lengths[i])
+        assert [len(batch) for batch in in_order] == [size] * (n // size) + [n % size] * (n % size > 0)
+
+
+def test_epochs_and_seeds_differ_and_the_global_seed_does_not_matter():
+    lengths = np.random.default_rng(3).integers(5, 60, 100).tolist()
+    runs = [bucket_batches(lengths, 10, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (0, 1), (2, 0))]
+    members = [{frozenset(batch) for batch in run} for run in runs]
+    for i in range(4):
+        for j in range(i):
+            assert runs[i] != runs[j]
+            assert len(members[i] & members[j]) <= 2  # other batches, not only another order of the same
+    np.random.seed(0)
+    assert bucket_batches(lengths, 10, 1, 0) == runs[0]
+
+
+def test_buckets_save_padding_and_come_in_any_order():
+    rng = np.random.default_rng(4)
+    lengths = rng.integers(10, 100, 10_000)
+
+    def computed(batches):
+        return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+
+    batches = bucket_batches(lengths.tolist(), 10, 0, 0)
+    assert computed(batches) < 1.05 * lengths.sum() < 1.3 * lengths.sum() < computed(np.split(np.arange(10_000), 1000))
+    means = [lengths[batch].mean() for batch in batches]
+    assert abs(np.corrcoef(means, np.arange(1000))[0, 1]) < 0.15
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.15
