@@ -1,6 +1,6 @@
 """Write texts with a trained prefix, and score them.
 
-    python sample.py --prefix runs/e2e-gpt2-mini/prefix.safetensors --input "name[The Mill], food[Thai], area[riverside]"
+    python sample.py --prefix runs/e2e-gpt2-mini/prefix.safetensors --input "name[The Mill], food[Thai]"
     python sample.py --prefix ... --file inputs.txt --output texts.txt      one input a line, or a .jsonl file
     python sample.py --prefix ... --task e2e --split test --data e2e/ --beams 5 --evaluate
 """
@@ -27,9 +27,9 @@ def parse_args():
     add("--model", help="the base model's folder or bundled name (default: the one the prefix was trained on)")
     inputs = parser.add_mutually_exclusive_group()
     inputs.add_argument("--input", nargs="+", metavar="TEXT", help="inputs, in the task's form")
-    inputs.add_argument("--file", help="a text file with one input a line, or a .jsonl file with rows {\"source\": ...}")
+    inputs.add_argument("--file", help='a text file with one input a line, or a .jsonl file with rows {"source": ...}')
     inputs.add_argument("--task", help='"e2e" or FILE.jsonl: the inputs of its --split (default: inputs from stdin)')
-    add("--split", default="test", choices=["train", "dev", "test", "all"], help="of --task (%(default)s)")
+    add("--split", choices=["train", "dev", "test", "all"], help="of --task (test; all rows of a FILE.jsonl)")
     add("--data", help="folder with the task's files")
     add("--limit", type=int, help="the first N inputs only")
     add("--beams", type=int, help="beam search with K beams, 1 is greedy (5)")
@@ -37,8 +37,8 @@ def parse_args():
     add("--max-new-tokens", type=int, default=64, help="%(default)s")
     add("--sample", action="store_true", help="draw at random instead of searching")
     add("--temperature", type=float, default=1.0, help="with --sample (%(default)s)")
-    add("--top-k", type=int, default=0, help="with --sample: from the K likeliest tokens only, 0 for all (%(default)s)")
-    add("--top-p", type=float, default=1.0, help="with --sample: from the likeliest tokens of this probability (%(default)s)")
+    add("--top-k", type=int, default=0, help="with --sample: only from the K likeliest tokens, 0 for all (%(default)s)")
+    add("--top-p", type=float, default=1.0, help="with --sample: only from the likeliest, of this mass (%(default)s)")
     add("--seed", type=int, default=101, help="of --sample (%(default)s)")
     add("--batch-size", type=int, default=16, help="inputs at a time (%(default)s)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
@@ -47,6 +47,7 @@ def parse_args():
     add("--evaluate", action="store_true", help="score the texts against the references, print and write the scores")
     args = parser.parse_args()
     args.beams = args.beams or (1 if args.sample else 5)
+    args.split = args.split or ("all" if str(args.task).endswith(".jsonl") else "test")
     return args
 
 
@@ -67,9 +68,10 @@ def main():
 
     generator = torch.Generator(device).manual_seed(args.seed)
     texts = generate(
-        model, tokenizer, [e.source for e in examples], prefix=prefix, beams=args.beams, max_new_tokens=args.max_new_tokens,
-        length_penalty=args.length_penalty, sample=args.sample, temperature=args.temperature, top_k=args.top_k,
-        top_p=args.top_p, generator=generator, batch_size=args.batch_size, progress=len(examples) > 1,
+        model, tokenizer, [example.source for example in examples], prefix=prefix, beams=args.beams,
+        max_new_tokens=args.max_new_tokens, length_penalty=args.length_penalty, sample=args.sample,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator,
+        batch_size=args.batch_size, progress=len(examples) > 1,
     )  # fmt: skip
     if args.evaluate and not args.output:
         args.output = (args.prefix.parent if args.prefix else Path()) / f"{args.split}.txt"
@@ -83,8 +85,7 @@ def main():
         scores = metrics.score(texts, [example.references for example in examples])
         print("  ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
         with atomic_write(args.output.with_suffix(".json")) as file:
-            settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-            json.dump({"scores": scores, "inputs": len(texts), "settings": settings}, file, indent=2)
+            json.dump({"scores": scores, "inputs": len(texts), "settings": vars(args)}, file, indent=2, default=str)
 
 
 def read_examples(args, trained_task):
@@ -97,7 +98,7 @@ def read_examples(args, trained_task):
     if args.input:
         lines = args.input
     else:
-        lines = (read_text(args.file) if args.file else sys.stdin.read()).splitlines()
+        lines = (read_text(args.file) if args.file else sys.stdin.read()).split("\n")
     examples = [Example(format_source(trained_task, line), []) for line in lines if line.strip()]
     if not examples:
         raise InputError("no input: give --input TEXT, --file FILE, --task, or lines on stdin")

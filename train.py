@@ -31,7 +31,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 folder, or a bundled model's name (%(default)s)")
-    add("--task", default="e2e", help='"e2e", or your own FILE.jsonl of {"source": ..., "target": ...} rows (%(default)s)')
+    add("--task", default="e2e", help='"e2e", or a FILE.jsonl of {"source": ..., "target": ...} rows (%(default)s)')
     add("--data", help="folder with the E2E CSV files; else data/e2e, else a download, else the bundled sample")
     add("--prefix-length", type=int, help="virtual tokens (5; bundled model 20)")
     add("--hidden", type=int, help="width of the reparametrisation MLP, 0 for none (512)")
@@ -43,12 +43,12 @@ def parse_args():
     add("--lr", type=float, help="peak learning rate (8e-5; bundled model 3e-3)")
     add("--warmup", type=int, default=0, help="steps of linear warm-up (%(default)s)")
     add("--eval-every", type=int, default=100, help="steps between dev losses and checkpoints (%(default)s)")
-    add("--eval-inputs", type=int, default=100, help="test inputs to write texts for at the end, 0 for none (%(default)s)")
+    add("--eval-inputs", type=int, default=100, help="test inputs to write texts for at the end (%(default)s)")
     add("--beams", type=int, default=5, help="beams of those texts (%(default)s)")
     add("--seed", type=int, default=101)
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the frozen model (%(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--out", type=Path, help="folder for prefix.safetensors, log.jsonl, result.json (runs/TASK-MODEL, numbered if taken)")
+    add("--out", type=Path, help="folder for prefix, log and result (runs/TASK-MODEL, numbered if taken)")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt after a kill")
     args = parser.parse_args()
     defaults = {**PAPER, **BUNDLED.get(Path(args.model).name, {})}
@@ -89,10 +89,13 @@ def main():
     prefix = Prefix(model, args.prefix_length, args.hidden).to(device)
     if args.init:
         prefix.init_from_words(model, tokenizer, args.init)
-    print(f"{folder} in {dtype} on {device}: {len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}")
+    print(f"{folder} in {dtype} on {device}")
+    print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}")
     print(f"prefix of length {args.prefix_length}: {parameter_shares(prefix, model)}")
-    log = train(model, prefix, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
-                lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, resume=args.resume)  # fmt: skip
+    log = train(
+        model, prefix, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size, lr=args.lr,
+        warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, resume=args.resume,
+    )  # fmt: skip
     path = args.out / "prefix.safetensors"
     save_prefix(path, prefix.fold(), model, {"base_model": args.model, "task": args.task})
     best = min(log, key=lambda row: row["dev_loss"])
@@ -100,11 +103,11 @@ def main():
 
     scores = compare(args, model, tokenizer, load_prefix(path, model)) if args.eval_inputs else {}
     seconds = round(time.time() - started, 1)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    result = {"dev_loss": best["dev_loss"], "best_step": best["step"], "scores": scores, "steps": steps,
+              "seconds": seconds, "dtype": str(dtype), "device": device, "settings": vars(args)}  # fmt: skip
     with atomic_write(args.out / "result.json") as file:
-        json.dump({"dev_loss": best["dev_loss"], "best_step": best["step"], "scores": scores, "steps": steps,
-                   "seconds": seconds, "dtype": str(dtype), "device": device, "settings": settings}, file, indent=2)  # fmt: skip
-    print(f"\nwrote {path} ({path.stat().st_size / 1024:,.0f} KiB), log.jsonl and result.json after {seconds:.0f} s; try")
+        json.dump(result, file, indent=2, default=str)
+    print(f"\nwrote {path} ({path.stat().st_size / 1024:,.0f} KiB), log.jsonl, result.json in {seconds:.0f} s; try")
     print(f"  python sample.py --prefix {shlex.quote(str(path))} --input {shlex.quote(example_input(args))}")
 
 

@@ -9,6 +9,7 @@ import copy
 import torch
 from tqdm import tqdm
 
+from minprefix.data import encode_source
 from minprefix.files import InputError
 
 
@@ -21,7 +22,7 @@ def generate(model, tokenizer, sources, prefix=None, beams=5, max_new_tokens=64,
     if isinstance(sources, str):
         raise InputError("sources is one text, a list of texts is needed")
     options.setdefault("forbidden", tokenizer.newline_ids)
-    ids = [tokenizer.encode(" " + text + " ") for text in sources]
+    ids = [encode_source(text, tokenizer) for text in sources]
     end = tokenizer.end_id  # it separates target from source, too
     targets = generate_ids(model, ids, end, end, prefix, beams, max_new_tokens, **options)
     return [tokenizer.decode(target).strip() for target in targets]

@@ -96,9 +96,9 @@ class MLPPart(nn.Module):
         """Train the MLP's output towards kv (L, 2, H, P, D) by mean squared error, as the authors do."""
         optimizer = torch.optim.Adam(self.parameters(), lr=lr)
         for _ in range(steps):
-            optimizer.zero_grad()
             F.mse_loss(self(), kv).backward()
             optimizer.step()
+            optimizer.zero_grad()  # last, so that no gradient is left for the training that follows
 
 
 @torch.no_grad()
@@ -167,7 +167,7 @@ def check_fits(prefix, model, path):
         norms = [float(norm) for norm in json.loads(prefix.info.get("base_fingerprint", "[]"))]
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: the base model's fingerprint in its metadata is not a list of numbers") from error
-    if any(abs(a - b) > 0.005 * abs(b) for a, b in zip(norms, fingerprint(model), strict=False)):
+    if not all(abs(a - b) <= 0.005 * abs(b) for a, b in zip(norms, fingerprint(model), strict=False)):
         raise InputError(f"{path} was made for {base}: this model has the same shape, but other weights")
 
 

@@ -1,4 +1,4 @@
-"""Penn Treebank tokens as COCO's caption evaluation sees them: Stanford's PTBTokenizer 3.4.1, its punctuation removed."""
+"""Penn Treebank tokens as COCO's caption evaluation sees them: those of Stanford's PTBTokenizer 3.4.1."""
 
 import functools
 import re

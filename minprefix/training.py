@@ -56,7 +56,8 @@ def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch
     and dev_loss (nats per target token), lr, and examples_per_s.
     """
     out, device = Path(out), next(model.parameters()).device
-    settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "seed": seed, "pairs": len(train_pairs)}
+    settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "eval_every": eval_every,
+                "seed": seed, "training pairs": len(train_pairs)}  # fmt: skip
     optimizer = torch.optim.AdamW(prefix.parameters(), lr=lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup))
     step, log, best = 0, [], None
@@ -129,7 +130,8 @@ def load_checkpoint(path, settings, prefix, optimizer, schedule):
         raise InputError(f"{path} cannot be resumed from, it is damaged: delete it to start again") from error
     for key, value in settings.items():
         if saved.get(key) != value:
-            raise InputError(f"{path} is of a run with {key} = {saved.get(key)}, not {value}: resume with the same settings")
+            was = f"{key} = {saved.get(key)}, not {value}"
+            raise InputError(f"{path} is of a run with {was}: resume with the same settings")
     try:
         prefix.load_state_dict(state["prefix"])
         optimizer.load_state_dict(state["optimizer"])

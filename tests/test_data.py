@@ -115,6 +115,9 @@ def test_linearise_refuses_long_text_fast(mr):
 
 def test_format_source():
     assert format_source("my.jsonl", " a[b] : c\n") == format_source("jsonl", "a[b] : c") == "a[b] : c"
+    assert format_source("e2e", "name[A : B]") == "name : A : B"
+    assert "slot[value]" in complaint(format_source, "e2e", "Blue Spice")
+    assert "slot[value]" in complaint(format_source, "e2e", "name : A | area[B]")
     assert "empty" in complaint(format_source, "e2e", "  ")
     assert "empty" in complaint(format_source, "jsonl", "")
     assert "lone surrogate" in complaint(format_source, "jsonl", "a\udcff")
@@ -154,10 +157,10 @@ def write_e2e(folder, text, split="train"):
 
 
 def test_grouping_keeps_the_files_order(tmp_path):
-    write_e2e(tmp_path, '\ufeffid,mr,ref\r\n1,name[B],b1\r\n\r\n2,name[A],"a1, ""x""\nand more"\r\n3,name[B], b2 \r\n')
+    write_e2e(tmp_path, '\ufeffid,mr,ref\r\n1,name[B],b1\r\n\r\n2,name[A],"a ""x"",\r\nand"\r\n3,name[B], b2 \r\n')
     assert load_examples("e2e", "train", tmp_path) == [
         Example("name : B", ["b1", "b2"]),
-        Example("name : A", ['a1, "x"\nand more']),
+        Example("name : A", ['a "x",\r\nand']),
     ]
 
 
@@ -379,7 +382,7 @@ def test_download_too_large(serve, capsys, monkeypatch):
 
 def test_no_network(capsys):
     begin = time.monotonic()
-    assert_sample(capsys, "refused")
+    assert_sample(capsys, "(urlopen error [Errno")
     assert time.monotonic() - begin < 5
 
 
@@ -449,6 +452,9 @@ def test_files_beside_train_jsonl(tmp_path):
     (tmp_path / "test.jsonl").unlink()
     assert [sources(task, split) for split in splits] == [rest + tail, [100, 101], [100, 101]]
     assert sources(task, "all") == rest + tail
+    for name in ("dev", "test"):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [{"source": "s"}])
+        assert complaint(load_examples, task, name).startswith(f"{path}:1: a JSONL row without a target")
 
 
 OK_ROW = '\n{"source": "a", "target": "b"}\n'  # so the next row is on line 3

@@ -112,8 +112,8 @@ def test_a_new_run_gets_a_folder_of_its_own(world, prefix_file, capsys, monkeypa
 
 def test_resume_of_a_finished_run_changes_nothing(prefix_file, world, capsys):
     before = prefix_file.read_bytes()
-    code, _, _ = call(train, capsys, "--model", world / "model", "--task", world / "rows.jsonl", "--steps", 6, "--resume",
-                      "--eval-every", 2, "--eval-inputs", 0, "--out", world / "run", "--device", "cpu")  # fmt: skip
+    code, _, _ = call(train, capsys, "--model", world / "model", "--task", world / "rows.jsonl", "--steps", 6,
+                      "--eval-every", 2, "--eval-inputs", 0, "--out", world / "run", "--resume")  # fmt: skip
     assert code == 0 and prefix_file.read_bytes() == before
 
 

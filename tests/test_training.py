@@ -27,7 +27,8 @@ def run(folder, out, steps=20, **options):
     torch.manual_seed(1)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     prefix = Prefix(model, 3, hidden=8)
-    log = train(model, prefix, tokenizer, PAIRS, PAIRS[:4], out, steps=steps, batch_size=4, lr=1e-2, eval_every=5, **options)
+    dev = PAIRS[:4]
+    log = train(model, prefix, tokenizer, PAIRS, dev, out, steps=steps, batch_size=4, lr=1e-2, eval_every=5, **options)
     return model, prefix, log
 
 
@@ -63,14 +64,11 @@ def test_one_step_is_adamw_on_the_sentence_mean(model_folder, tmp_path):
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
     prefix = Prefix(model, 3, hidden=8)
     kv = {name: p.detach().clone().requires_grad_() for name, p in prefix.named_parameters()}
-    loss = sum(
-        F.cross_entropy(
-            model(torch.tensor([[*source, 4095, *target[:-1]]]), torch.func.functional_call(prefix, kv))[0, len(source) :],
-            torch.tensor(target), reduction="sum",
-        )
-        for source, target in PAIRS
-    ) / len(PAIRS)  # fmt: skip
-    loss.backward()
+    loss = 0.0
+    for source, target in PAIRS:
+        logits = model(torch.tensor([[*source, 4095, *target[:-1]]]), torch.func.functional_call(prefix, kv))
+        loss = loss + F.cross_entropy(logits[0, len(source) :], torch.tensor(target), reduction="sum")
+    (loss / len(PAIRS)).backward()
     optimizer = torch.optim.AdamW(kv.values(), lr=1e-2, weight_decay=0.0)
     optimizer.step()
     train(model, prefix, tokenizer, PAIRS, PAIRS, tmp_path, steps=1, batch_size=len(PAIRS), lr=1e-2)
@@ -113,7 +111,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run(model_folder, tmp_path):
 
 def test_killed_and_resumed_gives_the_same_prefix_bit_for_bit(model_folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"source": f"item {i} of a list", "target": f"it is number {i}."}) + "\n" for i in range(60)))
+    examples = [{"source": f"item {i} of a list", "target": f"it is number {i}."} for i in range(60)]
+    rows.write_text("".join(json.dumps(example) + "\n" for example in examples))
 
     def command(out, *extra):
         options = ["--steps", "90", "--eval-every", "3", "--lr", "0.01", "--batch-size", "4", "--dtype", "float32"]

@@ -1,12 +1,12 @@
 """Pre-train a bundled model from a plain text corpus: first the BPE, then the language model.
 
-    python weights/pretrain.py bpe   --corpus corpus/ --out weights/gpt2-mini --vocab-size 4096   (pip install tokenizers)
-    python weights/pretrain.py train --corpus corpus/ --out weights/gpt2-mini --tokens 60e6       (again: resumes)
+    python weights/pretrain.py bpe   --corpus corpus/ --out weights/gpt2-mini --vocab-size 4096
+    python weights/pretrain.py train --corpus corpus/ --out weights/gpt2-mini --tokens 60e6     (again: resumes)
 
-The corpus folder holds `pretrain.txt.xz` and `heldout.txt.xz`, documents separated by <|endoftext|>. Runs on CPU or
-one GPU. Learning rate: warm-up, constant, linear decay over the last `--decay` of the tokens; so `--tokens` may be
-changed on resume until the decay begins. Hidden matrices are trained by Muon, everything else by AdamW, all in bf16
-with float32 master weights.
+The BPE is trained by HuggingFace's `tokenizers` (pip install -e ".[pretrain]"). The corpus folder holds
+`pretrain.txt.xz` and `heldout.txt.xz`, documents separated by <|endoftext|>. Runs on CPU or one GPU. Learning rate:
+warm-up, constant, linear decay over the last `--decay` of the tokens; so `--tokens` may be changed on resume until the
+decay begins. Hidden matrices are trained by Muon, everything else by AdamW, all in bf16 with float32 master weights.
 """
 
 import argparse
@@ -73,8 +73,9 @@ def random_start(args, step):
 
 def new_model(args, vocab_size):
     config = {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": vocab_size, "n_positions": args.positions,
-        "n_embd": args.width, "n_layer": args.layers, "n_head": args.heads, "activation_function": "gelu_new",
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": vocab_size,
+        "n_positions": args.positions, "n_embd": args.width, "n_layer": args.layers, "n_head": args.heads,
+        "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5, "bos_token_id": vocab_size - 1, "eos_token_id": vocab_size - 1,
         "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
     }  # fmt: skip
@@ -85,7 +86,7 @@ def new_model(args, vocab_size):
             torch.nn.init.normal_(p, std=0.02 * scale)
         elif name.endswith("bias"):
             torch.nn.init.zeros_(p)
-    with torch.no_grad():  # sinusoids are a better start than noise for positions that are to be learned from little text
+    with torch.no_grad():  # sinusoids are a better start than noise where positions are learned from little text
         angle = torch.arange(args.positions)[:, None] * 10000 ** -(torch.arange(0, args.width, 2) / args.width)
         model.wpe.weight.copy_(0.02 * torch.cat([angle.sin(), angle.cos()], dim=1))
     return model
@@ -162,8 +163,8 @@ def train(args):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        start = random_start(args, step)
-        loss = loss_of(model, rows(train_ids, order, step, args.batch_size, args.length).to(device), start, backward=True)
+        batch = rows(train_ids, order, step, args.batch_size, args.length).to(device)
+        loss = loss_of(model, batch, random_start(args, step), backward=True)
         update(model, masters, optimizers)
         step += 1
         bar.update()

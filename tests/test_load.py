@@ -1,0 +1,185 @@
+"""A model from every kind of folder that HuggingFace has written, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minprefix import load_model
+from minprefix.checkpoint import read_safetensors, read_tensors, write_safetensors
+from minprefix.files import InputError
+from minprefix.load import pick_device, pick_dtype
+
+TINY = Path(__file__).parent / "golden" / "tiny-gpt2"
+CONFIG = json.loads((TINY / "config.json").read_text())
+TENSORS = read_tensors(TINY)
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9]])
+
+
+def bare(tensors):
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+
+
+def with_buffers(tensors):
+    """The causal masks that older checkpoints hold."""
+    mask = torch.ones(1, 1, 24, 24, dtype=torch.uint8).tril()
+    for layer in range(2):
+        tensors = {**tensors, f"transformer.h.{layer}.attn.bias": mask}
+        tensors = {**tensors, f"transformer.h.{layer}.attn.masked_bias": torch.tensor(-1e4)}
+    return tensors
+
+
+def with_head(tensors):
+    return {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()}
+
+
+def write(folder, tensors, form="safetensors", config=CONFIG):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    names = sorted(tensors)
+    shards = {1: [names], 2: [names[:9], names[9:]]}[2 if form.startswith("sharded") else 1]
+    stem, ext = ("pytorch_model", "bin") if form.endswith("bin") else ("model", "safetensors")
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"{stem}.{ext}" if len(shards) == 1 else f"{stem}-{i:05}-of-{len(shards):05}.{ext}"
+        weight_map |= dict.fromkeys(shard, name)
+        part = {key: tensors[key] for key in shard}
+        if ext == "bin":
+            torch.save(part, folder / name)
+        else:
+            write_safetensors(folder / name, part, {"format": "pt"})
+    if len(shards) > 1:
+        (folder / f"{stem}.{ext}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected():
+    golden = read_safetensors(TINY.parent / "tiny-gpt2-logits.safetensors")[0]
+    model = load_model(TINY, dtype=torch.float64)
+    torch.testing.assert_close(model(golden["ids"]), golden["gelu_new.none"], rtol=0, atol=1e-12)
+    return model(IDS)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "sharded safetensors", "bin", "sharded bin"])
+@pytest.mark.parametrize("change", [dict, bare, with_buffers, with_head, lambda t: bare(with_buffers(with_head(t)))])
+def test_every_layout_gives_the_same_model(tmp_path, expected, form, change):
+    model = load_model(write(tmp_path / "m", change(TENSORS), form), dtype=torch.float64)
+    assert torch.equal(model(IDS), expected)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
+def test_stored_dtypes(tmp_path, expected, stored):
+    halves = {name: tensor.to(stored) for name, tensor in TENSORS.items()}
+    model = load_model(write(tmp_path / "m", halves), dtype=torch.float64)
+    assert 1e-6 < (model(IDS) - expected).abs().max() < 0.5 or stored == torch.float64
+    exact = write(tmp_path / "exact", {name: tensor.double() for name, tensor in halves.items()})
+    assert torch.equal(model(IDS), load_model(exact, dtype=torch.float64)(IDS))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = load_model(tmp_path / "m", dtype=dtype)
+        assert {p.dtype for p in model.parameters()} == {dtype} and model(IDS).dtype == dtype
+
+
+def test_mixed_dtypes(tmp_path):
+    mixed = {name: tensor.half() if i % 2 else tensor for i, (name, tensor) in enumerate(TENSORS.items())}
+    model = load_model(write(tmp_path / "m", mixed))
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and model(IDS).isfinite().all()
+
+
+def test_frozen_and_in_eval_mode():
+    model = load_model(TINY)
+    assert not any(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
+    assert not model(IDS).requires_grad
+    assert not any(p.is_meta for p in model.parameters()) and not list(model.buffers())
+
+
+def test_the_file_is_never_changed(tmp_path):
+    folder = shutil.copytree(TINY, tmp_path / "m")
+    before = (folder / "model.safetensors").read_bytes()
+    model = load_model(folder)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_untied_head(tmp_path, expected):
+    config = {**CONFIG, "tie_word_embeddings": False}
+    untied = write(tmp_path / "m", {**TENSORS, "lm_head.weight": 2 * TENSORS["transformer.wte.weight"]}, config=config)
+    assert torch.equal(load_model(untied, dtype=torch.float64)(IDS), 2 * expected)
+    with pytest.raises(InputError, match="lacks 1 of the model's 29 tensors, first 'lm_head.weight'"):
+        load_model(write(tmp_path / "m", TENSORS, config=config))
+
+
+def changed(**change):
+    """The tensors with some replaced, or dropped where the new one is None."""
+    change = {f"transformer.{name.replace('__', '.')}": tensor for name, tensor in change.items()}
+    return {name: tensor for name, tensor in {**TENSORS, **change}.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        (changed(wpe__weight=None), "lacks 1 of the model's 28 tensors, first 'wpe.weight'"),
+        ({}, "lacks 28 of the model's 28 tensors"),
+        (changed(h__2__ln_1__bias=torch.zeros(16)), "does not know, 1 .*'h.2.ln_1.bias'"),
+        (changed(wte__weight=torch.zeros(38, 16)), r"'wte.weight' has shape \(38, 16\), .* asks for \(37, 16\)"),
+        (changed(h__1__mlp__c_fc__weight=torch.zeros(40, 16)), r"'h.1.mlp.c_fc.weight' has shape \(16, 40\)"),
+        (changed(h__1__mlp__c_fc__weight=torch.zeros(640)), r"'h.1.mlp.c_fc.weight' has shape \(640,\)"),
+        (changed(ln_f__bias=torch.zeros(16, dtype=torch.int32)), "'ln_f.bias' holds torch.int32"),
+        ({**TENSORS, "wte.weight": torch.zeros(37, 16)}, "'wte.weight' is there twice"),
+    ],
+)
+def test_other_tensors_are_refused(tmp_path, tensors, message):
+    with pytest.raises(InputError, match=message):
+        load_model(write(tmp_path / "m", tensors))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"model_type": "bart"}, "model_type is 'bart', minprefix runs 'gpt2'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"activation_function": "swish"}, "activation 'swish'"),
+        ({"n_layer": 3}, "lacks 12 of the model's 40 tensors, first 'h.2.attn.c_attn.bias'"),
+        ({"n_positions": 48}, r"'wpe.weight' has shape \(24, 16\), config.json asks for \(48, 16\)"),
+    ],
+)
+def test_other_configs_are_refused(tmp_path, config, message):
+    with pytest.raises(InputError, match=message):
+        load_model(write(tmp_path / "m", TENSORS, config={**CONFIG, **config}))
+
+
+def test_missing_folder_or_files(tmp_path):
+    with pytest.raises(InputError, match="no model 'no-such-model'"):
+        load_model("no-such-model")
+    with pytest.raises(InputError, match="no config.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(InputError, match="no weights"):
+        load_model(tmp_path)
+
+
+def test_pick_device(monkeypatch):
+    for cuda, mps, expected in ((True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert pick_device("auto") == expected and pick_device("cpu") == "cpu"
+        for name, there in (("cuda", cuda), ("mps", mps)):
+            if there:
+                assert pick_device(name) == name
+            else:
+                with pytest.raises(InputError, match=f"--device {name}"):
+                    pick_device(name)
+
+
+def test_pick_dtype(monkeypatch):
+    for device in ("cpu", "cuda", "mps"):
+        assert pick_dtype("float32", device) == torch.float32 and pick_dtype("bfloat16", device) == torch.bfloat16
+    assert pick_dtype("auto", "mps") == torch.float32
+    for flags, expected in (({"amx_bf16": True}, torch.bfloat16), ({"avx512_bf16": True}, torch.bfloat16),
+                            ({"avx512_bf16": False}, torch.float32), ({}, torch.float32)):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        assert pick_dtype("auto", "cpu") == expected
