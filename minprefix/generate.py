@@ -68,13 +68,13 @@ def generate_ids(
 
 
 def _one_by_one(model, cache, ids, end_id, max_new_tokens, forbidden, choose):
-    """From the start tokens ids (B,), the token that `choose` picks at each step -> (B, <= N), end_id after the end."""
+    """From the start tokens ids (B,), the token that `choose` picks at each step -> (B, <= N), running past the end."""
     done = torch.zeros_like(ids, dtype=torch.bool)
     columns = []
     for _ in range(max_new_tokens):
         logits = model.logits(model.step(ids, cache)).float()
         logits[:, forbidden] = float("-inf")
-        ids = choose(logits).masked_fill(done, end_id)
+        ids = choose(logits)
         columns.append(ids)
         done |= ids == end_id
         if done.all():
