@@ -286,13 +286,11 @@ def encode_source(text, tokenizer):
 
 def encode_pairs(examples, tokenizer):
     """One (source ids, target ids) for each reference of each example, in order; the target ends with end_id."""
-    sources = tokenizer.encode_batch([f" {example.source} " for example in examples])
-    targets = iter(tokenizer.encode_batch([f" {y} " for example in examples for y in example.references]))
-    return [
-        (source, next(targets) + [tokenizer.end_id])
-        for example, source in zip(examples, sources, strict=True)
-        for _ in example.references
-    ]
+    pairs = []
+    for example in examples:
+        source = encode_source(example.source, tokenizer)
+        pairs += [(source, tokenizer.encode(f" {y} ") + [tokenizer.end_id]) for y in example.references]
+    return pairs
 
 
 def pair_lengths(pairs):

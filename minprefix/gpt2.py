@@ -136,8 +136,9 @@ def check_config(config):
     if config.get("n_inner") is not None:
         shape["n_inner"] = config["n_inner"]
     for key, size in shape.items():
-        if type(size) is not int or not 0 < size < 2**24:
-            raise InputError(f"config.json of the GPT-2 model: {key} is {size!r}, a positive integer is needed")
+        most = 1000 if key == "n_layer" else 2**24  # far above any GPT-2, low enough to fail fast
+        if type(size) is not int or not 0 < size <= most:
+            raise InputError(f"config.json of the GPT-2 model: {key} is {size!r}, an integer of 1 to {most} is needed")
     if shape["n_embd"] % shape["n_head"]:
         raise InputError(f"config.json: n_embd {shape['n_embd']} is not a multiple of n_head {shape['n_head']}")
     for key, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),

@@ -50,10 +50,6 @@ class Tokenizer:
         """Token ids of a text. "<|endoftext|>" and the like inside it are ordinary characters."""
         return [self.rank_to_id[rank] for rank in self.encoding.encode_ordinary(text)]
 
-    def encode_batch(self, texts):
-        """`encode` for many texts, on all cores."""
-        return [[self.rank_to_id[r] for r in ranks] for ranks in self.encoding.encode_ordinary_batch(texts)]
-
     def decode(self, ids):
         """The text of token ids; bytes that are not UTF-8 (half a character) become U+FFFD."""
         return b"".join(map(self._bytes, ids)).decode("utf-8", errors="replace")

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from tiny import ROOT, write_tiny_model
 
 import sample
 import train
 from minprefix import load_model, load_prefix
 from minprefix.checkpoint import read_safetensors
 from minprefix.files import run_main
+from tests.tiny import ROOT, write_tiny_model
 
 ROWS = [{"source": f"item {i} of the list", "target": f"This is item number {i}."} for i in range(40)]
 MR = "name[The Golden Lantern], eatType[pub], food[Thai]"

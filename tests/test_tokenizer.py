@@ -85,16 +85,11 @@ def test_ids_of_e2e_equal_huggingface(folder):
 
 
 def test_ids_equal_transformers(folder):
-    """Its GPT2Tokenizer, and the folder that this saves: tokenizer.json alone, or all three files."""
+    """Its own GPT2Tokenizer, made of the same files."""
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     theirs, ours = transformers.GPT2Tokenizer.from_pretrained(folder), load_tokenizer(folder)
     texts = [text for text in random_texts(500) if "<" not in text]  # "<|endoftext|>" is a token to transformers
-    assert ours.encode_batch(texts) == theirs(texts)["input_ids"]
-
-
-def test_encode_batch_is_encode(mini):
-    texts = [*random_texts(200), ""]
-    assert mini.encode_batch(texts) == [mini.encode(text) for text in texts] and mini.encode("") == []
+    assert [ours.encode(text) for text in texts] == theirs(texts)["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -150,9 +145,9 @@ def test_decode_bytes_that_are_no_text(mini):
                                         ("\n", "x"), ("\u3000", "x")])  # fmt: skip
 def test_a_megabyte_takes_no_time(mini, piece, end):
     text = piece * (2**20 // len(piece.encode()) if piece != "\u3000" else 2**20) + end  # a stack could hold a million
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock on the wall: the machine may be busy
     ids = mini.encode(text)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert mini.decode(ids) == text
 
 
@@ -170,7 +165,7 @@ def test_tokenizer_json_equals_vocab_and_merges(folder, tmp_path):
     texts = random_texts(300)
     for pairs in (True, False):
         other = load_tokenizer(write_spec(tmp_path, merges_written(made, pairs)))
-        assert other.encode_batch(texts) == ours.encode_batch(texts)
+        assert [other.encode(text) for text in texts] == [ours.encode(text) for text in texts]
         for name in ("vocab_size", "end_id", "pad_id", "newline_ids", "special", "rank_to_id"):
             assert getattr(other, name) == getattr(ours, name)
 
@@ -180,7 +175,8 @@ def test_the_folder_that_transformers_saves(tmp_path, mini):
     transformers.GPT2Tokenizer.from_pretrained(MINI).save_pretrained(tmp_path)
     saved = load_tokenizer(tmp_path)
     texts = random_texts(300)
-    assert saved.encode_batch(texts) == mini.encode_batch(texts) and saved.special == mini.special
+    assert [saved.encode(text) for text in texts] == [mini.encode(text) for text in texts]
+    assert saved.special == mini.special
 
 
 # ---- a small tokeniser, to be spoilt ----
@@ -248,7 +244,7 @@ def test_a_special_token_among_the_added_only(tmp_path):
     assert tokenizer.end_id == 300 and tokenizer.vocab_size == 301
 
 
-def test_missing_files(tmp_path, mini):
+def test_missing_files(tmp_path):
     with pytest.raises(InputError, match="no tokeniser: vocab.json and merges.txt, or tokenizer.json"):
         load_tokenizer(tmp_path)
     shutil.copy(MINI / "vocab.json", tmp_path)

@@ -7,13 +7,13 @@ import time
 
 import pytest
 import torch
-from tiny import ROOT, write_tiny_model
 from torch.nn import functional as F
 
 from minprefix import Prefix, load_model, load_tokenizer
 from minprefix.data import collate
 from minprefix.files import InputError
 from minprefix.training import batch_stream, dev_loss, linear_schedule, target_loss, train
+from tests.tiny import ROOT, write_tiny_model
 
 PAIRS = [([5 + i, 6, 7 + i], [40 + i, 50, 60, 4095]) for i in range(12)] + [([9], [8, 4095])]
 

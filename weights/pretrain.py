@@ -54,7 +54,7 @@ def corpus_ids(args, split):
         tokenizer = load_tokenizer(args.out)
         documents = read_documents(args.corpus / f"{split}.txt.xz")
         np.random.default_rng(0).shuffle(documents)
-        chunks = [np.array([*ids, tokenizer.end_id], np.uint16) for ids in tokenizer.encode_batch(documents)]
+        chunks = [np.array([*tokenizer.encode(text), tokenizer.end_id], np.uint16) for text in documents]
         with atomic_write(cached, "wb") as file:
             np.save(file, np.concatenate(chunks))
     return np.load(cached, mmap_mode="r")
