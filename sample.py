@@ -7,6 +7,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from minprefix import generate, load_model, load_prefix, load_tokenizer, metrics
 from minprefix.checkpoint import resolve_model
 from minprefix.data import Example, format_source, load_examples
 from minprefix.files import InputError, atomic_write, read_text, run_main
-from minprefix.load import pick_device, pick_dtype
+from minprefix.load import check_vocabulary, pick_device, pick_dtype
 from minprefix.prefix import check_fits
 
 
@@ -43,10 +44,22 @@ def parse_args():
     add("--batch-size", type=int, default=16, help="inputs at a time (%(default)s)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--output", type=Path, help="write the texts there, one a line, instead of printing them")
+    add("--output", type=Path, help="write the texts there, one a line, and the scores to a .json file beside")
     add("--evaluate", action="store_true", help="score the texts against the references, print and write the scores")
     args = parser.parse_args()
-    args.beams = args.beams or (1 if args.sample else 5)
+    if args.beams is None:
+        args.beams = 1 if args.sample else 5
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit is {args.limit}: it must be above 0")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed is {args.seed}: it must be at least 0")
+    if args.evaluate:
+        inputs = args.split if args.task else Path(args.file or "input").stem
+        args.output = args.output or (args.prefix.parent if args.prefix else Path()) / f"texts-{inputs}.txt"
+        if args.output.suffix == ".json":
+            raise InputError(f"--output {args.output}: the scores go to a .json file of that name, choose another")
+    if args.output and not os.access(next(p for p in args.output.resolve().parents if p.exists()), os.W_OK):
+        raise InputError(f"--output {args.output}: that folder cannot be written to")
     args.split = args.split or ("all" if str(args.task).endswith(".jsonl") else "test")
     return args
 
@@ -60,32 +73,35 @@ def main():
     device = pick_device(args.device)
     folder = resolve_model(name)
     model, tokenizer = load_model(folder, device, pick_dtype(args.dtype, device)), load_tokenizer(folder)
+    check_vocabulary(tokenizer, model, folder)
     if prefix:
         check_fits(prefix, model, args.prefix)
     examples = read_examples(args, prefix.info.get("task", "") if prefix else "")[: args.limit]
     if args.evaluate and not all(example.references for example in examples):
         raise InputError("--evaluate needs references: use --task with a split, or a .jsonl file with targets")
 
-    generator = torch.Generator(device).manual_seed(args.seed)
     texts = generate(
         model, tokenizer, [example.source for example in examples], prefix=prefix, beams=args.beams,
         max_new_tokens=args.max_new_tokens, length_penalty=args.length_penalty, sample=args.sample,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator,
-        batch_size=args.batch_size, progress=len(examples) > 1,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        generator=torch.Generator(device).manual_seed(args.seed), batch_size=args.batch_size,
+        progress=len(examples) > 1,
     )  # fmt: skip
-    if args.evaluate and not args.output:
-        args.output = (args.prefix.parent if args.prefix else Path()) / f"{args.split}.txt"
+    lines = [" ".join(text.splitlines()) for text in texts]  # one text is one line, whatever characters it has
     if args.output:
         with atomic_write(args.output) as file:
-            file.writelines(text + "\n" for text in texts)
-        print(f"wrote {len(texts)} texts to {args.output}", file=sys.stderr)
+            file.writelines(line + "\n" for line in lines)
+        print(f"wrote {len(lines)} texts to {args.output}", file=sys.stderr)
     else:
-        print(*texts, sep="\n")
+        print(*lines, sep="\n")
     if args.evaluate:
-        scores = metrics.score(texts, [example.references for example in examples])
+        scores = metrics.score(lines, [example.references for example in examples])
+        if "METEOR" not in scores:
+            print("METEOR left out: it needs pip install -e '.[eval]' and Java", file=sys.stderr)
         print("  ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
         with atomic_write(args.output.with_suffix(".json")) as file:
-            json.dump({"scores": scores, "inputs": len(texts), "settings": vars(args)}, file, indent=2, default=str)
+            result = {"scores": scores, "inputs": len(lines), "settings": vars(args)}
+            json.dump(result, file, indent=2, default=str)
 
 
 def read_examples(args, trained_task):
@@ -95,10 +111,7 @@ def read_examples(args, trained_task):
     if args.file and args.file.endswith(".jsonl"):
         examples = load_examples(args.file, "all")
         return [Example(format_source(trained_task, e.source), e.references) for e in examples]
-    if args.input:
-        lines = args.input
-    else:
-        lines = (read_text(args.file) if args.file else sys.stdin.read()).split("\n")
+    lines = args.input or read_text(args.file or "-").split("\n")
     examples = [Example(format_source(trained_task, line), []) for line in lines if line.strip()]
     if not examples:
         raise InputError("no input: give --input TEXT, --file FILE, --task, or lines on stdin")

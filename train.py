@@ -15,16 +15,18 @@ from pathlib import Path
 import torch
 
 from minprefix import Prefix, generate, load_model, load_prefix, load_tokenizer, metrics
-from minprefix.checkpoint import resolve_model
-from minprefix.data import check_lengths, encode_pairs, find_e2e, load_examples
+from minprefix.checkpoint import bundled_name, resolve_model
+from minprefix.data import SEQUENCE, check_lengths, encode_pairs, encode_source, find_e2e, load_examples
 from minprefix.files import InputError, atomic_write, run_main
-from minprefix.load import pick_device, pick_dtype
+from minprefix.load import check_vocabulary, pick_device, pick_dtype
 from minprefix.prefix import parameter_shares, save_prefix
 from minprefix.training import train
 
 # The paper's settings for full-size models, and those measured to suit the bundled one (see weights/README.md).
 PAPER = {"prefix_length": 5, "hidden": 512, "lr": 8e-5, "batch_size": 10, "epochs": 5}
-BUNDLED = {"gpt2-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 1500}}
+BUNDLED = {"gpt2-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 1200}}
+NEW_TOKENS = 64  # the longest text that is written at the end
+EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
 
 
 def parse_args():
@@ -36,8 +38,9 @@ def parse_args():
     add("--prefix-length", type=int, help="virtual tokens (5; bundled model 20)")
     add("--hidden", type=int, help="width of the reparametrisation MLP, 0 for none (512)")
     add("--init", help='words whose activations start the prefix, e.g. "table to text :" (default: random)')
-    add("--epochs", type=float, help="passes over the training pairs (5)")
-    add("--steps", type=int, help="optimiser steps, instead of --epochs (bundled model 1500)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, help="passes over the training pairs (5)")
+    length.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs (bundled model 1200)")
     add("--limit", type=int, help="train on the first N pairs only")
     add("--batch-size", type=int, help="pairs in a step (10; bundled model 16)")
     add("--lr", type=float, help="peak learning rate (8e-5; bundled model 3e-3)")
@@ -51,12 +54,19 @@ def parse_args():
     add("--out", type=Path, help="folder for prefix, log and result (runs/TASK-MODEL, numbered if taken)")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt after a kill")
     args = parser.parse_args()
-    defaults = {**PAPER, **BUNDLED.get(Path(args.model).name, {})}
+    args.model = resolve_model(args.model)
+    defaults = BUNDLED.get(bundled_name(args.model), PAPER)
     if args.epochs is None and args.steps is None:
-        args.steps, args.epochs = defaults.get("steps"), defaults["epochs"]
+        args.steps, args.epochs = defaults.get("steps"), defaults.get("epochs")
     for key in ("prefix_length", "hidden", "lr", "batch_size"):
         if getattr(args, key) is None:
             setattr(args, key, defaults[key])
+    for key in ("epochs", "steps", "limit", "batch_size", "lr", "eval_every", "beams"):
+        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
+            raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be above 0, and finite")
+    for key in ("warmup", "eval_inputs", "seed"):
+        if not 0 <= getattr(args, key) < 2**63:
+            raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be at least 0")
     args.out = run_folder(args)
     return args
 
@@ -67,7 +77,7 @@ def run_folder(args):
         raise InputError(f"{args.out} holds a run already: add --resume to go on with it, or choose another --out")
     if args.out:
         return args.out
-    first, number = Path("runs", f"{Path(args.task).stem}-{Path(args.model).name}"), 1
+    first, number = Path("runs", f"{Path(args.task).stem}-{args.model.resolve().name}"), 1
     folder, last = first, first
     while folder.exists():
         number += 1
@@ -81,55 +91,67 @@ def main():
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    folder = resolve_model(args.model)
-    model, tokenizer = load_model(folder, device, dtype), load_tokenizer(folder)
-    train_pairs, dev_pairs = load_pairs(args, model, tokenizer)
+    model, tokenizer = load_model(args.model, device, dtype), load_tokenizer(args.model)
+    check_vocabulary(tokenizer, model, args.model)
+    train_pairs, dev_pairs, test = load_data(args, model, tokenizer)
     steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
 
     prefix = Prefix(model, args.prefix_length, args.hidden).to(device)
     if args.init:
         prefix.init_from_words(model, tokenizer, args.init)
-    print(f"{folder} in {dtype} on {device}")
-    print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}")
+    print(f"{args.model} in {dtype} on {device}")
+    print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}, results in {args.out}")
     print(f"prefix of length {args.prefix_length}: {parameter_shares(prefix, model)}")
-    log = train(
+    if args.resume and not (args.out / "checkpoint.pt").exists():
+        print(f"nothing to resume in {args.out}: starting")
+    log, best_step = train(
         model, prefix, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size, lr=args.lr,
         warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, resume=args.resume,
     )  # fmt: skip
     path = args.out / "prefix.safetensors"
-    save_prefix(path, prefix.fold(), model, {"base_model": args.model, "task": args.task})
-    best = min(log, key=lambda row: row["dev_loss"])
-    print(f"dev loss {log[0]['dev_loss']:.3f} before training, {best['dev_loss']:.3f} at step {best['step']} (kept)")
+    base = bundled_name(args.model) or str(args.model.resolve())
+    task = "jsonl" if args.task.endswith(".jsonl") else args.task
+    save_prefix(path, prefix.fold(), model, {"base_model": base, "task": task, "sequence": SEQUENCE})
+    best = min(row["dev_loss"] for row in log)
+    print(f"dev loss {log[0]['dev_loss']:.3f} before training, {best:.3f} at step {best_step} (kept)")
 
-    scores = compare(args, model, tokenizer, load_prefix(path, model)) if args.eval_inputs else {}
+    scores = compare(args, model, tokenizer, load_prefix(path, model), test) if test else {}
     seconds = round(time.time() - started, 1)
-    result = {"dev_loss": best["dev_loss"], "best_step": best["step"], "scores": scores, "steps": steps,
-              "seconds": seconds, "dtype": str(dtype), "device": device, "settings": vars(args)}  # fmt: skip
+    result = {"dev_loss": best, "best_step": best_step, "scores": scores, "steps": steps, "seconds": seconds,
+              "dtype": str(dtype), "device": device, "settings": vars(args)}  # fmt: skip
     with atomic_write(args.out / "result.json") as file:
         json.dump(result, file, indent=2, default=str)
+    example = EXAMPLE if args.task == "e2e" else (test[0].source if test else "...")
     print(f"\nwrote {path} ({path.stat().st_size / 1024:,.0f} KiB), log.jsonl, result.json in {seconds:.0f} s; try")
-    print(f"  python sample.py --prefix {shlex.quote(str(path))} --input {shlex.quote(example_input(args))}")
+    print(f"  python sample.py --prefix {shlex.quote(str(path))} --input {shlex.quote(example)}")
 
 
-def load_pairs(args, model, tokenizer):
-    """Training pairs, and at most 500 dev pairs, as token ids that are known to fit the model."""
+def load_data(args, model, tokenizer):
+    """Training pairs, at most 500 dev pairs, --eval-inputs test examples; everything is known to fit the model."""
     room = model.config["n_positions"] - args.prefix_length
     pairs = {}
     for split in ("train", "dev"):
         pairs[split] = encode_pairs(load_examples(args.task, split, args.data), tokenizer)
         check_lengths(pairs[split], room, f"{args.task}, {split} split")
-    return pairs["train"][: args.limit], pairs["dev"][:: math.ceil(len(pairs["dev"]) / 500)]
+    test = spread(load_examples(args.task, "test", args.data), args.eval_inputs) if args.eval_inputs else []
+    longest = [(encode_source(example.source, tokenizer), [0] * NEW_TOKENS) for example in test]
+    check_lengths(longest, room, f"{args.task}, test split with {NEW_TOKENS} new tokens")
+    return pairs["train"][: args.limit], spread(pairs["dev"], 500), test
 
 
-def compare(args, model, tokenizer, prefix):
+def spread(items, most):
+    """At most so many of the items, evenly spaced."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def compare(args, model, tokenizer, prefix, test):
     """Texts for held-out inputs from the frozen model alone and with the prefix: print the scores and one example."""
-    examples = load_examples(args.task, "test", args.data)
-    examples = examples[:: math.ceil(len(examples) / args.eval_inputs)]
-    sources, references = [e.source for e in examples], [e.references for e in examples]
+    sources, references = [e.source for e in test], [e.references for e in test]
     texts, scores = {}, {}
     for name, kv in (("without", None), ("with", prefix)):
         print(f"\nwriting {len(sources)} texts for held-out inputs {name} the prefix, {args.beams} beams")
-        texts[name] = generate(model, tokenizer, sources, prefix=kv, beams=args.beams, progress=True)
+        texts[name] = generate(model, tokenizer, sources, kv, args.beams, NEW_TOKENS, progress=True)
         scores[name] = {"BLEU": metrics.bleu(texts[name], references)}
     print(f"\ninput           {sources[0]}\nwithout prefix  {texts['without'][0][:200]}")
     print(f"with prefix     {texts['with'][0]}\nreference       {references[0][0]}")
@@ -137,12 +159,6 @@ def compare(args, model, tokenizer, prefix):
     what = "the bundled sample, not E2E" if sample else f"{args.task}, {len(sources)} test inputs"
     print(f"BLEU on {what}: {scores['without']['BLEU']:.3f} without the prefix, {scores['with']['BLEU']:.3f} with it")
     return scores
-
-
-def example_input(args):
-    if args.task == "e2e":
-        return "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
-    return load_examples(args.task, "test", args.data)[0].source
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ def resolve_model(name):
     raise InputError(f"no model {name!r}: there is neither such a folder nor one in {WEIGHTS} (which has: {bundled})")
 
 
+def bundled_name(folder):
+    """The name of a bundled model's folder, None for a folder elsewhere."""
+    folder = Path(folder).resolve()
+    return folder.name if folder.parent == WEIGHTS else None
+
+
 def read_config(folder):
     """A model folder's `config.json` as a dict; InputError if the folder or the file is missing or unusable."""
     folder = check_folder(folder)

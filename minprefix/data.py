@@ -25,6 +25,7 @@ from tqdm import tqdm
 from minprefix.files import InputError, atomic_write, read_text
 from minprefix.sample_e2e import sample_rows
 
+SEQUENCE = " {x} <|endoftext|> {y} <|endoftext|>"  # what the model reads: source, then target
 E2E_URL = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
 E2E_FOLDER = Path("data/e2e")
 E2E_FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
@@ -58,9 +59,10 @@ def load_examples(task, split, data=None):
     see `find_e2e`.
 
     "FILE.jsonl", rows {"source": x, "target": y} or {"source": x, "references": [y, ...]}: split "all" is every row,
-    references or not. For the others each row needs a reference. "train" is the file less a held-out tail, "dev"
-    that tail (a tenth of the rows, at least 1, at most 500), and "test" the same as "dev". But beside a file that is
-    called train.jsonl, dev.jsonl takes the place of the tail (nothing is held out then) and test.jsonl that of "test".
+    references or not. For the others each row needs a reference, and rows with one source become one Example. "train"
+    is the file less a held-out tail, "dev" that tail (a tenth of the sources, at least 1, at most 500), and "test" the
+    same as "dev". But beside a file that is called train.jsonl, dev.jsonl takes the place of the tail (nothing is held
+    out then) and test.jsonl that of "test".
     """
     if task == "e2e" and split in E2E_FILES:
         return load_e2e(split, find_e2e(data))
@@ -107,12 +109,7 @@ def load_e2e(split, folder):
         rows = [(f"bundled {split} sample", mr, ref) for mr, ref in sample_rows(split)]
     else:
         rows = read_e2e_csv(folder / E2E_FILES[split])
-    examples = {}
-    for where, mr, ref in rows:
-        if mr not in examples:
-            examples[mr] = Example(linearise_e2e(mr, where), [])
-        examples[mr].references.append(ref)
-    return list(examples.values())
+    return grouped([Example(linearise_e2e(mr, where), [ref]) for where, mr, ref in rows])
 
 
 def read_e2e_csv(path):
@@ -227,16 +224,24 @@ def load_jsonl(path, split):
     dev, test = path.with_name("dev.jsonl"), path.with_name("test.jsonl")
     has_dev, has_test = (path.name == "train.jsonl" and file.is_file() for file in (dev, test))
     if split == "test" and has_test:
-        return read_jsonl(test, labelled=True)
+        return grouped(read_jsonl(test, labelled=True))
     if split != "train" and has_dev:
-        return read_jsonl(dev, labelled=True)
-    examples = read_jsonl(path, labelled=True)
+        return grouped(read_jsonl(dev, labelled=True))
+    examples = grouped(read_jsonl(path, labelled=True))  # before the cut: no source on both sides of it
     if has_dev:
         return examples
     if len(examples) < 2:
-        raise InputError(f"{path} has only 1 row, and one is held out: at least 2 are needed to train")
+        raise InputError(f"{path} has only 1 row or source, and one is held out: at least 2 are needed to train")
     held_out = min(max(len(examples) // 10, 1), 500)
     return examples[:-held_out] if split == "train" else examples[-held_out:]
+
+
+def grouped(examples):
+    """One Example for each distinct source, in the order of the first, with all of its references."""
+    by_source = {}
+    for example in examples:
+        by_source.setdefault(example.source, Example(example.source, [])).references.extend(example.references)
+    return list(by_source.values())
 
 
 def read_jsonl(path, labelled=False):

@@ -25,10 +25,10 @@ def run_main(main):
 
 
 def read_text(path):
-    """The UTF-8 text of a file, a byte-order mark dropped, line ends kept as they are."""
+    """The UTF-8 text of a file (or of stdin, for "-"), a byte-order mark dropped, line ends kept as they are."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return file.read()
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return content.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -43,7 +43,8 @@ def generate_ids(
     forbidden: ids that are never generated. progress: show a bar.
     InputError: an option makes no sense, or a source is too long for the model.
     """
-    _check(model, sources, prefix, beams, max_new_tokens, sample, temperature, top_k, top_p, forbidden, batch_size)
+    _check(model, sources, prefix, beams, max_new_tokens, length_penalty, sample, temperature, top_k, top_p, forbidden,
+           batch_size)  # fmt: skip
     device = next(model.parameters()).device
     forbidden = torch.tensor(list(forbidden), dtype=torch.long, device=device)
 
@@ -170,7 +171,8 @@ def _rows(prefix, batch):
     return part
 
 
-def _check(model, sources, prefix, beams, max_new_tokens, sample, temperature, top_k, top_p, forbidden, batch_size):
+def _check(model, sources, prefix, beams, max_new_tokens, length_penalty, sample, temperature, top_k, top_p, forbidden,
+           batch_size):  # fmt: skip
     """InputError where the options of `generate_ids` make no sense."""
     allowed = model.config["vocab_size"] - len(set(forbidden))
     rows = {kv.size(2) for kv in (prefix or {}).values() if kv.dim() == 6} - {1, len(sources)}
@@ -178,7 +180,8 @@ def _check(model, sources, prefix, beams, max_new_tokens, sample, temperature, t
         (beams < 1, f"beams is {beams}, at least 1 is needed"),
         (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, at least 1 is needed"),
         (batch_size < 1, f"batch_size is {batch_size}, at least 1 is needed"),
-        (not temperature > 0, f"temperature is {temperature}, it must be above 0"),
+        (not 1e-6 <= temperature < 1e6, f"temperature is {temperature}, it must be between 1e-6 and 1e6"),
+        (not -100 < length_penalty < 100, f"length_penalty is {length_penalty}, it must be between -100 and 100"),
         (top_k < 0, f"top_k is {top_k}, it must be 0 (all tokens) or more"),
         (not 0 < top_p <= 1, f"top_p is {top_p}, it must be above 0 and at most 1"),
         (sample and beams > 1, f"sampling with {beams} beams is not supported: use beams 1"),

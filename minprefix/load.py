@@ -38,6 +38,13 @@ def check_state(state, expected, folder):
             raise InputError(f"{folder}: tensor {name!r} holds {tensor.dtype}, not floating-point numbers")
 
 
+def check_vocabulary(tokenizer, model, folder):
+    """InputError if the tokeniser has ids that the model has no embedding for."""
+    if tokenizer.vocab_size > model.config["vocab_size"]:
+        sizes = f"{tokenizer.vocab_size} tokens, the model {model.config['vocab_size']}"
+        raise InputError(f"{folder}: the tokeniser has {sizes}: they belong to different models")
+
+
 def pick_device(name):
     """"auto" is CUDA, else Apple's MPS, else the CPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

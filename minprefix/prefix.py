@@ -120,14 +120,21 @@ def parameter_shares(prefix, model):
 
 
 def fingerprint(model):
-    """Norms of the first eight embedding rows: equal for a model in any dtype, different for another model."""
-    return [round(row.float().norm().item(), 4) for row in next(model.parameters())[:8]]
+    """A norm of each parameter (of its first eight rows): all but the same in any dtype, different in other weights."""
+    return [float(f"{p[:8].float().norm().item():.4g}") for p in model.parameters()]
 
 
 def save_prefix(path, folded, model, info):
     """Write a folded prefix as one safetensors file; info: base_model (name or folder), task, ... (strings)."""
-    base = {"base_shape": json.dumps(model.prefix_sites), "base_fingerprint": json.dumps(fingerprint(model))}
-    info = {"format": "minprefix", "version": version(), "position_offset": str(folded.position_offset), **base, **info}
+    info = {
+        "format": "minprefix",
+        "version": version(),
+        "prefix_length": str(next(iter(folded.values())).size(-2)),
+        "position_offset": str(folded.position_offset),
+        "base_shape": json.dumps(model.prefix_sites),  # site -> layers, heads, head dimension
+        "base_fingerprint": json.dumps(fingerprint(model)),
+        **info,
+    }
     write_safetensors(path, {site: kv.float().contiguous() for site, kv in folded.items()}, info)
 
 
@@ -164,10 +171,11 @@ def check_fits(prefix, model, path):
                 f"{path} was made for {base}: its {site} prefix has (layers, heads, dim) {(L, H, D)}, this model {has}"
             )
     try:
-        norms = [float(norm) for norm in json.loads(prefix.info.get("base_fingerprint", "[]"))]
+        norms = [float(norm) for norm in json.loads(prefix.info.get("base_fingerprint", ""))]
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: the base model's fingerprint in its metadata is not a list of numbers") from error
-    if not all(abs(a - b) <= 0.005 * abs(b) for a, b in zip(norms, fingerprint(model), strict=False)):
+    own = fingerprint(model)
+    if len(norms) != len(own) or not all(abs(a - b) <= 0.005 * b for a, b in zip(norms, own, strict=True)):
         raise InputError(f"{path} was made for {base}: this model has the same shape, but other weights")
 
 

@@ -1,5 +1,6 @@
 """The optimisation loop: steps, dev loss, checkpoints that a killed run resumes from, a log."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from minprefix.data import bucket_batches, collate, pair_lengths, sorted_batches
 from minprefix.files import InputError, atomic_write
+from minprefix.prefix import fingerprint
 
 
 def target_loss(model, batch, prefix):
@@ -48,60 +50,76 @@ def batch_stream(pairs, batch_size, seed, start):
 
 def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_size, lr, warmup=0, eval_every=100,
           seed=101, resume=False):  # fmt: skip
-    """Train a prefix for `steps` steps of AdamW; leave the weights with the best dev loss in it and return the log.
+    """Train a prefix for `steps` steps of AdamW; leave the weights with the best dev loss in it -> (log, best step).
 
     The loss is summed over the target tokens of a sentence and averaged over sentences, the authors' scale for GPT-2.
-    Every `eval_every` steps the dev loss is taken and OUT/log.jsonl and OUT/checkpoint.pt are written; with `resume`
-    the run goes on from there, bit for bit as if it had not stopped (on CPU). The log's rows hold step, epoch, loss
-    and dev_loss (nats per target token), lr, and examples_per_s.
+    At the start and every `eval_every` steps the dev loss is taken and OUT/checkpoint.pt and OUT/log.jsonl are written;
+    with `resume` the run goes on from there, on the same CPU bit for bit as if it had not stopped. Rows of the log:
+    step, epoch, dev_loss (nats per target token), and after the start loss (likewise, since the last row), lr,
+    examples_per_s.
     """
     out, device = Path(out), next(model.parameters()).device
-    settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "eval_every": eval_every,
-                "seed": seed, "training pairs": len(train_pairs)}  # fmt: skip
+    settings = {
+        "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "eval_every": eval_every, "seed": seed,
+        "position_offset": prefix.position_offset, "model": fingerprint(model),
+        "dtype": str(next(model.parameters()).dtype),
+        "training data": digest(train_pairs), "dev data": digest(dev_pairs),
+    }  # fmt: skip
     optimizer = torch.optim.AdamW(prefix.parameters(), lr=lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup))
-    step, log, best = 0, [], None
-    if resume:
+    if resume and (out / "checkpoint.pt").exists():
         step, log, best = load_checkpoint(out / "checkpoint.pt", settings, prefix, optimizer, schedule)
-    if not log:
+        write_log(out, log)
+    else:
+        step, log, best = 0, [], None
+
+    def evaluate(**measured):
+        """Take the dev loss, keep the best weights, and write everything down."""
+        nonlocal best
         loss = dev_loss(model, prefix, dev_pairs, tokenizer, batch_size)
-        log.append({"step": 0, "epoch": 0.0, "dev_loss": loss})
-    window_loss, window_tokens, window_start = torch.zeros((), device=device), 0, time.perf_counter()
+        check_finite(loss, step, lr)
+        epoch = round(step * batch_size / len(train_pairs), 3)
+        log.append({"step": step, "epoch": epoch, "dev_loss": loss, **measured})
+        if best is None or loss < best["dev_loss"]:
+            weights = {name: p.detach().clone() for name, p in prefix.state_dict().items()}
+            best = {"dev_loss": loss, "step": step, "weights": weights}
+        save_checkpoint(out, settings, step, log, best, prefix, optimizer, schedule)
+        write_log(out, log)
+
+    if not log:
+        evaluate()
     bar = tqdm(total=steps, initial=step, desc="training", unit="step", dynamic_ncols=True)
-    bar.set_postfix(dev_loss=f"{log[-1]['dev_loss']:.3f}")
-    for pairs in itertools.islice(batch_stream(train_pairs, batch_size, seed, step), steps - step):
-        batch = collate(pairs, tokenizer.end_id, tokenizer.pad_id).to(device)
-        loss = target_loss(model, batch, prefix())
-        (loss / batch.rows).backward()
-        loss = loss.detach()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        step += 1
-        window_loss, window_tokens = window_loss + loss, window_tokens + len(batch.labels)
-        bar.update()
-        if step % 10 == 0:  # reading the loss waits for the device: not at every step
-            check_finite(loss, step, lr)
-            speed = bar.format_dict["rate"] or 0.0
-            bar.set_postfix(loss=f"{float(loss) / len(batch.labels):.3f}", dev_loss=f"{log[-1]['dev_loss']:.3f}",
-                            examples_per_s=f"{speed * batch_size:.0f}")  # fmt: skip
-        if step % eval_every == 0 or step == steps:
-            elapsed = time.perf_counter() - window_start
-            row = {"step": step, "epoch": round(step * batch_size / len(train_pairs), 3)}
-            row |= {"loss": float(window_loss) / window_tokens, "lr": optimizer.param_groups[0]["lr"]}
-            row["dev_loss"] = dev_loss(model, prefix, dev_pairs, tokenizer, batch_size)
-            row["examples_per_s"] = round(min(eval_every, step) * batch_size / elapsed, 1)
-            check_finite(row["dev_loss"], step, lr)
-            if best is None or row["dev_loss"] < best["dev_loss"]:
-                weights = {name: p.detach().clone() for name, p in prefix.state_dict().items()}
-                best = {"dev_loss": row["dev_loss"], "step": step, "weights": weights}
-            log.append(row)
-            bar.write(f"step {step:>6}  loss {row['loss']:.4f}  dev loss {row['dev_loss']:.4f}")
-            save_checkpoint(out, settings, step, log, best, prefix, optimizer, schedule)
-            window_loss, window_tokens, window_start = torch.zeros_like(window_loss), 0, time.perf_counter()
-    bar.close()
+    with bar:
+        bar.set_postfix(dev_loss=f"{log[-1]['dev_loss']:.3f}")
+        total, tokens, examples, since = torch.zeros((), device=device), 0, 0, time.perf_counter()
+        for pairs in itertools.islice(batch_stream(train_pairs, batch_size, seed, step), steps - step):
+            batch = collate(pairs, tokenizer.end_id, tokenizer.pad_id).to(device)
+            loss = target_loss(model, batch, prefix())
+            (loss / batch.rows).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            step += 1
+            total, tokens, examples = total + loss.detach(), tokens + len(batch.labels), examples + batch.rows
+            bar.update()
+            if step % 10 == 0:  # reading the loss waits for the device: not at every step
+                check_finite(loss.detach(), step, lr)
+                speed = (bar.format_dict["rate"] or 0.0) * batch_size
+                bar.set_postfix(loss=f"{float(loss.detach()) / len(batch.labels):.3f}",
+                                dev_loss=f"{log[-1]['dev_loss']:.3f}", examples_per_s=f"{speed:.0f}")  # fmt: skip
+            if step % eval_every == 0 or step == steps:
+                mean = float(total) / tokens
+                speed = round(examples / (time.perf_counter() - since), 1)
+                evaluate(loss=mean, lr=optimizer.param_groups[0]["lr"], examples_per_s=speed)
+                bar.write(f"step {step:>6}  loss {mean:.4f}  dev loss {log[-1]['dev_loss']:.4f}")
+                total, tokens, examples, since = torch.zeros_like(total), 0, 0, time.perf_counter()
     prefix.load_state_dict(best["weights"])
-    return log
+    return log, best["step"]
+
+
+def digest(pairs):
+    """A short hash of (source, target) pairs: whether a run is resumed on the data that it began with."""
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
 def check_finite(loss, step, lr):
@@ -109,28 +127,29 @@ def check_finite(loss, step, lr):
         raise InputError(f"the loss became {float(loss)} at step {step}: lower the learning rate (--lr, now {lr})")
 
 
-def save_checkpoint(out, settings, step, log, best, prefix, optimizer, schedule):
-    """OUT/log.jsonl and OUT/checkpoint.pt: all that the next step depends on."""
-    state = {"settings": settings, "step": step, "log": log, "best": best, "prefix": prefix.state_dict(),
-             "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}  # fmt: skip
-    with atomic_write(out / "checkpoint.pt", "wb") as file:
-        torch.save(state, file)
+def write_log(out, log):
     with atomic_write(out / "log.jsonl") as file:
         file.writelines(json.dumps(row) + "\n" for row in log)
 
 
+def save_checkpoint(out, settings, step, log, best, prefix, optimizer, schedule):
+    """OUT/checkpoint.pt: all that the next step depends on."""
+    state = {"settings": settings, "step": step, "log": log, "best": best, "prefix": prefix.state_dict(),
+             "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}  # fmt: skip
+    with atomic_write(out / "checkpoint.pt", "wb") as file:
+        torch.save(state, file)
+
+
 def load_checkpoint(path, settings, prefix, optimizer, schedule):
-    """Put a run's state back -> (step, log, best); from the start if the run had not saved anything yet."""
-    if not path.exists():
-        return 0, [], None
+    """Put a run's state back -> (step, log, best). InputError if it is damaged, or of a run with other settings."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["settings"]
+        saved = dict(state["settings"])
     except Exception as error:  # torch.load documents no closed list of errors for a damaged file
         raise InputError(f"{path} cannot be resumed from, it is damaged: delete it to start again") from error
     for key, value in settings.items():
         if saved.get(key) != value:
-            was = f"{key} = {saved.get(key)}, not {value}"
+            was = f"another {key}" if key == "model" else f"{key} = {saved.get(key)}, not {value}"
             raise InputError(f"{path} is of a run with {was}: resume with the same settings")
     try:
         prefix.load_state_dict(state["prefix"])
@@ -138,4 +157,4 @@ def load_checkpoint(path, settings, prefix, optimizer, schedule):
         schedule.load_state_dict(state["schedule"])
         return state["step"], state["log"], state["best"]
     except (RuntimeError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is of a run with another prefix or model: resume with the same settings") from error
+        raise InputError(f"{path} is of a run with another prefix: resume with the same settings") from error

@@ -54,7 +54,7 @@ def prefix_file(world):
 def test_train_writes_prefix_log_and_result(prefix_file, world):
     tensors, info = read_safetensors(prefix_file)
     assert tensors["decoder"].shape == (2, 2, 4, 5, 8) and tensors["decoder"].dtype == torch.float32
-    assert info["task"] == str(world / "rows.jsonl") and info["base_model"] == str(world / "model")
+    assert info["task"] == "jsonl" and info["base_model"] == str(world / "model")
     log = [json.loads(line) for line in (world / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [0, 2, 4, 6]
     result = json.loads((world / "run" / "result.json").read_text())
@@ -139,6 +139,14 @@ BAD = {
     "unknown task": (train, "--model model --task poetry", "poetry"),
     "run there already": (train, "--model model --task rows.jsonl --out run", "--resume"),
     "prefix length 0": (train, "--model model --task rows.jsonl --prefix-length 0", "prefix length 0"),
+    "no steps": (train, "--model model --task rows.jsonl --steps 0", "--steps is 0"),
+    "no rate": (train, "--model model --task rows.jsonl --lr nan", "--lr is nan"),
+    "no beams": (sample, "--prefix run/prefix.safetensors --input x --beams 0", "beams is 0"),
+    "seed too large": (sample, f"--prefix run/prefix.safetensors --input x --sample --seed {2**70}", "--seed"),
+    "length penalty nan": (sample, "--prefix run/prefix.safetensors --input x --length-penalty nan", "length_p"),
+    "scores over texts": (sample, "--prefix run/prefix.safetensors --input x --evaluate --output a.json", "a.json"),
+    "another model's tokeniser": (train, "--model mixed --task rows.jsonl", "different models"),
+    "resume elsewhere": (train, "--model twin --task rows.jsonl --out run --steps 6 --eval-every 2 --resume", "model"),
     "no such prefix": (sample, "--prefix nowhere.safetensors --input x", "nowhere.safetensors"),
     "not a prefix": (sample, "--prefix model/model.safetensors --input x", "model/model.safetensors"),
     "pickle for a prefix": (sample, "--prefix run/checkpoint.pt --input x", "run/checkpoint.pt"),
@@ -163,9 +171,11 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, world, prefix_file, c
         weights = world / "truncated" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1])
         (world / "untargeted.jsonl").write_text('{"source": "a", "target": "b"}\n{"source": "a"}\n')
-        (world / "long.jsonl").write_text((json.dumps({"source": "word " * 300, "target": "b"}) + "\n") * 2)
+        long = [{"source": f"{i} " + "word " * 299, "target": "b"} for i in range(2)]
+        (world / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
         (world / "long.txt").write_text("word " * 300)
         (world / "empty.txt").write_text("\n")
+        write_tiny_model(world / "mixed", vocab_size=100)
         (world / "no_mr").mkdir()
         (world / "no_mr" / "trainset.csv").write_text("meaning,ref\na,b\n")
         break_prefix(prefix_file, world / "lost.safetensors", base_model="long/gone")

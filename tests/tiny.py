@@ -12,10 +12,10 @@ from minprefix.gpt2 import GPT2, to_huggingface
 ROOT = Path(__file__).parent.parent
 
 
-def write_tiny_model(folder, seed=0, n_positions=256):
-    """2 layers, width 32, 4 heads, the bundled 4,096 tokens."""
+def write_tiny_model(folder, seed=0, vocab_size=4096):
+    """2 layers, width 32, 4 heads, 256 positions, the bundled tokeniser."""
     torch.manual_seed(seed)
-    model = GPT2({"vocab_size": 4096, "n_positions": n_positions, "n_embd": 32, "n_layer": 2, "n_head": 4})
+    model = GPT2({"vocab_size": vocab_size, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4})
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     folder.mkdir(parents=True)
