@@ -52,7 +52,8 @@ def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch
           seed=101, resume=False):  # fmt: skip
     """Train a prefix for `steps` steps of AdamW; leave the weights with the best dev loss in it -> (log, best step).
 
-    The loss is summed over the target tokens of a sentence and averaged over sentences, the authors' scale for GPT-2.
+    The loss is summed over the target tokens of a sentence and averaged over sentences, and the gradient's norm is cut
+    to 1, as in the authors' GPT-2 runs.
     At the start and every `eval_every` steps the dev loss is taken and OUT/checkpoint.pt and OUT/log.jsonl are written;
     with `resume` the run goes on from there, on the same CPU bit for bit as if it had not stopped. Rows of the log:
     step, epoch, dev_loss (nats per target token), and after the start loss (likewise, since the last row), lr,
@@ -96,6 +97,7 @@ def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch
             batch = collate(pairs, tokenizer.end_id, tokenizer.pad_id).to(device)
             loss = target_loss(model, batch, prefix())
             (loss / batch.rows).backward()
+            torch.nn.utils.clip_grad_norm_(prefix.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
