@@ -12,7 +12,7 @@ import train
 from minprefix import load_model, load_prefix
 from minprefix.checkpoint import read_safetensors
 from minprefix.files import run_main
-from tests.tiny import ROOT, write_tiny_model
+from tests.tiny import write_tiny_model
 
 ROWS = [{"source": f"item {i} of the list", "target": f"This is item number {i}."} for i in range(40)]
 MR = "name[The Golden Lantern], eatType[pub], food[Thai]"
@@ -197,8 +197,3 @@ def test_help_is_readable(capsys):
     for script in (train, sample):
         code, out, _ = call(script, capsys, "--help")
         assert code == 0 and "usage" in out
-
-
-def test_readme_commands_are_the_ones_that_exist():
-    readme = (ROOT / "README.md").read_text()
-    assert "python train.py" in readme and "python -m pytest" in readme

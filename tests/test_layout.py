@@ -1,0 +1,29 @@
+"""The README's reading order is the order of the imports, and its commands are those that .ci/run runs."""
+
+import re
+
+from tests.tiny import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_each_file_imports_only_files_above_it():
+    table = README[README.index("## Read it") :]
+    order = [name for name in re.findall(r"`minprefix/(\w+)\.py`", table)]
+    assert sorted(order) == sorted(p.stem for p in (ROOT / "minprefix").glob("*.py") if p.stem != "__init__")
+    for place, name in enumerate(order):
+        source = (ROOT / "minprefix" / f"{name}.py").read_text(encoding="utf-8")
+        imported = set(re.findall(r"^\s*from minprefix\.(\w+) import", source, re.M))
+        assert imported <= set(order[:place]), name
+
+
+def test_the_core_needs_four_packages():
+    for path in [*(ROOT / "minprefix").glob("*.py"), ROOT / "train.py", ROOT / "sample.py"]:
+        imported = set(re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.M))
+        assert imported.isdisjoint({"transformers", "peft", "safetensors", "tokenizers", "sacrebleu"}), path
+
+
+def test_ci_runs_the_readmes_test_command():
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for words in ('pip install -q -e ".[test]"', "python -m pytest"):
+        assert words in README and words in ci
