@@ -24,7 +24,7 @@ from minprefix.training import train
 
 # The paper's settings for full-size models, and those measured to suit the bundled one (see weights/README.md).
 PAPER = {"prefix_length": 5, "hidden": 512, "lr": 8e-5, "batch_size": 10, "epochs": 5}
-BUNDLED = {"gpt2-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 1200}}
+BUNDLED = {"gpt2-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 1500}}
 NEW_TOKENS = 64  # the longest text that is written at the end
 EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
 
@@ -40,7 +40,7 @@ def parse_args():
     add("--init", help='words whose activations start the prefix, e.g. "table to text :" (default: random)')
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, help="passes over the training pairs (5)")
-    length.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs (bundled model 1200)")
+    length.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs (bundled model 1500)")
     add("--limit", type=int, help="train on the first N pairs only")
     add("--batch-size", type=int, help="pairs in a step (10; bundled model 16)")
     add("--lr", type=float, help="peak learning rate (8e-5; bundled model 3e-3)")
