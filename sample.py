@@ -49,6 +49,7 @@ def parse_args():
     args = parser.parse_args()
     if args.beams is None:
         args.beams = 1 if args.sample else 5
+    args.split = args.split or ("all" if str(args.task).endswith(".jsonl") else "test")
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit is {args.limit}: it must be above 0")
     if not 0 <= args.seed < 2**63:
@@ -60,7 +61,6 @@ def parse_args():
             raise InputError(f"--output {args.output}: the scores go to a .json file of that name, choose another")
     if args.output and not os.access(next(p for p in args.output.resolve().parents if p.exists()), os.W_OK):
         raise InputError(f"--output {args.output}: that folder cannot be written to")
-    args.split = args.split or ("all" if str(args.task).endswith(".jsonl") else "test")
     return args
 
 

@@ -95,6 +95,13 @@ def test_sample_evaluates(prefix_file, world, capsys):
     assert json.loads(output.with_suffix(".json").read_text())["scores"].keys() >= {"BLEU", "NIST", "ROUGE-L", "CIDEr"}
 
 
+def test_scores_lie_beside_the_prefix_by_default(prefix_file, world, capsys):
+    code, _, _ = call(sample, capsys, "--prefix", prefix_file, "--task", world / "rows.jsonl", "--limit", 1,
+                      "--max-new-tokens", 2, "--evaluate")  # fmt: skip
+    written = sorted(path.name for path in prefix_file.parent.glob("texts*"))
+    assert code == 0 and written == ["texts-all.json", "texts-all.txt"]
+
+
 def test_sampling_follows_its_seed(prefix_file, capsys):
     def draw(seed):
         return call(sample, capsys, "--prefix", prefix_file, "--input", "item 3", "--sample", "--seed", seed)[1]
