@@ -2,6 +2,9 @@
 
 BLEU and NIST see mteval-13a tokens; ROUGE-L, CIDEr and METEOR see what COCO's caption evaluation sees: lower-cased
 Penn Treebank tokens from Stanford's PTBTokenizer 3.4.1 (read as UTF-8), most punctuation removed.
+
+For summaries, `summary_score` gives ROUGE-1, -2 and -L with intervals, through the package rouge-score: other tokens,
+stems, and a plain F1, so its ROUGE-L is not the ROUGE-L of `score`.
 """
 
 import contextlib
@@ -10,6 +13,8 @@ import math
 import re
 import shutil
 from collections import Counter
+
+import numpy as np
 
 from minprefix.files import InputError
 from minprefix.ptb import ptb_tokens
@@ -182,6 +187,48 @@ def meteor(hypotheses, references):
     finally:
         if program.lock.locked():  # a failed call keeps the lock, and the destructor would wait for it for ever
             program.lock.release()
+
+
+def summary_score(hypotheses, references):
+    """ROUGE of summaries: {"ROUGE-1": mean F1 in 0..1, "ROUGE-2", "ROUGE-L"} and {the same keys: (low, high)}.
+
+    The second dict has 95% bootstrap intervals over the inputs. Raises InputError if the package is missing.
+    """
+    values = rouge(hypotheses, references)
+    # One seed for all three: each measure sees the same resamples of the inputs.
+    intervals = {measure: bootstrap(v) for measure, v in values.items()}
+    return {measure: float(np.mean(v)) for measure, v in values.items()}, intervals
+
+
+def rouge(hypotheses, references):
+    """{"ROUGE-1": the F1 of each input, "ROUGE-2", "ROUGE-L"} (Lin 2004; google's rouge-score with Porter stems).
+
+    With several references: the best of the references for each measure. A text is one sentence to ROUGE-L. A token
+    is a run of a-z and 0-9 of the lower-cased text, all else only separates: a text without any scores 0.
+    """
+    check(hypotheses, references)
+    names = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
+    scorer = rouge_scorer()(list(names.values()), use_stemmer=True)
+    rows = [scorer.score_multi(group, hypothesis) for hypothesis, group in zip(hypotheses, references, strict=True)]
+    return {measure: [float(row[name].fmeasure) for row in rows] for measure, name in names.items()}
+
+
+def rouge_scorer():
+    """The class that does it; InputError if its package is missing."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise InputError('ROUGE of summaries needs rouge-score: pip install -e ".[eval]"') from error
+    return RougeScorer
+
+
+def bootstrap(values, resamples=1000, level=0.95, seed=0):
+    """(low, high): the percentile bootstrap interval of the mean of `values` (Efron 1979), the same for equal seeds."""
+    values, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
+    # Row by row: all indices at once would take 90 MB for 11,334 inputs, and ten times as long.
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 @functools.lru_cache(maxsize=1 << 15)  # BLEU and NIST, and one evaluation after another, see the same references
