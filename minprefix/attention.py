@@ -11,7 +11,7 @@ import torch
 def attend(q, segments):
     """Scaled dot-product attention of q (B, H, T, D) over all keys of all segments at once -> (B, H, T, D).
 
-    A segment is (k, v, mask): k and v (b, H, S, D); mask None, or (T, S) or (B, 1, 1, S) to be added to the scores, 0
+    A segment is (k, v, mask): k and v (b, H, S, D); mask None, or (T, S) or (b, 1, 1, S) to be added to the scores, 0
     where a query may look and -inf where not. b divides B, and row i of a segment serves the B/b consecutive query
     rows from i*B/b on: a prefix for the whole batch has b = 1, the source of an example serves all of its beams.
     Concatenating the scores instead of the keys is what keeps such a segment stored once.
@@ -20,7 +20,9 @@ def attend(q, segments):
     scores = []
     for k, _, mask in segments:
         score = _shared_matmul(q, k.transpose(-1, -2))
-        scores.append(score if mask is None else score + mask)
+        if mask is not None:
+            score = score + (mask if mask.dim() == 2 else mask.repeat_interleave(q.size(0) // k.size(0), dim=0))
+        scores.append(score)
     if len(segments) == 1:
         return _shared_matmul(scores[0].softmax(dim=-1), segments[0][1])
     weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([k.size(-2) for k, _, _ in segments], dim=-1)
@@ -42,9 +44,14 @@ def causal_mask(T, like):
     return torch.full((T, T), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
 
 
-def padding_mask(lengths, S, like):
-    """(B, 1, 1, S) for right-padded rows of `lengths` (B,): the pads are hidden."""
-    pads = torch.arange(S, device=like.device) >= lengths[:, None]
+def real_tokens(lengths, S):
+    """(B, S), true at the tokens of right-padded rows of `lengths` (B,)."""
+    return torch.arange(S, device=lengths.device) < lengths[:, None]
+
+
+def padding_mask(real, like):
+    """(B, 1, 1, S) from (B, S), true or 1 at the tokens: the padding is hidden. dtype and device of `like`."""
+    pads = real.to(like.device) == 0
     return torch.zeros(pads.shape, dtype=like.dtype, device=like.device).masked_fill(pads, float("-inf"))[:, None, None]
 
 
@@ -67,28 +74,31 @@ def prefix_length(prefix, site):
     return 0 if prefix is None or site not in prefix else prefix[site].size(-2)
 
 
+def first_position(prefix):
+    """Position id of the (decoder's) first token: what the prefix was trained with, by default its length."""
+    offset = getattr(prefix, "position_offset", None)
+    return prefix_length(prefix, "decoder") if offset is None else offset
+
+
 @dataclass
 class Cache:
     """Keys and values of a generation under way: B examples, R = B * beams rows, the rows of an example adjacent.
 
-    prefix, source: per layer the segments that no step changes, with 1 or B rows; source_mask: (B, 1, 1, S).
+    fixed: per layer the segments of self-attention that no step changes, with 1 or B rows: the prefix, GPT-2's source.
+    cross: likewise of cross-attention: BART's prefix and source; None for GPT-2.
     suffix: per layer (k, v) (R, H, t, D) of the tokens generated so far, None before the first.
     position: (R,) position ids of the next token.
     """
 
-    prefix: list
-    source: list
-    source_mask: torch.Tensor
+    fixed: list
+    cross: list | None
     suffix: list
     position: torch.Tensor
 
     def segments(self, layer):
-        """The segments before the next token: prefix, source, suffix."""
-        rows = self.position.size(0) // self.source_mask.size(0)
-        mask = self.source_mask.repeat_interleave(rows, dim=0)
-        k, v = self.source[layer]
+        """What self-attention sees before the next token."""
         suffix = self.suffix[layer]
-        return [*self.prefix[layer], (k, v, mask), *([(*suffix, None)] if suffix else [])]
+        return [*self.fixed[layer], *([(*suffix, None)] if suffix else [])]
 
     def append(self, layer, k, v):
         """Take in one token's keys and values (R, H, 1, D)."""

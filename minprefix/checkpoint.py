@@ -22,6 +22,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
+GENERATION_IDS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
@@ -43,15 +44,25 @@ def bundled_name(folder):
 
 
 def read_config(folder):
-    """A model folder's `config.json` as a dict; InputError if the folder or the file is missing or unusable."""
+    """A model folder's `config.json` as a dict; InputError if the folder or the file is missing or unusable.
+
+    BART's first and last tokens may stand in `generation_config.json`, which then has the last word, as in HuggingFace.
+    """
     folder = check_folder(folder)
     path = folder / "config.json"
     if not os.path.lexists(path):
         raise InputError(f"{folder} has no config.json: give a HuggingFace model folder (config, weights, tokeniser)")
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds a JSON {type(config).__name__}, expected an object: download it again")
-    return config
+    config = read_object(path)
+    path = folder / "generation_config.json"
+    generation = read_object(path) if path.is_file() else {}
+    return {**config, **{key: generation[key] for key in GENERATION_IDS if key in generation}}
+
+
+def read_object(path):
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a JSON {type(value).__name__}, expected an object: download it again")
+    return value
 
 
 def read_tensors(folder):

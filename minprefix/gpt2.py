@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minprefix.attention import Cache, attend, causal_mask, padding_mask, prefix_length, prefix_segments
+from minprefix.attention import Cache, attend, causal_mask, first_position, padding_mask, prefix_segments, real_tokens
+from minprefix.config import ACTIVATIONS, check_activation, check_heads, check_sizes, check_switches
 from minprefix.files import InputError
 
-ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # HuggingFace stores these (in, out)
 
 
@@ -57,13 +57,16 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """config: the dict of a HuggingFace GPT-2 `config.json`. Parameter names are HuggingFace's."""
 
+    encoder_decoder = False
+
     def __init__(self, config):
         super().__init__()
         self.config = config = check_config(config)
         C, H, L, V = config["n_embd"], config["n_head"], config["n_layer"], config["vocab_size"]
         activation = ACTIVATIONS[config["activation_function"]]
+        self.n_positions = config["n_positions"]
         self.wte = nn.Embedding(V, C)
-        self.wpe = nn.Embedding(config["n_positions"], C)
+        self.wpe = nn.Embedding(self.n_positions, C)
         self.h = nn.ModuleList(
             Block(C, H, config["n_inner"], config["layer_norm_epsilon"], activation) for _ in range(L)
         )
@@ -86,14 +89,15 @@ class GPT2(nn.Module):
 
         start: position id of the first token, if it is not the one that the prefix sets.
         """
-        return self._run(ids, prefix, self._start(prefix) if start is None else start)[0]
+        return self._run(ids, prefix, first_position(prefix) if start is None else start)[0]
 
     def prefill(self, ids, lengths, prefix=None):
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`."""
-        start = self._start(prefix)
+        start = first_position(prefix)
         _, source = self._run(ids, prefix, start)
-        mask = padding_mask(lengths, ids.size(1), self.wte.weight)
-        return Cache(self._prefix(prefix), source, mask, [None] * len(self.h), start + lengths)
+        mask = padding_mask(real_tokens(lengths, ids.size(1)), self.wte.weight)
+        fixed = [[*context, (*kv, mask)] for context, kv in zip(self._prefix(prefix), source, strict=True)]
+        return Cache(fixed, None, [None] * len(self.h), start + lengths)
 
     def step(self, ids, cache):
         """One more token for each row (R,) -> states (R, C) for `logits`; the cache takes it in."""
@@ -104,9 +108,13 @@ class GPT2(nn.Module):
         cache.position = cache.position + 1
         return self.ln_f(x)[:, 0]
 
+    def activations(self, ids):
+        """Keys and values that the model computes for tokens ids (1, T) -> {site: [(k, v) of each layer]}."""
+        return {"decoder": self._run(ids, None, 0)[1]}
+
     def _run(self, ids, prefix, start):
         """ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each layer."""
-        T, room = ids.size(1), self.config["n_positions"]
+        T, room = ids.size(1), self.n_positions
         if start + T > room:
             raise InputError(
                 f"{T} tokens from position {start} on do not fit the model's {room} positions: "
@@ -120,11 +128,6 @@ class GPT2(nn.Module):
             kept.append(kv)
         return self.ln_f(x), kept
 
-    def _start(self, prefix):
-        """Position id of the first real token: what the prefix was trained with, by default its length."""
-        offset = getattr(prefix, "position_offset", None)
-        return prefix_length(prefix, "decoder") if offset is None else offset
-
     def _prefix(self, prefix):
         return prefix_segments(prefix, "decoder", len(self.h), self.wte.weight)
 
@@ -132,23 +135,14 @@ class GPT2(nn.Module):
 def check_config(config):
     """A GPT-2 config.json as the model needs it, defaults filled in; InputError where this model cannot follow it."""
     defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
-    shape = {key: config.get(key) for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
-    if config.get("n_inner") is not None:
-        shape["n_inner"] = config["n_inner"]
-    for key, size in shape.items():
-        most = 1000 if key == "n_layer" else 2**24  # far above any GPT-2, low enough to fail fast
-        if type(size) is not int or not 0 < size <= most:
-            raise InputError(f"config.json of the GPT-2 model: {key} is {size!r}, an integer of 1 to {most} is needed")
-    if shape["n_embd"] % shape["n_head"]:
-        raise InputError(f"config.json: n_embd {shape['n_embd']} is not a multiple of n_head {shape['n_head']}")
-    for key, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
-                       ("add_cross_attention", False)):  # fmt: skip
-        if config.get(key, value) is not value:
-            raise InputError(f"config.json: {key} = {config[key]!r} is not supported by minprefix")
+    keys = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
+    shape = check_sizes(config, keys if config.get("n_inner") is None else [*keys, "n_inner"], "GPT-2")
+    check_heads(("n_embd", shape["n_embd"]), ("n_head", shape["n_head"]))
+    check_switches(config, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                            "add_cross_attention": False})  # fmt: skip
     config = {"model_type": "gpt2", **defaults, **config, "n_inner": 4 * shape["n_embd"], **shape}
-    activation, eps = config["activation_function"], config["layer_norm_epsilon"]
-    if activation not in list(ACTIVATIONS):  # a list, since JSON's value need not be hashable
-        raise InputError(f"config.json: activation {activation!r} is not supported, only {', '.join(ACTIVATIONS)}")
+    check_activation(config["activation_function"])
+    eps = config["layer_norm_epsilon"]
     if not isinstance(eps, float) or not 0 < eps < 1:
         raise InputError(f"config.json: layer_norm_epsilon is {eps!r}, a small positive number is needed")
     return config

@@ -2,9 +2,11 @@
 
 import torch
 
+from minprefix import bart, gpt2
 from minprefix.checkpoint import read_config, read_tensors, resolve_model
 from minprefix.files import InputError
-from minprefix.gpt2 import GPT2, from_huggingface
+
+KINDS = {"gpt2": (gpt2.GPT2, gpt2.from_huggingface), "bart": (bart.BART, bart.from_huggingface)}
 
 
 def load_model(name, device="cpu", dtype=torch.float32):
@@ -14,10 +16,12 @@ def load_model(name, device="cpu", dtype=torch.float32):
     """
     folder = resolve_model(name)
     config = read_config(folder)
-    if config.get("model_type") != "gpt2":
-        raise InputError(f"{folder}/config.json: model_type is {config.get('model_type')!r}, minprefix runs 'gpt2'")
+    kind = config.get("model_type")
+    if kind not in list(KINDS):  # a list, since JSON's value need not be hashable
+        raise InputError(f"{folder}/config.json: model_type is {kind!r}, minprefix runs {' and '.join(KINDS)}")
+    model_class, from_huggingface = KINDS[kind]
     with torch.device("meta"):  # no memory and no random numbers for weights that the file will bring
-        model = GPT2(config)
+        model = model_class(config)
     state = from_huggingface(read_tensors(folder), model.config)
     check_state(state, model.state_dict(), folder)
     model.load_state_dict(state, assign=True)
@@ -39,7 +43,9 @@ def check_state(state, expected, folder):
 
 
 def check_vocabulary(tokenizer, model, folder):
-    """InputError if the tokeniser has ids that the model has no embedding for."""
+    """InputError if the tokeniser is not of the model's kind, or has ids that the model has no embedding for."""
+    if model.encoder_decoder and "<s>" not in tokenizer.special:
+        raise InputError(f"{folder}: the tokeniser lacks <s>: it is not BART's")
     if tokenizer.vocab_size > model.config["vocab_size"]:
         sizes = f"{tokenizer.vocab_size} tokens, the model {model.config['vocab_size']}"
         raise InputError(f"{folder}: the tokeniser has {sizes}: they belong to different models")

@@ -32,11 +32,15 @@ class Prefix(nn.Module):
     """A prefix under training, one part for each site of the model; calling it gives what the model takes.
 
     hidden: width of the MLP that reparametrises it (paper section 4.3: 512 for table-to-text, 800 for summarisation);
-    0 trains the keys and values directly. Parameters are float32 whatever the model's dtype.
+    0 trains the keys and values directly. sites: some of the model's, by default all. position_offset: position id of
+    the (decoder's) first token, by default the length. Parameters are float32 whatever the model's dtype.
     """
 
-    def __init__(self, model, length, hidden=512, position_offset=None):
+    def __init__(self, model, length, hidden=512, position_offset=None, sites=None):
         super().__init__()
+        sites = list(model.prefix_sites) if sites is None else sites
+        if unknown := set(sites) - set(model.prefix_sites):
+            raise InputError(f"the model has no prefix site {min(unknown)!r}, only {', '.join(model.prefix_sites)}")
         if length < 1 or hidden < 0:
             raise InputError(f"prefix length {length} must be at least 1, hidden width {hidden} at least 0")
         self.position_offset = length if position_offset is None else position_offset
@@ -44,6 +48,7 @@ class Prefix(nn.Module):
             {
                 site: MLPPart(*shape, length, hidden) if hidden else DirectPart(*shape, length)
                 for site, shape in model.prefix_sites.items()
+                if site in sites
             }
         )
 
@@ -60,9 +65,10 @@ class Prefix(nn.Module):
         ids = tokenizer.encode(words)
         if not ids:
             raise InputError(f"the words {words!r} to start the prefix from hold no token")
+        length = next(iter(self().values())).size(-2)
+        activations = word_activations(model, list(islice(cycle(ids), length)))
         for site, part in self.parts.items():
-            length = part().size(-2)
-            part.fit(word_activations(model, list(islice(cycle(ids), length)))[site].float())
+            part.fit(activations[site].float())
 
 
 class DirectPart(nn.Module):
@@ -104,9 +110,10 @@ class MLPPart(nn.Module):
 @torch.no_grad()
 def word_activations(model, ids):
     """Keys and values that the frozen model computes for tokens: site -> (L, 2, H, len(ids), D)."""
-    device = next(model.parameters()).device
-    cache = model.prefill(torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device))
-    return {"decoder": torch.stack([torch.cat([k, v]) for k, v in cache.source])}
+    ids = torch.tensor([ids], device=next(model.parameters()).device)
+    return {
+        site: torch.stack([torch.cat([k, v]) for k, v in layers]) for site, layers in model.activations(ids).items()
+    }
 
 
 def parameter_shares(prefix, model):
@@ -162,14 +169,14 @@ def load_prefix(path, model=None):
 
 def check_fits(prefix, model, path):
     """InputError if a loaded prefix was made for another model than this one."""
-    base = prefix.info.get("base_model", "another model")
+    base, sites = prefix.info.get("base_model", "another model"), model.prefix_sites
     for site, kv in prefix.items():
+        if site not in sites:
+            raise InputError(f"{path} was made for {base}: it has a {site} prefix, this model takes {', '.join(sites)}")
         L, _, H, _, D = kv.shape
-        if model.prefix_sites.get(site) != (L, H, D):
-            has = ", ".join(f"{s} {shape}" for s, shape in model.prefix_sites.items())
-            raise InputError(
-                f"{path} was made for {base}: its {site} prefix has (layers, heads, dim) {(L, H, D)}, this model {has}"
-            )
+        if sites[site] != (L, H, D):
+            shapes = f"{(L, H, D)}, this model {sites[site]}"
+            raise InputError(f"{path} was made for {base}: its {site} prefix has (layers, heads, dim) {shapes}")
     try:
         norms = [float(norm) for norm in json.loads(prefix.info.get("base_fingerprint", ""))]
     except (ValueError, TypeError, OverflowError, RecursionError) as error:

@@ -135,7 +135,7 @@ def test_a_tensor_under_both_names_is_refused():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"activation_function": "swish"}, "activation 'swish' is not supported, only gelu_new, gelu, relu"),
+        ({"activation_function": "swish"}, "activation 'swish' is not supported, only gelu, gelu_new, relu"),
         ({"activation_function": None}, "activation None"),
         ({"activation_function": ["gelu"]}, "activation .*gelu"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not supported"),

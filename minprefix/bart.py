@@ -1,0 +1,247 @@
+"""BART (Lewis et al. 2020), its layers taking prefix keys and values at all three attention sites as arguments.
+
+Shapes: B rows, S source tokens, T target tokens, C model dimension, H heads, D head dimension, V vocabulary,
+L layers, P prefix length.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from minprefix.attention import Cache, attend, causal_mask, first_position, padding_mask, prefix_segments, real_tokens
+from minprefix.config import ACTIVATIONS, check_activation, check_heads, check_sizes, check_switches
+from minprefix.files import InputError
+
+POSITION_OFFSET = 2  # position p is row p + 2 of the table: fairseq counted positions from its padding id on
+TIED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+
+
+class Attention(nn.Module):
+    def __init__(self, C, H):
+        super().__init__()
+        self.n_head = H
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(C, C) for _ in range(4))
+
+    def kv(self, states):
+        """Keys and values (B, H, S, D) of states (B, S, C), to be looked at by `forward`."""
+        return self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
+
+    def forward(self, x, segments):
+        """x (B, T, C) looks at the segments -> (B, T, C)."""
+        return self.out_proj(attend(self._heads(self.q_proj(x)), segments).transpose(1, 2).flatten(2))
+
+    def _heads(self, x):
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, C, H, inner, activation):
+        super().__init__()
+        self.self_attn = Attention(C, H)
+        self.self_attn_layer_norm = nn.LayerNorm(C)
+        self.fc1 = nn.Linear(C, inner)
+        self.fc2 = nn.Linear(inner, C)
+        self.final_layer_norm = nn.LayerNorm(C)
+        self.activation = activation
+
+    def forward(self, x, context, mask):
+        """x (B, S, C); context: segments before the tokens' own -> x (B, S, C), the tokens' (k, v) (B, H, S, D)."""
+        kv = self.self_attn.kv(x)
+        x = self.self_attn_layer_norm(x + self.self_attn(x, [*context, (*kv, mask)]))
+        return self.final_layer_norm(x + self.fc2(self.activation(self.fc1(x)))), kv
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, C, H, inner, activation):
+        super().__init__()
+        self.self_attn = Attention(C, H)
+        self.self_attn_layer_norm = nn.LayerNorm(C)
+        self.encoder_attn = Attention(C, H)
+        self.encoder_attn_layer_norm = nn.LayerNorm(C)
+        self.fc1 = nn.Linear(C, inner)
+        self.fc2 = nn.Linear(inner, C)
+        self.final_layer_norm = nn.LayerNorm(C)
+        self.activation = activation
+
+    def forward(self, x, context, mask, cross):
+        """As the encoder's; cross: the segments that cross-attention looks at, the source among them."""
+        kv = self.self_attn.kv(x)
+        x = self.self_attn_layer_norm(x + self.self_attn(x, [*context, (*kv, mask)]))
+        x = self.encoder_attn_layer_norm(x + self.encoder_attn(x, cross))
+        return self.final_layer_norm(x + self.fc2(self.activation(self.fc1(x)))), kv
+
+
+class Stack(nn.Module):
+    """The encoder or the decoder: its position table, its layers; its word embeddings if they are not shared."""
+
+    def __init__(self, layer, config, side):
+        super().__init__()
+        C, activation = config["d_model"], ACTIVATIONS[config["activation_function"]]
+        H, inner = config[f"{side}_attention_heads"], config[f"{side}_ffn_dim"]
+        if not config["tie_word_embeddings"]:
+            self.embed_tokens = nn.Embedding(config["vocab_size"], C)
+        self.embed_positions = nn.Embedding(config["max_position_embeddings"] + POSITION_OFFSET, C)
+        self.layernorm_embedding = nn.LayerNorm(C)
+        self.layers = nn.ModuleList(layer(C, H, inner, activation) for _ in range(config[f"{side}_layers"]))
+
+
+class BART(nn.Module):
+    """config: the dict of a HuggingFace BART `config.json`. Parameter names are HuggingFace's."""
+
+    encoder_decoder = True
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config = check_config(config)
+        C, V = config["d_model"], config["vocab_size"]
+        self.n_positions = config["max_position_embeddings"]
+        self.scale = C**0.5 if config["scale_embedding"] else 1.0
+        if config["tie_word_embeddings"]:
+            self.shared = nn.Embedding(V, C)
+        else:
+            self.lm_head = nn.Linear(C, V, bias=False)
+        self.encoder = Stack(EncoderLayer, config, "encoder")
+        self.decoder = Stack(DecoderLayer, config, "decoder")
+        self.register_buffer("final_logits_bias", torch.zeros(1, V))
+        encoder, decoder = (
+            (config[f"{side}_layers"], config[f"{side}_attention_heads"], C // config[f"{side}_attention_heads"])
+            for side in ("encoder", "decoder")
+        )
+        self.prefix_sites = {"encoder": encoder, "decoder": decoder, "cross": decoder}  # site -> (L, H, D)
+
+    def forward(self, source_ids, target_ids, source_mask=None, prefix=None):
+        """source_ids (B, S), target_ids (B, T): the decoder's inputs -> logits (B, T, V).
+
+        source_mask (B, S): true or 1 at tokens, false or 0 at padding; None: no padding.
+        prefix: {site: (L, 2, [B,] H, P, D)}, any of the sites "encoder", "decoder", "cross"; or None.
+        """
+        return self.logits(self.hidden(source_ids, target_ids, source_mask, prefix))
+
+    def logits(self, states):
+        """Decoder states (..., C) -> logits (..., V)."""
+        head = self.shared if self.config["tie_word_embeddings"] else self.lm_head
+        return F.linear(states, head.weight) + self.final_logits_bias[0]
+
+    def hidden(self, source_ids, target_ids, source_mask=None, prefix=None, start=None):
+        """As `forward`, but the decoder's states (B, T, C) before `logits`: the loss needs few of those.
+
+        start: position id of the decoder's first token, if it is not the one that the prefix sets.
+        """
+        cross = self._cross(self.encode(source_ids, source_mask, prefix)[0], source_mask, prefix)
+        return self._decode(target_ids, cross, prefix, first_position(prefix) if start is None else start)[0]
+
+    def encode(self, source_ids, source_mask=None, prefix=None):
+        """source_ids (B, S) -> the encoder's states (B, S, C), and the tokens' (k, v) of each of its layers."""
+        x = self._embed(self.encoder, source_ids, 0)  # positions that no prefix shifts
+        mask = None if source_mask is None else padding_mask(source_mask, x)
+        kept = []
+        for layer, context in zip(self.encoder.layers, self._prefix(prefix, "encoder"), strict=True):
+            x, kv = layer(x, context, mask)
+            kept.append(kv)
+        return x, kept
+
+    def prefill(self, source_ids, lengths, prefix=None):
+        """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`: the encoder runs once."""
+        source_mask = real_tokens(lengths, source_ids.size(1))
+        cross = self._cross(self.encode(source_ids, source_mask, prefix)[0], source_mask, prefix)
+        position = torch.full_like(lengths, first_position(prefix))
+        return Cache(self._prefix(prefix, "decoder"), cross, [None] * len(self.decoder.layers), position)
+
+    def step(self, ids, cache):
+        """One more token for each row (R,) -> states (R, C) for `logits`; the cache takes it in."""
+        x = self._embed(self.decoder, ids[:, None], cache.position[:, None])
+        for n, layer in enumerate(self.decoder.layers):
+            x, (k, v) = layer(x, cache.segments(n), None, cache.cross[n])
+            cache.append(n, k, v)
+        cache.position = cache.position + 1
+        return x[:, 0]
+
+    def activations(self, ids):
+        """Keys and values that the model computes for tokens ids (1, T), as source and target -> {site: [(k, v)]}."""
+        states, encoder = self.encode(ids)
+        cross = [layer.encoder_attn.kv(states) for layer in self.decoder.layers]
+        decoder = self._decode(ids, [[(*kv, None)] for kv in cross], None, 0)[1]
+        return {"encoder": encoder, "decoder": decoder, "cross": cross}
+
+    def _decode(self, target_ids, cross, prefix, start):
+        """target_ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each decoder layer."""
+        x = self._embed(self.decoder, target_ids, start)
+        mask = causal_mask(target_ids.size(1), x)
+        kept = []
+        for layer, context, source in zip(self.decoder.layers, self._prefix(prefix, "decoder"), cross, strict=True):
+            x, kv = layer(x, context, mask, source)
+            kept.append(kv)
+        return x, kept
+
+    def _cross(self, states, source_mask, prefix):
+        """What each decoder layer's cross-attention looks at: its prefix and the encoder's states (B, S, C)."""
+        mask = None if source_mask is None else padding_mask(source_mask, states)
+        contexts = self._prefix(prefix, "cross")
+        return [
+            [*context, (*layer.encoder_attn.kv(states), mask)]
+            for layer, context in zip(self.decoder.layers, contexts, strict=True)
+        ]
+
+    def _embed(self, stack, ids, positions):
+        """ids (B, T) -> (B, T, C). positions: that of the first token, or (B, T) of all."""
+        if isinstance(positions, int):
+            if positions + ids.size(1) > self.n_positions:
+                raise InputError(
+                    f"{ids.size(1)} tokens from position {positions} on do not fit the model's {self.n_positions} "
+                    "positions: shorten the text or the prefix"
+                )
+            positions = torch.arange(positions, positions + ids.size(1), device=ids.device)
+        words = self.shared if self.config["tie_word_embeddings"] else stack.embed_tokens
+        return stack.layernorm_embedding(words(ids) * self.scale + stack.embed_positions(positions + POSITION_OFFSET))
+
+    def _prefix(self, prefix, site):
+        return prefix_segments(prefix, site, self.prefix_sites[site][0], self.final_logits_bias)
+
+
+def check_config(config):
+    """A BART config.json as the model needs it, defaults filled in; InputError where this model cannot follow it."""
+    sides = ("encoder", "decoder")
+    keys = ["vocab_size", "max_position_embeddings", "d_model"]
+    keys += [f"{side}_{what}" for side in sides for what in ("layers", "attention_heads", "ffn_dim")]
+    sizes = check_sizes(config, keys, "BART")
+    for side in sides:
+        heads = f"{side}_attention_heads"
+        check_heads(("d_model", sizes["d_model"]), (heads, sizes[heads]))
+    check_switches(config, {"normalize_before": False, "add_final_layer_norm": False, "normalize_embedding": True,
+                            "static_position_embeddings": False})  # fmt: skip
+    defaults = {"activation_function": "gelu", "scale_embedding": False, "tie_word_embeddings": True,
+                "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+                "forced_bos_token_id": None, "forced_eos_token_id": 2}  # fmt: skip
+    config = {"model_type": "bart", **defaults, **config}
+    check_activation(config["activation_function"])
+    for key in (key for key in defaults if key.endswith("_id")):
+        i, may_lack = config[key], key.startswith("forced")
+        if not (may_lack and i is None) and not (type(i) is int and 0 <= i < sizes["vocab_size"]):
+            raise InputError(f"config.json: {key} is {i!r}, an id of the {sizes['vocab_size']} tokens is needed")
+    return config
+
+
+def from_huggingface(tensors, config):
+    """HuggingFace's tensors under this model's names; of a tied embedding one, however many copies are stored."""
+    state = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("model.")
+        if name in state:
+            raise InputError(f"tensor {name!r} is there twice, with and without 'model.' before its name")
+        if not name.endswith(".version"):  # a mark of old fairseq conversions, no parameter
+            state[name] = tensor
+    state.setdefault("final_logits_bias", torch.zeros(1, config["vocab_size"]))
+    stored = {name: state.pop(name) for name in TIED if name in state}
+    first = next(iter(stored), None)  # `shared` if it is there; any of them may stand for it
+    if first and config["tie_word_embeddings"]:
+        for name, tensor in stored.items():
+            if not torch.equal(tensor, stored[first]):
+                raise InputError(f"tensors {first!r} and {name!r} differ, but config.json has tie_word_embeddings true")
+        return {**state, "shared.weight": stored[first]}
+    return state | {name: stored[name if name in stored else first] for name in TIED[1:] if first}
+
+
+def to_huggingface(model):
+    """The inverse of `from_huggingface`: tensors for a `model.safetensors` that HuggingFace loads as it is."""
+    bare = ("final_logits_bias", "lm_head.weight")
+    return {name if name in bare else "model." + name: tensor for name, tensor in model.state_dict().items()}

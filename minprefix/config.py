@@ -1,0 +1,35 @@
+"""What both models ask of a HuggingFace `config.json`: sizes that make sense, an activation that is known."""
+
+from torch.nn import functional as F
+
+from minprefix.files import InputError
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+
+
+def check_sizes(config, keys, kind):
+    """The sizes under these keys as a dict; InputError unless all are positive integers of a sane magnitude."""
+    sizes = {key: config.get(key) for key in keys}
+    for key, size in sizes.items():
+        most = 1000 if "layer" in key else 2**24  # far above any such model, low enough to fail fast
+        if type(size) is not int or not 0 < size <= most:
+            raise InputError(f"config.json of the {kind} model: {key} is {size!r}, an integer of 1 to {most} is needed")
+    return sizes
+
+
+def check_heads(width, heads):
+    """InputError unless (name, value) of a width is a multiple of (name, value) of a number of heads."""
+    if width[1] % heads[1]:
+        raise InputError(f"config.json: {width[0]} {width[1]} is not a multiple of {heads[0]} {heads[1]}")
+
+
+def check_activation(name):
+    if name not in list(ACTIVATIONS):  # a list, since JSON's value need not be hashable
+        raise InputError(f"config.json: activation {name!r} is not supported, only {', '.join(ACTIVATIONS)}")
+
+
+def check_switches(config, switches):
+    """InputError where the config asks for a variant that is not implemented: key -> the only value that is."""
+    for key, value in switches.items():
+        if config.get(key, value) is not value:
+            raise InputError(f"config.json: {key} = {config[key]!r} is not supported by minprefix")
