@@ -2,11 +2,12 @@
 
     python sample.py --prefix runs/e2e-gpt2-mini/prefix.safetensors --input "name[The Mill], food[Thai]"
     python sample.py --prefix ... --file inputs.txt --output texts.txt      one input a line, or a .jsonl file
-    python sample.py --prefix ... --task e2e --split test --data e2e/ --beams 5 --evaluate
+    python sample.py --prefix ... --task e2e --split test --data e2e/ --evaluate
 """
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 
 from minprefix import generate, load_model, load_prefix, load_tokenizer, metrics
 from minprefix.checkpoint import resolve_model
-from minprefix.data import Example, format_source, load_examples
+from minprefix.data import SUMMARISATION, Example, format_source, load_examples
 from minprefix.files import InputError, atomic_write, read_text, run_main
+from minprefix.generate import recipe
 from minprefix.load import check_vocabulary, pick_device, pick_dtype
 from minprefix.prefix import check_fits
 
@@ -29,13 +31,16 @@ def parse_args():
     inputs = parser.add_mutually_exclusive_group()
     inputs.add_argument("--input", nargs="+", metavar="TEXT", help="inputs, in the task's form")
     inputs.add_argument("--file", help='a text file with one input a line, or a .jsonl file with rows {"source": ...}')
-    inputs.add_argument("--task", help='"e2e" or FILE.jsonl: the inputs of its --split (default: inputs from stdin)')
+    inputs.add_argument("--task", help="e2e, xsum, scitldr, FILE.jsonl: its --split's inputs (default: from stdin)")
     add("--split", choices=["train", "dev", "test", "all"], help="of --task (test; all rows of a FILE.jsonl)")
     add("--data", help="folder with the task's files")
     add("--limit", type=int, help="the first N inputs only")
-    add("--beams", type=int, help="beam search with K beams, 1 is greedy (5)")
-    add("--length-penalty", type=float, default=1.0, help="beam scores are divided by length ** this (%(default)s)")
-    add("--max-new-tokens", type=int, default=64, help="%(default)s")
+    add("--max-source", type=int, help="cut sources to so many tokens (as in training; BART 512)")
+    add("--beams", type=int, help="beam search with K beams, 1 is greedy (5; summaries 6; 1 with --sample)")
+    add("--length-penalty", type=float, help="beam scores are divided by length ** this (1.0; summaries 0.8)")
+    add("--no-repeat-ngram", type=int, help="no sequence of so many tokens occurs twice (0: it may; summaries 3)")
+    add("--min-new-tokens", type=int, help="the shortest text (0; summaries 10)")
+    add("--max-new-tokens", type=int, help="the longest text (64; summaries 60)")
     add("--sample", action="store_true", help="draw at random instead of searching")
     add("--temperature", type=float, default=1.0, help="with --sample (%(default)s)")
     add("--top-k", type=int, default=0, help="with --sample: only from the K likeliest tokens, 0 for all (%(default)s)")
@@ -47,11 +52,10 @@ def parse_args():
     add("--output", type=Path, help="write the texts there, one a line, and the scores to a .json file beside")
     add("--evaluate", action="store_true", help="score the texts against the references, print and write the scores")
     args = parser.parse_args()
-    if args.beams is None:
-        args.beams = 1 if args.sample else 5
     args.split = args.split or ("all" if str(args.task).endswith(".jsonl") else "test")
-    if args.limit is not None and args.limit < 1:
-        raise InputError(f"--limit is {args.limit}: it must be above 0")
+    for key in ("limit", "max_source"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be above 0")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed is {args.seed}: it must be at least 0")
     if args.evaluate:
@@ -76,13 +80,17 @@ def main():
     check_vocabulary(tokenizer, model, folder)
     if prefix:
         check_fits(prefix, model, args.prefix)
-    examples = read_examples(args, prefix.info.get("task", "") if prefix else "")[: args.limit]
+    trained_task = prefix.info.get("task", "") if prefix else ""
+    task = args.task or trained_task  # decides how texts are searched for and scored
+    examples = read_examples(args, trained_task)[: args.limit]
     if args.evaluate and not all(example.references for example in examples):
         raise InputError("--evaluate needs references: use --task with a split, or a .jsonl file with targets")
+    if args.evaluate and task in SUMMARISATION:
+        metrics.rouge_scorer()  # if the package is missing, say so before the work
 
     texts = generate(
-        model, tokenizer, [example.source for example in examples], prefix=prefix, beams=args.beams,
-        max_new_tokens=args.max_new_tokens, length_penalty=args.length_penalty, sample=args.sample,
+        model, tokenizer, [example.source for example in examples], prefix=prefix,
+        max_source=args.max_source or trained_max_source(prefix), **search_options(args, task), sample=args.sample,
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
         generator=torch.Generator(device).manual_seed(args.seed), batch_size=args.batch_size,
         progress=len(examples) > 1,
@@ -95,13 +103,36 @@ def main():
     else:
         print(*lines, sep="\n")
     if args.evaluate:
-        scores = metrics.score(lines, [example.references for example in examples])
+        evaluate(args, task, lines, [example.references for example in examples])
+
+
+def search_options(args, task):
+    """The task's usual beam search, as far as the command line says nothing else."""
+    options = {**recipe(task), **({"beams": 1} if args.sample else {})}
+    given = {key: getattr(args, key) for key in options if getattr(args, key) is not None}
+    options["min_new_tokens"] = min(options["min_new_tokens"], given.get("max_new_tokens", math.inf))
+    return {**options, **given}
+
+
+def trained_max_source(prefix):
+    """Where train.py cut the sources, if it was told to: the prefix file says so."""
+    length = prefix.info.get("max_source", "") if prefix else ""
+    return int(length) if length.isascii() and length.isdigit() and len(length) < 8 else None
+
+
+def evaluate(args, task, lines, references):
+    """Score the texts; print the scores, with their intervals where there are any, and write them down."""
+    if task in SUMMARISATION:
+        scores, intervals = metrics.summary_score(lines, references)
+    else:
+        scores, intervals = metrics.score(lines, references), {}
         if "METEOR" not in scores:
             print("METEOR left out: it needs pip install -e '.[eval]' and Java", file=sys.stderr)
-        print("  ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
-        with atomic_write(args.output.with_suffix(".json")) as file:
-            result = {"scores": scores, "inputs": len(lines), "settings": vars(args)}
-            json.dump(result, file, indent=2, default=str)
+    bounds = {metric: f" [{low:.4f}, {high:.4f}]" for metric, (low, high) in intervals.items()}
+    print("  ".join(f"{metric} {value:.4f}{bounds.get(metric, '')}" for metric, value in scores.items()))
+    with atomic_write(args.output.with_suffix(".json")) as file:
+        result = {"scores": scores, "intervals": intervals, "inputs": len(lines), "settings": vars(args)}
+        json.dump(result, file, indent=2, default=str)
 
 
 def read_examples(args, trained_task):

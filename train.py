@@ -3,6 +3,7 @@
     python train.py                                   the bundled model; E2E data, or the bundled sample if offline
     python train.py --data e2e/ --epochs 5            the real E2E data from its official CSV files
     python train.py --model gpt2-medium/ --task my.jsonl --lr 5e-5
+    python train.py --model bart-mini --task scitldr --data scitldr/     summaries, the prefix in encoder and decoder
 """
 
 import argparse
@@ -15,39 +16,49 @@ from pathlib import Path
 import torch
 
 from minprefix import Prefix, generate, load_model, load_prefix, load_tokenizer, metrics
-from minprefix.checkpoint import bundled_name, resolve_model
-from minprefix.data import SEQUENCE, check_lengths, encode_pairs, encode_source, find_e2e, load_examples
+from minprefix.batches import check_lengths, encode_pairs, encode_sources, sequence_form
+from minprefix.checkpoint import bundled_name, read_config, resolve_model
+from minprefix.data import SUMMARISATION, find_e2e, load_examples
 from minprefix.files import InputError, atomic_write, run_main
+from minprefix.generate import recipe
 from minprefix.load import check_vocabulary, pick_device, pick_dtype
 from minprefix.prefix import parameter_shares, save_prefix
 from minprefix.training import train
 
 # The paper's settings for full-size models, and those that short runs on E2E's dev set favoured for the bundled.
-PAPER = {"prefix_length": 5, "hidden": 512, "lr": 8e-5, "batch_size": 10, "epochs": 5}
-BUNDLED = {"gpt2-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 1500}}
-NEW_TOKENS = 64  # the longest text that is written at the end
+PAPER = {
+    "gpt2": {"prefix_length": 5, "hidden": 512, "lr": 8e-5, "batch_size": 10, "epochs": 5},
+    "bart": {"prefix_length": 200, "hidden": 800, "lr": 5e-5, "batch_size": 16, "epochs": 30},
+}
+BUNDLED = {
+    "gpt2-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 1500},
+    "bart-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 500},
+}
 EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 folder, or a bundled model's name (%(default)s)")
-    add("--task", default="e2e", help='"e2e", or a FILE.jsonl of {"source": ..., "target": ...} rows (%(default)s)')
-    add("--data", help="folder with the E2E CSV files; else data/e2e, else a download, else the bundled sample")
-    add("--prefix-length", type=int, help="virtual tokens (5; bundled model 20)")
-    add("--hidden", type=int, help="width of the reparametrisation MLP, 0 for none (512)")
+    add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 or BART folder, or a bundled name (%(default)s)")
+    add("--task", default="e2e", help='e2e, xsum, scitldr or FILE.jsonl of {"source": x, "target": y} (%(default)s)')
+    add("--data", help="folder with the task's files; E2E: else data/e2e, else a download, else the bundled sample")
+    add("--max-source", type=int, help="cut sources to so many tokens (BART 512; GPT-2's are not cut)")
+    add("--prefix-length", type=int, help="virtual tokens (5, BART 200; bundled models 20)")
+    add("--hidden", type=int, help="width of the reparametrisation MLP, 0 for none (512, BART 800; bundled models 512)")
+    add("--sites", nargs="+", metavar="SITE", help="BART: only some of encoder, decoder, cross (all)")
+    add("--offset", type=int, help="position of the first token after the prefix (the prefix length; authors' BART 0)")
     add("--init", help='words whose activations start the prefix, e.g. "table to text :" (default: random)')
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=float, help="passes over the training pairs (5)")
-    length.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs (bundled model 1500)")
+    length.add_argument("--epochs", type=float, help="passes over the training pairs (5, BART 30)")
+    length.add_argument("--steps", type=int, help="steps, instead of --epochs (gpt2-mini 1500, bart-mini 500)")
     add("--limit", type=int, help="train on the first N pairs only")
-    add("--batch-size", type=int, help="pairs in a step (10; bundled model 16)")
-    add("--lr", type=float, help="peak learning rate (8e-5; bundled model 3e-3)")
+    add("--batch-size", type=int, help="pairs in a step (10; BART and bundled models 16)")
+    add("--lr", type=float, help="peak learning rate (8e-5, BART 5e-5; bundled models 3e-3)")
     add("--warmup", type=int, default=0, help="steps of linear warm-up (%(default)s)")
     add("--eval-every", type=int, default=100, help="steps between dev losses and checkpoints (%(default)s)")
     add("--eval-inputs", type=int, default=100, help="test inputs to write texts for at the end (%(default)s)")
-    add("--beams", type=int, default=5, help="beams of those texts (%(default)s)")
+    add("--beams", type=int, help="beams of those texts (5; summaries 6)")
     add("--seed", type=int, default=101)
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the frozen model (%(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -55,17 +66,19 @@ def parse_args():
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt after a kill")
     args = parser.parse_args()
     args.model = resolve_model(args.model)
-    defaults = BUNDLED.get(bundled_name(args.model), PAPER)
+    kind = read_config(args.model).get("model_type")
+    defaults = BUNDLED.get(bundled_name(args.model)) or PAPER["bart" if kind == "bart" else "gpt2"]
     if args.epochs is None and args.steps is None:
         args.steps, args.epochs = defaults.get("steps"), defaults.get("epochs")
     for key in ("prefix_length", "hidden", "lr", "batch_size"):
         if getattr(args, key) is None:
             setattr(args, key, defaults[key])
-    for key in ("epochs", "steps", "limit", "batch_size", "lr", "eval_every", "beams"):
+    args.beams = args.beams or recipe(args.task)["beams"]
+    for key in ("epochs", "steps", "limit", "batch_size", "lr", "eval_every", "beams", "max_source"):
         if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be above 0, and finite")
-    for key in ("warmup", "eval_inputs", "seed"):
-        if not 0 <= getattr(args, key) < 2**63:
+    for key in ("warmup", "eval_inputs", "seed", "offset"):
+        if not 0 <= (getattr(args, key) or 0) < 2**63:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be at least 0")
     args.out = run_folder(args)
     return args
@@ -96,12 +109,12 @@ def main():
     train_pairs, dev_pairs, test = load_data(args, model, tokenizer)
     steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
 
-    prefix = Prefix(model, args.prefix_length, args.hidden).to(device)
+    prefix = Prefix(model, args.prefix_length, args.hidden, args.offset, args.sites).to(device)
     if args.init:
         prefix.init_from_words(model, tokenizer, args.init)
     print(f"{args.model} in {dtype} on {device}")
     print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}, results in {args.out}")
-    print(f"prefix of length {args.prefix_length}: {parameter_shares(prefix, model)}")
+    print(f"prefix of length {args.prefix_length} at {', '.join(prefix.parts)}: {parameter_shares(prefix, model)}")
     if args.resume and not (args.out / "checkpoint.pt").exists():
         print(f"nothing to resume in {args.out}: starting")
     log, best_step = train(
@@ -111,7 +124,10 @@ def main():
     path = args.out / "prefix.safetensors"
     base = bundled_name(args.model) or str(args.model.resolve())
     task = "jsonl" if args.task.endswith(".jsonl") else args.task
-    save_prefix(path, prefix.fold(), model, {"base_model": base, "task": task, "sequence": SEQUENCE})
+    info = {"base_model": base, "task": task, "sequence": sequence_form(model)}
+    if args.max_source:
+        info["max_source"] = str(args.max_source)
+    save_prefix(path, prefix.fold(), model, info)
     best = min(row["dev_loss"] for row in log)
     print(f"dev loss {log[0]['dev_loss']:.3f} before training, {best:.3f} at step {best_step} (kept)")
 
@@ -121,21 +137,29 @@ def main():
               "dtype": str(dtype), "device": device, "settings": vars(args)}  # fmt: skip
     with atomic_write(args.out / "result.json") as file:
         json.dump(result, file, indent=2, default=str)
-    example = EXAMPLE if args.task == "e2e" else (test[0].source if test else "...")
     print(f"\nwrote {path} ({path.stat().st_size / 1024:,.0f} KiB), log.jsonl, result.json in {seconds:.0f} s; try")
-    print(f"  python sample.py --prefix {shlex.quote(str(path))} --input {shlex.quote(example)}")
+    print(f"  python sample.py --prefix {shlex.quote(str(path))} {suggestion(args, test)}")
+
+
+def suggestion(args, test):
+    """What to give sample.py first: an input, or the test split where an input is a page long."""
+    if args.task in SUMMARISATION:
+        return f"--task {args.task} --split test --data {shlex.quote(args.data)} --limit 10"
+    return "--input " + shlex.quote(EXAMPLE if args.task == "e2e" else test[0].source if test else "...")
 
 
 def load_data(args, model, tokenizer):
     """Training pairs, at most 500 dev pairs, --eval-inputs test examples; everything is known to fit the model."""
-    room = model.config["n_positions"] - args.prefix_length
+    start = args.prefix_length if args.offset is None else args.offset
     pairs = {}
     for split in ("train", "dev"):
-        pairs[split] = encode_pairs(load_examples(args.task, split, args.data), tokenizer)
-        check_lengths(pairs[split], room, f"{args.task}, {split} split")
+        pairs[split] = encode_pairs(load_examples(args.task, split, args.data), tokenizer, model, args.max_source)
+        check_lengths(pairs[split], model, start, f"{args.task}, {split} split")
     test = spread(load_examples(args.task, "test", args.data), args.eval_inputs) if args.eval_inputs else []
-    longest = [(encode_source(example.source, tokenizer), [0] * NEW_TOKENS) for example in test]
-    check_lengths(longest, room, f"{args.task}, test split with {NEW_TOKENS} new tokens")
+    new_tokens = recipe(args.task)["max_new_tokens"]
+    sources = encode_sources([example.source for example in test], tokenizer, model, args.max_source)
+    longest = [(source, [0] * new_tokens) for source in sources]
+    check_lengths(longest, model, start, f"{args.task}, test split with {new_tokens} new tokens")
     return pairs["train"][: args.limit], spread(pairs["dev"], 500), test
 
 
@@ -148,17 +172,30 @@ def spread(items, most):
 def compare(args, model, tokenizer, prefix, test):
     """Texts for held-out inputs from the frozen model alone and with the prefix: print the scores and one example."""
     sources, references = [e.source for e in test], [e.references for e in test]
+    options = {**recipe(args.task), "beams": args.beams, "max_source": args.max_source}
     texts, scores = {}, {}
     for name, kv in (("without", None), ("with", prefix)):
         print(f"\nwriting {len(sources)} texts for held-out inputs {name} the prefix, {args.beams} beams")
-        texts[name] = generate(model, tokenizer, sources, kv, args.beams, NEW_TOKENS, progress=True)
-        scores[name] = {"BLEU": metrics.bleu(texts[name], references)}
-    print(f"\ninput           {sources[0]}\nwithout prefix  {texts['without'][0][:200]}")
+        texts[name] = generate(model, tokenizer, sources, kv, progress=True, **options)
+        scores[name] = quick_scores(args.task, texts[name], references)
+    print(f"\ninput           {sources[0][:600]}\nwithout prefix  {texts['without'][0][:200]}")
     print(f"with prefix     {texts['with'][0]}\nreference       {references[0][0]}")
     sample = args.task == "e2e" and find_e2e(args.data) is None
     what = "the bundled sample, not E2E" if sample else f"{args.task}, {len(sources)} test inputs"
-    print(f"BLEU on {what}: {scores['without']['BLEU']:.3f} without the prefix, {scores['with']['BLEU']:.3f} with it")
+    for metric, value in scores["with"].items():
+        print(f"{metric} on {what}: {scores['without'][metric]:.3f} without the prefix, {value:.3f} with it")
     return scores
+
+
+def quick_scores(task, texts, references):
+    """BLEU, or for summaries ROUGE if its package is there; sample.py --evaluate computes the rest."""
+    if task not in SUMMARISATION:
+        return {"BLEU": metrics.bleu(texts, references)}
+    try:
+        return metrics.summary_score(texts, references)[0]
+    except InputError as error:
+        print(error)
+        return {}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""minprefix: GPT-2 with prefix-tuning (Li & Liang 2021), from scratch in PyTorch."""
+"""minprefix: GPT-2 and BART with prefix-tuning (Li & Liang 2021), from scratch in PyTorch."""
 
 from minprefix.generate import generate
 from minprefix.load import load_model

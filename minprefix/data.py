@@ -1,8 +1,4 @@
-"""Tasks as examples, examples as token ids, ids as batches.
-
-A sequence is `" {x} <|endoftext|> {y} <|endoftext|>"` as in the paper: source ids, end_id, target ids (end_id last).
-Only the target's tokens are ever in the loss. Shapes: B rows, T tokens, N target tokens of a batch.
-"""
+"""Tasks as examples: E2E, XSum, SciTLDR, a user's own JSONL."""
 
 import csv
 import functools
@@ -18,14 +14,11 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from minprefix.files import InputError, atomic_write, read_text
 from minprefix.sample_e2e import sample_rows
 
-SEQUENCE = " {x} <|endoftext|> {y} <|endoftext|>"  # what the model reads: source, then target
 E2E_URL = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
 E2E_FOLDER = Path("data/e2e")
 E2E_FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
@@ -40,6 +33,14 @@ DEADLINE = 120  # seconds that the whole download may take
 MAX_BYTES = 32 * 2**20  # of the zip and of each file in it; the largest has 9 MiB
 
 SLOT_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}  # the others keep theirs
+SUMMARISATION = ("xsum", "scitldr")  # decoded and scored otherwise than table-to-text
+XSUM_NAMES = {"train": ["train"], "dev": ["val", "validation", "dev"], "test": ["test"]}  # their files' names
+XSUM_LAYOUT = (
+    "expected {train,val,test}.source with {train,val,test}.target, a document and its summary a line, or "
+    '{train,val,test}.jsonl of rows {"document": "...", "summary": "..."}; "validation" or "dev" will do for "val"'
+)
+SCITLDR_LAYOUT = 'expected {train,dev,test}.jsonl of rows {"source": [sentences], "target": [references]}'
+
 PAIR = r"([^\[\],:|]+)\[([^\[\]]+)\]\s*"  # no two neighbours match the same character: linear time
 
 
@@ -47,6 +48,10 @@ PAIR = r"([^\[\],:|]+)\[([^\[\]]+)\]\s*"  # no two neighbours match the same cha
 class Example:
     source: str  # the linearised text x
     references: list[str]  # the texts y; none if the input is unlabelled
+
+
+class EmptyText(InputError):
+    """A text of the input is empty. Its own class, for XSum has such rows and goes on without them."""
 
 
 # ---- tasks -> examples ----
@@ -58,26 +63,45 @@ def load_examples(task, split, data=None):
     "e2e": split train, dev or test, one Example for each distinct mr, in the file's order. Where the files come from:
     see `find_e2e`.
 
-    "FILE.jsonl", rows {"source": x, "target": y} or {"source": x, "references": [y, ...]}: split "all" is every row,
-    references or not. For the others each row needs a reference, and rows with one source become one Example. "train"
-    is the file less a held-out tail, "dev" that tail (a tenth of the sources, at least 1, at most 500), and "test" the
-    same as "dev". But beside a file that is called train.jsonl, dev.jsonl takes the place of the tail (nothing is held
-    out then) and test.jsonl that of "test".
+    "xsum" and "scitldr": split train, dev or test, one Example for each row, in the file's order, white space
+    collapsed to single blanks; nothing is downloaded, so `data` is needed. XSum is either the line files NAME.source
+    and NAME.target (line n of one is the document, line n of the other its summary) or NAME.jsonl (or .json, one
+    object a line all the same) of rows {"document": x, "summary": y}, where NAME is train, test and, for dev, val,
+    validation or dev; rows whose document or summary is empty are left out, which is said on stderr. SciTLDR is
+    train.jsonl, dev.jsonl and test.jsonl of rows {"source": [sentence, ...], "target": [y, ...]}.
+
+    "FILE.jsonl", rows {"source": x, "target": y} or {"source": x, "references": [y, ...]}, or as in the two above (see
+    `parse_row`): split "all" is every row, references or not. For the others each row needs a reference, and rows with
+    one source become one Example. "train" is the file less a held-out tail, "dev" that tail (a tenth of the sources, at
+    least 1, at most 500), and "test" the same as "dev". But beside a file that is called train.jsonl, dev.jsonl takes
+    the place of the tail (nothing is held out then) and test.jsonl that of "test".
     """
     if task == "e2e" and split in E2E_FILES:
         return load_e2e(split, find_e2e(data))
+    if task == "xsum" and split in XSUM_NAMES:
+        return load_xsum(split, given_folder(task, data, XSUM_LAYOUT))
+    if task == "scitldr" and split in XSUM_NAMES:
+        return load_scitldr(split, given_folder(task, data, SCITLDR_LAYOUT))
     if task.endswith(".jsonl") and split in ("all", *E2E_FILES):
         return load_jsonl(Path(data or "", task), split)
-    known = "e2e (train, dev, test) and FILE.jsonl (train, dev, test, all)"
+    known = "e2e, xsum and scitldr (train, dev, test) and FILE.jsonl (train, dev, test, all)"
     raise InputError(f"there is no split {split!r} of a task {task!r}: known are {known}")
 
 
 def format_source(task, text):
-    """A user's input as the text x that the task's examples have: E2E's mr or linearised text, else the text itself."""
+    """A user's input as the text x that the task's examples have: E2E's mr or linearised text, else the text itself.
+
+    The summarisation tasks' documents have all white space collapsed, a user's own JSONL keeps what is inside a text.
+    """
     text = check_text(text, "the input")
     if task == "e2e" and ("[" in text or " : " not in text):
         return linearise_e2e(text)
-    return text
+    return collapse(text) if task in SUMMARISATION else text
+
+
+def collapse(text):
+    """A text with each run of white space, line ends included, as one blank."""
+    return " ".join(text.split())
 
 
 def check_text(text, where):
@@ -87,7 +111,7 @@ def check_text(text, where):
     if re.search("[\0\ud800-\udfff]", text):
         raise InputError(f"{where} holds a NUL character or half a character (a lone surrogate): remove it")
     if not text.strip():
-        raise InputError(f"{where} is empty")
+        raise EmptyText(f"{where} is empty")
     return text.strip()
 
 
@@ -248,121 +272,135 @@ def read_jsonl(path, labelled=False):
     """The Examples of a JSONL file's rows, in order; InputError if `labelled` and one has no reference."""
     if not path.is_file():
         raise InputError(f'{path} is missing: expected a file of rows like {{"source": "...", "target": "..."}}')
-    examples = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split at U+2028
-        if not line.strip():
-            continue
-        example = parse_row(line, f"{path}:{number}")
-        if labelled and not example.references:
-            raise InputError(f'{path}:{number}: a JSONL row without a target: add "target" or "references"')
-        examples.append(example)
+    examples = [parse_row(row, f"{path}:{number}", labelled) for number, row in json_rows(path)]
     if not examples:
         raise InputError(f"{path} is empty: expected a JSON object on each line")
     return examples
 
 
-def parse_row(line, where):
-    """One line of a JSONL file as an Example; other keys than source, target and references are ignored."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
-    if not isinstance(row, dict):
-        raise InputError(f'{where}: {line!r:.50} is not an object like {{"source": "...", "target": "..."}}')
-    if "source" not in row:
+def json_rows(path):
+    """(line number, object) for each line of a JSONL file that is not blank."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split at U+2028
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
+        if not isinstance(row, dict):
+            raise InputError(f'{where}: {line!r:.50} is not an object like {{"source": "...", "target": "..."}}')
+        yield number, row
+
+
+def parse_row(row, where, labelled=False):
+    """A JSONL row as an Example, for all tasks; `labelled` if it must have a reference.
+
+    x is "source" or else "document": a string, or a list of sentences, which are joined by blanks. The texts y are
+    "target" or else "summary": a string, or a list of references; or they are the list "references". Other keys are
+    ignored.
+    """
+    x = next((key for key in ("source", "document") if key in row), None)
+    y = next((key for key in ("target", "references", "summary") if key in row), None)
+    if x is None:
         raise InputError(f"{where}: a JSONL row without a source: its keys are {list(row)!r:.200}")
     if "target" in row and "references" in row:
         raise InputError(f"{where}: a row with both target and references: keep one of them")
-    references = [row["target"]] if "target" in row else row.get("references", [])
+    source, references, kind = row[x], row.get(y, []), "a reference"
+    if isinstance(source, list):
+        if not all(isinstance(sentence, str) for sentence in source):
+            raise InputError(f"{where}: {x} is a list, but not of strings only: each must be a sentence")
+        source = collapse(" ".join(source))  # SciTLDR's sentences end in line breaks, and one is blank
+    if isinstance(references, str) and y != "references":
+        references, kind = [references], y
     if not isinstance(references, list):
-        raise InputError(f"{where}: references is a JSON {type(references).__name__}, a list of strings is needed")
-    kind = "target" if "target" in row else "a reference"
+        needed = "a list of strings" if y == "references" else "a string or a list of strings"
+        raise InputError(f"{where}: {y} is a JSON {type(references).__name__}, {needed} is needed")
+    if labelled and not references:
+        raise InputError(f'{where}: a JSONL row without a target: add "target" or "references"')
     references = [check_text(reference, f"{where}: {kind}") for reference in references]
-    return Example(check_text(row["source"], f"{where}: source"), references)
+    return Example(check_text(source, f"{where}: {x}"), references)
 
 
-# ---- examples -> token ids ----
+# ---- summarisation ----
 
 
-def encode_source(text, tokenizer):
-    """The source ids of a text x. What the model reads before it writes y is these and then tokenizer.end_id."""
-    return tokenizer.encode(f" {text} ")
+def given_folder(task, data, layout):
+    """`data` as the folder of a task that is not downloaded."""
+    if data is None:
+        raise InputError(f"{task} is not downloaded: give --data a folder with its files: {layout}")
+    if not Path(data).is_dir():
+        raise InputError(f"there is no folder {data}: {layout}")
+    return Path(data)
 
 
-def encode_pairs(examples, tokenizer):
-    """One (source ids, target ids) for each reference of each example, in order; the target ends with end_id."""
-    pairs = []
-    for example in examples:
-        source = encode_source(example.source, tokenizer)
-        pairs += [(source, tokenizer.encode(f" {y} ") + [tokenizer.end_id]) for y in example.references]
-    return pairs
+def load_scitldr(split, folder):
+    """The Examples of a SciTLDR split: an abstract with its summaries, one in train, up to four in dev and test."""
+    path = folder / f"{split}.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {SCITLDR_LAYOUT}")
+    return [collapse_example(example) for example in read_jsonl(path, labelled=True)]
 
 
-def pair_lengths(pairs):
-    """How many tokens of each pair the model reads: source, separator, target without its last."""
-    return [len(source) + len(target) for source, target in pairs]
+def load_xsum(split, folder):
+    """The Examples of an XSum split, whichever its layout, without the rows that lack a document or a summary."""
+    path = find_xsum(split, folder)
+    if path.suffix == ".source":
+        rows = line_rows(path, path.with_suffix(".target"))
+        path = path.with_suffix(".{source,target}")  # for messages: either file, or both
+    else:
+        rows = json_rows(path)
+    examples, empty = [], []
+    for number, row in rows:
+        try:
+            examples.append(collapse_example(parse_row(row, f"{path}:{number}", labelled=True)))
+        except EmptyText:  # the official release has a few
+            empty.append(number)
+    if not examples:
+        raise InputError(f"{path} has no row with a document and a summary: {XSUM_LAYOUT}")
+    if empty:
+        rows = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
+        print(f"skipped {rows} of {path} with an empty document or summary, first at line {empty[0]}", file=sys.stderr)
+    return examples
 
 
-def check_lengths(pairs, room, what):
-    """InputError if a pair of `what` (a name for the message) has more tokens than the model has room for."""
-    lengths = pair_lengths(pairs)
-    longest = max(lengths, default=0)
-    if longest > room:
-        raise InputError(
-            f"{what}: pair {lengths.index(longest) + 1} of {len(pairs)} (one source with one reference) has {longest} "
-            f"tokens, but the model has room for {room} beside the prefix: shorten that text or the prefix"
-        )
+def find_xsum(split, folder):
+    """The one file in a folder that has the documents of a split: NAME.source, NAME.jsonl or NAME.json."""
+    names = [name + ending for name in XSUM_NAMES[split] for ending in (".source", ".jsonl", ".json")]
+    found = [name for name in names if (folder / name).is_file()]
+    if not found:
+        raise InputError(f"{folder} has no {split} split of XSum ({', '.join(names)}): {XSUM_LAYOUT}")
+    if len(found) > 1:
+        raise InputError(f"{folder} has the {split} split of XSum as {' and as '.join(found)}: keep one of them")
+    return folder / found[0]
 
 
-# ---- ids -> batches ----
+def line_rows(source, target):
+    """(line number, row) for each line of two line files, of which one has the sources and one the targets.
 
-
-@dataclass
-class Batch:
-    ids: torch.Tensor  # (B, T) int64, right-padded: source, end_id, target without its last token
-    index: torch.Tensor  # (N,) int64, positions b * T + t whose next token belongs to the target
-    labels: torch.Tensor  # (N,) int64, those next tokens
-    rows: int  # B
-    tokens: int  # how many of `ids` are not padding
-
-    def to(self, device):
-        return Batch(self.ids.to(device), self.index.to(device), self.labels.to(device), self.rows, self.tokens)
-
-
-def collate(pairs, end_id, pad_id):
-    """A list of B (source ids, target ids) -> Batch."""
-    T = max(pair_lengths(pairs))
-    ids, index, labels = [], [], []
-    for source, target in pairs:
-        start = len(ids) + len(source)  # of the separator, which the target's first token follows
-        index += range(start, start + len(target))
-        labels += target
-        row = [*source, end_id, *target[:-1]]
-        ids += row + [pad_id] * (T - len(row))
-    return Batch(
-        torch.tensor(ids).view(len(pairs), T), torch.tensor(index), torch.tensor(labels),
-        rows=len(pairs), tokens=sum(pair_lengths(pairs)),
-    )  # fmt: skip
-
-
-def bucket_batches(lengths, batch_size, seed, epoch):
-    """One epoch's batches as lists of indices: each index once, rows of like length together, all full but one.
-
-    Rows are shuffled, sorted by length inside windows of up to 50 batches, and the batches are shuffled. There are
-    at least four windows where there are enough batches, for in a single one the batches would hardly ever change.
+    Blank lines at a file's end do not matter, unless the other file has a text there.
     """
-    rng = np.random.default_rng([seed, epoch])
-    lengths, order = np.asarray(lengths), rng.permutation(len(lengths))
-    window = batch_size * min(max(len(lengths) // batch_size // 4, 1), 50)
-    batches = []
-    for start in range(0, len(order), window):
-        part = order[start : start + window]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        batches += [part[i : i + batch_size].tolist() for i in range(0, len(part), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    if not target.is_file():
+        raise InputError(f"{target} is missing: the summaries of {source.name}, one a line")
+    lines = [read_lines(source), read_lines(target)]
+    count = max((number for side in lines for number, line in enumerate(side, 1) if line.strip()), default=0)
+    if min(map(len, lines)) < count:
+        raise InputError(
+            f"{source} and {target} have {len(lines[0])} and {len(lines[1])} lines: line n of one must be the document "
+            "and line n of the other its summary"
+        )
+    for number, (x, y) in enumerate(zip(lines[0][:count], lines[1][:count], strict=True), 1):
+        if not x.strip() and not y.strip():
+            raise InputError(f"{source}:{number}: a blank line, here and in {target.name}: remove it from both")
+        yield number, {"source": x, "target": y}
 
 
-def sorted_batches(lengths, batch_size):
-    """Batches for evaluation: each index once, the longest first, so that what exceeds the memory does so at once."""
-    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def read_lines(path):
+    """The lines of a text file; the line end of the last does not begin another."""
+    lines = read_text(path).split("\n")  # splitlines would also split at U+2028
+    return lines if lines[-1] else lines[:-1]
+
+
+def collapse_example(example):
+    """An Example with the white space in its texts collapsed."""
+    return Example(collapse(example.source), [collapse(reference) for reference in example.references])

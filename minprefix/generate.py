@@ -9,29 +9,47 @@ import copy
 import torch
 from tqdm import tqdm
 
-from minprefix.data import encode_source
+from minprefix.batches import encode_sources, start_id
+from minprefix.data import SUMMARISATION
 from minprefix.files import InputError
 
 
-def generate(model, tokenizer, sources, prefix=None, beams=5, max_new_tokens=64, **options):
-    """The model's continuation of each source text: list of str -> list of str, white space around them stripped.
+def recipe(task):
+    """How a task's texts are usually searched for: options of `generate`.
 
-    options: those of `generate_ids`; the tokens of blank lines are forbidden (as in the paper) unless forbidden=() says
-    otherwise. InputError as in `generate_ids`.
+    Summaries: as BART's authors decode XSum (Lewis et al. 2020), with the length penalty of the paper's runs. Else the
+    beam search of the paper's table-to-text.
+    """
+    if task in SUMMARISATION:
+        return {"beams": 6, "length_penalty": 0.8, "no_repeat_ngram": 3, "min_new_tokens": 10, "max_new_tokens": 60}
+    return {"beams": 5, "length_penalty": 1.0, "no_repeat_ngram": 0, "min_new_tokens": 0, "max_new_tokens": 64}
+
+
+def generate(model, tokenizer, sources, prefix=None, beams=5, max_new_tokens=64, max_source=None, **options):
+    """The text that the model writes for each source text: list of str -> list of str, without white space around.
+
+    max_source: longer sources are cut, see `encode_sources`. options: those of `generate_ids`; by default the tokens of
+    blank lines are forbidden (as in the paper), and BART's first and last token are those of its config.json.
+    InputError as in `generate_ids`.
     """
     if isinstance(sources, str):
         raise InputError("sources is one text, a list of texts is needed")
     options.setdefault("forbidden", tokenizer.newline_ids)
-    ids = [encode_source(text, tokenizer) for text in sources]
-    end = tokenizer.end_id  # it separates target from source, too
-    targets = generate_ids(model, ids, end, end, prefix, beams, max_new_tokens, **options)
-    return [tokenizer.decode(target).strip() for target in targets]
+    if model.encoder_decoder:
+        options.setdefault("forced_first", model.config["forced_bos_token_id"])
+        options.setdefault("forced_last", model.config["forced_eos_token_id"])
+    ids = encode_sources(sources, tokenizer, model, max_source)
+    start, end = start_id(model, tokenizer), tokenizer.end_id
+    targets = generate_ids(model, ids, start, end, prefix, beams, max_new_tokens, **options)
+    special = set(tokenizer.special.values())
+    return [tokenizer.decode(i for i in target if i not in special).strip() for target in targets]
 
 
 @torch.inference_mode()
 def generate_ids(
-    model, sources, start_id, end_id, prefix=None, beams=5, max_new_tokens=64, length_penalty=1.0, sample=False,
-    temperature=1.0, top_k=0, top_p=1.0, generator=None, forbidden=(), batch_size=16, progress=False,
+    model, sources, start_id, end_id, prefix=None, beams=5, max_new_tokens=64, min_new_tokens=0, length_penalty=1.0,
+    no_repeat_ngram=0, sample=False, temperature=1.0, top_k=0, top_p=1.0, generator=None, forbidden=(),
+    forced_first=None, forced_last=None, batch_size=16, progress=False,
 ):  # fmt: skip
     """What the model makes of each source: list of token ids -> list of token ids, without start and end token.
 
@@ -40,13 +58,27 @@ def generate_ids(
     beams = 1 is greedy decoding, or with sample=True a draw from the distribution at that temperature, cut to its
     top_k tokens (0: all) and then to the fewest that hold the mass top_p. generator: a torch.Generator on the model's
     device; a draw also depends on batch_size, nothing else does.
-    forbidden: ids that are never generated. progress: show a bar.
+    min_new_tokens: so many tokens come before the end token. no_repeat_ngram: of so many tokens no sequence is
+    generated twice (0: any may be). forbidden: ids that are never generated. forced_first, forced_last: the id of the
+    first token, and of the last if max_new_tokens are reached. progress: show a bar.
     InputError: an option makes no sense, or a source is too long for the model.
     """
-    _check(model, sources, prefix, beams, max_new_tokens, length_penalty, sample, temperature, top_k, top_p, forbidden,
-           batch_size)  # fmt: skip
+    _check(model, sources, prefix, beams, max_new_tokens, min_new_tokens, length_penalty, no_repeat_ngram, sample,
+           temperature, top_k, top_p, forbidden, batch_size)  # fmt: skip
     device = next(model.parameters()).device
     forbidden = torch.tensor(list(forbidden), dtype=torch.long, device=device)
+
+    def constrain(scores, past):
+        """Set the scores (R, V) of tokens that may not follow the generated ones, past (R, t), to -inf."""
+        t = past.size(1)
+        scores[:, forbidden] = float("-inf")
+        if t < min_new_tokens:
+            scores[:, end_id] = float("-inf")
+        if no_repeat_ngram:
+            _bar_repeats(scores, past, no_repeat_ngram)
+        forced = forced_first if t == 0 else forced_last if t + 1 == max_new_tokens else None
+        if forced is not None:
+            scores.fill_(float("-inf"))[:, forced] = 0.0
 
     def choose(logits):
         return _draw(logits, temperature, top_k, top_p, generator) if sample else logits.argmax(dim=-1)
@@ -59,28 +91,38 @@ def generate_ids(
             cache = _prefill(model, sources, batch, prefix, max_new_tokens, device)
             start = torch.full((len(batch),), start_id, device=device)
             if beams > 1:
-                rows = _beam_search(model, cache, start, end_id, beams, max_new_tokens, length_penalty, forbidden)
+                rows = _beam_search(model, cache, start, end_id, beams, max_new_tokens, length_penalty, constrain)
             else:
-                rows = _one_by_one(model, cache, start, end_id, max_new_tokens, forbidden, choose)
+                rows = _one_by_one(model, cache, start, end_id, max_new_tokens, constrain, choose)
             for i, row in zip(batch, rows.tolist(), strict=True):
                 targets[i] = row[: row.index(end_id)] if end_id in row else row
             bar.update(len(batch))
     return targets
 
 
-def _one_by_one(model, cache, ids, end_id, max_new_tokens, forbidden, choose):
+def _one_by_one(model, cache, ids, end_id, max_new_tokens, constrain, choose):
     """From the start tokens ids (B,), the token that `choose` picks at each step -> (B, <= N), running past the end."""
     done = torch.zeros_like(ids, dtype=torch.bool)
-    columns = []
+    tokens = ids[:, None][:, :0]
     for _ in range(max_new_tokens):
         logits = model.logits(model.step(ids, cache)).float()
-        logits[:, forbidden] = float("-inf")
+        constrain(logits, tokens)
         ids = choose(logits)
-        columns.append(ids)
+        tokens = torch.cat([tokens, ids[:, None]], dim=1)
         done |= ids == end_id
         if done.all():
             break
-    return torch.stack(columns, dim=1)
+    return tokens
+
+
+def _bar_repeats(scores, past, n):
+    """Set the scores (R, V) of tokens that would complete an n-gram which past (R, t) has already to -inf."""
+    if past.size(1) < n:
+        return
+    ngrams = past.unfold(1, n, 1)  # (R, t - n + 1, n)
+    repeats = (ngrams[:, :, :-1] == past[:, None, past.size(1) - n + 1 :]).all(dim=-1)
+    # Adding 0 or -inf, for a token may stand in several places, of which only some are repeats.
+    scores.scatter_add_(1, ngrams[:, :, -1], scores.new_zeros(repeats.shape).masked_fill(repeats, -torch.inf))
 
 
 def _draw(logits, temperature, top_k, top_p, generator):
@@ -97,7 +139,7 @@ def _draw(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-def _beam_search(model, cache, ids, end_id, beams, max_new_tokens, length_penalty, forbidden):
+def _beam_search(model, cache, ids, end_id, beams, max_new_tokens, length_penalty, constrain):
     """From the start tokens ids (B,), the best sequence of each example -> (B, N), end_id after its end.
 
     The search of HuggingFace's generate with early_stopping=False: of the 2K best continuations the K best that do not
@@ -113,7 +155,7 @@ def _beam_search(model, cache, ids, end_id, beams, max_new_tokens, length_penalt
     improvable = torch.ones_like(ids, dtype=torch.bool)
     for t in range(max_new_tokens):
         log_probs = model.logits(model.step(ids, cache)).float().log_softmax(dim=-1)  # (R, V)
-        log_probs[:, forbidden] = -inf
+        constrain(log_probs, tokens[:, :, :t].flatten(0, 1))
         log_probs += scores.view(-1, 1)
         V, rows_each = log_probs.size(-1), scores.size(1)  # rows_each: 1 at the first step, then K
         candidate_scores, index = log_probs.view(-1, rows_each * V).topk(2 * K)  # (B, 2K): K of them may end
@@ -151,11 +193,11 @@ def _prefill(model, sources, batch, prefix, max_new_tokens, device):
     except InputError as error:
         raise InputError(f"{longest}: {error}") from error
     # The start token comes at cache.position; the last new token is never fed back and needs no position.
-    need, room = int(cache.position.max()) + max_new_tokens, model.config["n_positions"]
+    need, room = int(cache.position.max()) + max_new_tokens, model.n_positions
     if need > room:
         raise InputError(
             f"{longest}, needs {need} positions with its prefix and {max_new_tokens} new tokens, "
-            f"but the model has {room}: shorten the source or lower max_new_tokens"
+            f"but the model has {room}: lower max_new_tokens, or shorten the source or the prefix"
         )
     return cache
 
@@ -171,14 +213,16 @@ def _rows(prefix, batch):
     return part
 
 
-def _check(model, sources, prefix, beams, max_new_tokens, length_penalty, sample, temperature, top_k, top_p, forbidden,
-           batch_size):  # fmt: skip
+def _check(model, sources, prefix, beams, max_new_tokens, min_new_tokens, length_penalty, no_repeat_ngram, sample,
+           temperature, top_k, top_p, forbidden, batch_size):  # fmt: skip
     """InputError where the options of `generate_ids` make no sense."""
     allowed = model.config["vocab_size"] - len(set(forbidden))
     rows = {kv.size(2) for kv in (prefix or {}).values() if kv.dim() == 6} - {1, len(sources)}
     for wrong, complaint in (
         (beams < 1, f"beams is {beams}, at least 1 is needed"),
         (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, at least 1 is needed"),
+        (not 0 <= min_new_tokens <= max_new_tokens, f"min_new_tokens is {min_new_tokens}, not 0 to {max_new_tokens}"),
+        (no_repeat_ngram < 0, f"no_repeat_ngram is {no_repeat_ngram}, it must be 0 (repeats allowed) or more"),
         (batch_size < 1, f"batch_size is {batch_size}, at least 1 is needed"),
         (not 1e-6 <= temperature < 1e6, f"temperature is {temperature}, it must be between 1e-6 and 1e6"),
         (not -100 < length_penalty < 100, f"length_penalty is {length_penalty}, it must be between -100 and 100"),

@@ -11,14 +11,14 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from minprefix.data import bucket_batches, collate, pair_lengths, sorted_batches
+from minprefix.batches import bucket_batches, collate, pair_lengths, sorted_batches
 from minprefix.files import InputError, atomic_write
 from minprefix.prefix import fingerprint
 
 
 def target_loss(model, batch, prefix):
     """Negative log-likelihood of all target tokens of a batch, summed (nats)."""
-    states = model.hidden(batch.ids, prefix).flatten(0, 1)[batch.index]
+    states = model.hidden(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.index]
     return F.cross_entropy(model.logits(states).float(), batch.labels, reduction="sum")
 
 
@@ -28,7 +28,7 @@ def dev_loss(model, prefix, pairs, tokenizer, batch_size):
     device = next(model.parameters()).device
     folded, total, count = prefix(), 0.0, 0
     for picked in sorted_batches(pair_lengths(pairs), batch_size):
-        batch = collate([pairs[i] for i in picked], tokenizer.end_id, tokenizer.pad_id).to(device)
+        batch = collate([pairs[i] for i in picked], tokenizer, model).to(device)
         total, count = total + target_loss(model, batch, folded), count + len(batch.labels)
     return float(total) / count
 
@@ -52,8 +52,8 @@ def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch
           seed=101, resume=False):  # fmt: skip
     """Train a prefix for `steps` steps of AdamW; leave the weights with the best dev loss in it -> (log, best step).
 
-    The loss is summed over the target tokens of a sentence and averaged over sentences, and the gradient's norm is cut
-    to 1, as in the authors' GPT-2 runs.
+    As in the authors' runs the loss is averaged over the batch's sentences for GPT-2 (a sentence's being the sum over
+    its tokens), over its tokens for BART; and the gradient's norm is cut to 1.
     At the start and every `eval_every` steps the dev loss is taken and OUT/checkpoint.pt and OUT/log.jsonl are written;
     with `resume` the run goes on from there, on the same CPU bit for bit as if it had not stopped. Rows of the log:
     step, epoch, dev_loss (nats per target token), and after the start loss (likewise, since the last row), lr,
@@ -94,9 +94,9 @@ def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch
         bar.set_postfix(dev_loss=f"{log[-1]['dev_loss']:.3f}")
         total, tokens, examples, since = torch.zeros((), device=device), 0, 0, time.perf_counter()
         for pairs in itertools.islice(batch_stream(train_pairs, batch_size, seed, step), steps - step):
-            batch = collate(pairs, tokenizer.end_id, tokenizer.pad_id).to(device)
+            batch = collate(pairs, tokenizer, model).to(device)
             loss = target_loss(model, batch, prefix())
-            (loss / batch.rows).backward()
+            (loss / (len(batch.labels) if model.encoder_decoder else batch.rows)).backward()
             torch.nn.utils.clip_grad_norm_(prefix.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

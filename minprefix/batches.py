@@ -1,0 +1,157 @@
+"""Examples as token ids, ids as batches, for both kinds of model.
+
+GPT-2 reads `" {x} <|endoftext|> {y} <|endoftext|>"` in one sequence, as in the paper; BART's encoder reads
+`<s>{x}</s>`, its decoder `</s><s>{y}` and writes `<s>{y}</s>`, as HuggingFace's. Only the target's tokens are in the
+loss. Shapes: B rows, S source tokens, T tokens, N target tokens of a batch.
+"""
+
+import functools
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minprefix.attention import real_tokens
+from minprefix.files import InputError
+
+MAX_SOURCE = 512  # tokens of a source that an encoder reads (the paper's XSum articles are cut there, too)
+
+
+# ---- examples -> token ids ----
+
+
+def sequence_form(model):
+    """What the model reads and writes for a source x and a target y, to be noted in a prefix file."""
+    return "<s>{x}</s> -> <s>{y}</s>" if model.encoder_decoder else " {x} <|endoftext|> {y} <|endoftext|>"
+
+
+def start_id(model, tokenizer):
+    """The token that a target's first one follows: what BART's decoder starts from, or GPT-2's separator."""
+    return model.config["decoder_start_token_id"] if model.encoder_decoder else tokenizer.end_id
+
+
+def encode_sources(texts, tokenizer, model, max_source=None):
+    """The source ids of each text, cut to max_source tokens: one line on stderr says how many had to be.
+
+    max_source None: 512 or what the encoder has positions for; GPT-2's sources, whose end matters, are not cut.
+    """
+    around = 2 if model.encoder_decoder else 0  # <s> and </s>
+    if max_source is None and model.encoder_decoder:
+        max_source = min(MAX_SOURCE, model.n_positions)
+    if max_source is not None and max_source <= around:
+        raise InputError(f"a source of at most {max_source} tokens has no room for text: give it {around + 1} or more")
+    sources = [tokenizer.encode(text if model.encoder_decoder else f" {text} ") for text in texts]
+    if max_source is not None:
+        most = max_source - around
+        if long := sum(len(source) > most for source in sources):
+            warn(f"cut {long:,} of {len(texts):,} sources to their first {max_source} tokens")
+        sources = [source[:most] for source in sources]
+    if model.encoder_decoder:
+        sources = [[tokenizer.special["<s>"], *source, tokenizer.end_id] for source in sources]
+    return sources
+
+
+@functools.cache  # once, however often the same sources are encoded
+def warn(line):
+    print(line, file=sys.stderr)
+
+
+def encode_target(text, tokenizer, model):
+    """The ids to be written for a text y, the end token last."""
+    if model.encoder_decoder:
+        return [tokenizer.special["<s>"], *tokenizer.encode(text), tokenizer.end_id]
+    return [*tokenizer.encode(f" {text} "), tokenizer.end_id]
+
+
+def encode_pairs(examples, tokenizer, model, max_source=None):
+    """One (source ids, target ids) for each reference of each example, in order."""
+    sources = encode_sources([example.source for example in examples], tokenizer, model, max_source)
+    return [
+        (source, encode_target(y, tokenizer, model))
+        for example, source in zip(examples, sources, strict=True)
+        for y in example.references
+    ]
+
+
+def pair_lengths(pairs):
+    """How many tokens of each pair the model reads: the source, and one before each token of the target."""
+    return [len(source) + len(target) for source, target in pairs]
+
+
+def check_lengths(pairs, model, prefix_length, what):
+    """InputError if a pair of `what` (a name for the message) has more tokens than the model has positions for.
+
+    A prefix takes positions from what comes after it: from GPT-2's whole sequence, from the target of BART.
+    """
+    room = model.n_positions - prefix_length
+    kind = "target" if model.encoder_decoder else "pair"
+    lengths = [len(target) for _, target in pairs] if model.encoder_decoder else pair_lengths(pairs)
+    longest = max(lengths, default=0)
+    if longest > room:
+        raise InputError(
+            f"{what}: {kind} {lengths.index(longest) + 1} of {len(pairs)} (one source with one reference) has "
+            f"{longest} tokens, but the model has room for {room} beside the prefix: shorten that text or the prefix"
+        )
+
+
+# ---- ids -> batches ----
+
+
+@dataclass
+class Batch:
+    inputs: tuple  # what model.hidden takes: GPT-2's (ids,) or BART's (source_ids, target_ids, source_mask)
+    index: torch.Tensor  # (N,) int64, positions b * T + t of model.hidden's states whose next token is in the target
+    labels: torch.Tensor  # (N,) int64, those next tokens
+    rows: int  # B
+    tokens: int  # how many of the inputs are not padding
+
+    def to(self, device):
+        inputs = tuple(x.to(device) for x in self.inputs)
+        return Batch(inputs, self.index.to(device), self.labels.to(device), self.rows, self.tokens)
+
+
+def collate(pairs, tokenizer, model):
+    """A list of B (source ids, target ids) -> Batch, rows padded on the right."""
+    start = start_id(model, tokenizer)
+    sources, targets = [source for source, _ in pairs], [[start, *target[:-1]] for _, target in pairs]
+    if model.encoder_decoder:
+        source_ids, rows, before = pad(sources, tokenizer.pad_id), targets, [0] * len(pairs)
+        lengths = torch.tensor([len(source) for source in sources])
+        inputs = (source_ids, pad(rows, tokenizer.pad_id), real_tokens(lengths, source_ids.size(1)))
+    else:
+        rows = [source + target for source, target in zip(sources, targets, strict=True)]
+        inputs, before = (pad(rows, tokenizer.pad_id),), [len(source) for source in sources]
+    T = max(len(row) for row in rows)
+    index = [b * T + t for b, row in enumerate(rows) for t in range(before[b], len(row))]
+    labels = [token for _, target in pairs for token in target]
+    return Batch(inputs, torch.tensor(index), torch.tensor(labels), len(pairs), sum(pair_lengths(pairs)))
+
+
+def pad(rows, pad_id):
+    """Lists of ids -> (B, T) int64, filled up on the right."""
+    T = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[pad_id] * (T - len(row))] for row in rows])
+
+
+def bucket_batches(lengths, batch_size, seed, epoch):
+    """One epoch's batches as lists of indices: each index once, rows of like length together, all full but one.
+
+    Rows are shuffled, sorted by length inside windows of up to 50 batches, and the batches are shuffled. There are
+    at least four windows where there are enough batches, for in a single one the batches would hardly ever change.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    lengths, order = np.asarray(lengths), rng.permutation(len(lengths))
+    window = batch_size * min(max(len(lengths) // batch_size // 4, 1), 50)
+    batches = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i : i + batch_size].tolist() for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def sorted_batches(lengths, batch_size):
+    """Batches for evaluation: each index once, the longest first, so that what exceeds the memory does so at once."""
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
