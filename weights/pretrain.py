@@ -1,7 +1,8 @@
-"""Pre-train a bundled model from a plain text corpus: first the BPE, then the language model.
+"""Pre-train a bundled model from a plain text corpus: first the BPE, then GPT-2 as a language model or BART to denoise.
 
-    python weights/pretrain.py bpe   --corpus corpus/ --out weights/gpt2-mini --vocab-size 4096
-    python weights/pretrain.py train --corpus corpus/ --out weights/gpt2-mini --tokens 60e6     (again: resumes)
+    python weights/pretrain.py bpe  --corpus corpus/ --out weights/gpt2-mini --vocab-size 4096
+    python weights/pretrain.py gpt2 --corpus corpus/ --out weights/gpt2-mini --tokens 60e6     (again: resumes)
+    python weights/pretrain.py bart --corpus corpus/ --out weights/bart-mini --bpe weights/gpt2-mini --tokens 60e6
 
 The BPE is trained by HuggingFace's `tokenizers` (pip install -e ".[pretrain]"). The corpus folder holds
 `pretrain.txt.xz` and `heldout.txt.xz`, documents separated by <|endoftext|>. Runs on CPU or one GPU. Learning rate:
@@ -12,6 +13,7 @@ decay begins. Hidden matrices are trained by Muon, everything else by AdamW, all
 import argparse
 import json
 import lzma
+import shutil
 import time
 from pathlib import Path
 
@@ -20,11 +22,12 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from minprefix import bart, gpt2
 from minprefix.checkpoint import write_safetensors
-from minprefix.files import atomic_write, run_main
-from minprefix.gpt2 import GPT2, to_huggingface
+from minprefix.files import InputError, atomic_write, read_json, run_main
 from minprefix.tokenizer import load_tokenizer
 
+IGNORE = -100  # the label of padding
 END = "<|endoftext|>"
 
 
@@ -47,6 +50,18 @@ def train_bpe(args):
         json.dump({**vocab, END: len(vocab)}, file, ensure_ascii=False)
 
 
+def bart_vocabulary(args):
+    """The BPE of another folder with BART's special tokens: `<s> <pad> </s> <unk>` first, `<mask>` last."""
+    if args.bpe is None:
+        raise InputError(f"{args.out} has no vocab.json: give --bpe, the folder whose BPE it shall have")
+    vocab = read_json(args.bpe / "vocab.json")
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *(t for t in sorted(vocab, key=vocab.get) if t != END), "<mask>"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(args.bpe / "merges.txt", args.out / "merges.txt")
+    with atomic_write(args.out / "vocab.json") as file:
+        json.dump({token: i for i, token in enumerate(tokens)}, file, ensure_ascii=False)
+
+
 def corpus_ids(args, split):
     """All documents of a split as one uint16 array, each followed by the end token; kept beside the run's state."""
     cached = args.state / f"{split}.npy"
@@ -60,48 +75,127 @@ def corpus_ids(args, split):
     return np.load(cached, mmap_mode="r")
 
 
-def rows(ids, order, step, batch_size, T):
-    """The batch of a step: rows of T + 1 tokens, in the shuffled order of the epoch that the step falls into."""
-    picked = order[np.arange(step * batch_size, (step + 1) * batch_size) % len(order)]
-    return torch.from_numpy(np.stack([ids[i * T : i * T + T + 1] for i in picked]).astype(np.int64))
+def language_modelling(args, ids, seed):
+    """step -> (model inputs, labels, start): rows of --length tokens, each once an epoch, the labels one further on.
+
+    Rows begin at a random position, so that all positions are trained and a prefix of any length shifts nothing.
+    """
+    B, T = args.batch_size, args.length
+    order = np.random.default_rng(seed).permutation((len(ids) - 1) // T)
+
+    def batch(step):
+        picked = order[np.arange(step * B, (step + 1) * B) % len(order)]
+        rows = torch.from_numpy(np.stack([ids[i * T : i * T + T + 1] for i in picked]).astype(np.int64))
+        return (rows[:, :-1],), rows[:, 1:], int(np.random.default_rng([seed, step]).integers(args.positions - T + 1))
+
+    return batch
 
 
-def random_start(args, step):
-    """Rows begin at a random position, so that all positions are trained and a prefix of any length shifts nothing."""
-    return int(np.random.default_rng([args.seed, step]).integers(args.positions - args.length + 1))
+def denoising(args, ids, seed):
+    """step -> (model inputs, labels, start): whole sentences to be restored from a noised copy (Lewis et al. 2020).
+
+    Steps take turns at half, once and twice --length tokens a row, with the same number of tokens in all. Decoder
+    positions begin at random as above, encoder positions at 0, where a prefix leaves them.
+    """
+    tokenizer = load_tokenizer(args.out)
+    mask, start_id, end_id = (tokenizer.special[token] for token in ("<mask>", "<s>", "</s>"))
+    boundaries = sentence_starts(ids, tokenizer)
+
+    def batch(step):
+        rng = np.random.default_rng([seed, step])
+        scale = (0.5, 1, 2)[step % 3]
+        B, T = round(args.batch_size / scale), round(args.length * scale)
+        sources, targets = [], []
+        for start in boundaries[rng.integers(np.searchsorted(boundaries, len(ids) - T), size=B)]:
+            cuts = boundaries[np.searchsorted(boundaries, start + 1) : np.searchsorted(boundaries, start + T - 1)]
+            sentences = np.split(ids[start : start + T - 2].astype(np.int64), cuts - start)
+            sentences = sentences[:-1] or sentences  # the last is cut off, unless it is the only one
+            sentences = [part[part != end_id] for part in sentences]  # no marks between documents
+            noised = infill(np.concatenate([sentences[i] for i in rng.permutation(len(sentences))]), mask, rng)
+            sources.append([start_id, *noised, end_id])
+            targets.append([start_id, *np.concatenate(sentences), end_id])
+        source, labels = pad(sources, tokenizer.pad_id), pad(targets, IGNORE)
+        inputs = torch.full_like(labels, end_id)  # BART's decoder starts from </s>
+        inputs[:, 1:] = labels[:, :-1].where(labels[:, :-1] != IGNORE, tokenizer.pad_id)
+        real = pad([[1] * len(row) for row in sources], 0)
+        return (source, inputs, real), labels, int(rng.integers(args.positions - T + 1))
+
+    return batch
+
+
+def sentence_starts(ids, tokenizer):
+    """Positions after a token that ends in . ! ? or a line end, before one that begins with white space."""
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    ends = np.array([text.rstrip("\"')\u201d ").endswith((".", "!", "?", "\n")) for text in texts])
+    begins = np.array([text[:1].isspace() for text in texts])
+    after_document = np.asarray(ids[:-1]) == tokenizer.end_id
+    return np.flatnonzero(ends[ids[:-1]] & begins[ids[1:]] | after_document) + 1
+
+
+def infill(tokens, mask, rng, share=0.3, mean=3):
+    """Text infilling: spans of Poisson(mean) tokens, `share` of all, each become one mask; empty spans insert one."""
+    spans, budget = [], round(share * len(tokens))
+    while budget > 0:
+        spans.append(min(rng.poisson(mean), budget))
+        budget -= spans[-1]
+    kept = len(tokens) - sum(spans)
+    gaps = np.sort(rng.permutation(kept + 1)[: len(spans)])  # where among the kept tokens: no two spans touch
+    noised, at = [], 0
+    for gap, length in zip(np.diff(gaps, prepend=0), spans, strict=False):
+        noised += [*tokens[at : at + gap], mask]
+        at += gap + length
+    return [*noised, *tokens[at:]]
+
+
+def pad(rows, value):
+    """Lists of ids -> (B, T), filled up on the right."""
+    T = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (T - len(row))] for row in rows])
 
 
 def new_model(args, vocab_size):
-    config = {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": vocab_size,
-        "n_positions": args.positions, "n_embd": args.width, "n_layer": args.layers, "n_head": args.heads,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5, "bos_token_id": vocab_size - 1, "eos_token_id": vocab_size - 1,
-        "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-    }  # fmt: skip
-    model = GPT2(config)
+    """GPT-2 or BART with random weights: the usual initialisation, sinusoids for the positions."""
+    if args.what == "gpt2":
+        model = gpt2.GPT2({
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": vocab_size,
+            "n_positions": args.positions, "n_embd": args.width, "n_layer": args.layers, "n_head": args.heads,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5, "bos_token_id": vocab_size - 1, "eos_token_id": vocab_size - 1,
+            "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+        })  # fmt: skip
+    else:
+        shape = {"layers": args.layers, "attention_heads": args.heads, "ffn_dim": 4 * args.width}
+        model = bart.BART({
+            "architectures": ["BartForConditionalGeneration"], "model_type": "bart", "is_encoder_decoder": True,
+            "vocab_size": vocab_size, "max_position_embeddings": args.positions, "d_model": args.width,
+            **{f"{side}_{key}": size for side in ("encoder", "decoder") for key, size in shape.items()},
+            "forced_bos_token_id": 0, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
+        })  # fmt: skip
     for name, p in model.named_parameters():
         if p.dim() == 2:  # GPT-2's initialisation: residual projections smaller with depth
-            scale = (2 * args.layers) ** -0.5 if name.endswith("c_proj.weight") else 1.0
-            torch.nn.init.normal_(p, std=0.02 * scale)
+            residual = name.endswith(("c_proj.weight", "out_proj.weight", "fc2.weight"))
+            torch.nn.init.normal_(p, std=0.02 * ((2 * args.layers) ** -0.5 if residual else 1.0))
         elif name.endswith("bias"):
             torch.nn.init.zeros_(p)
-    with torch.no_grad():  # sinusoids are a better start than noise where positions are learned from little text
-        angle = torch.arange(args.positions)[:, None] * 10000 ** -(torch.arange(0, args.width, 2) / args.width)
-        model.wpe.weight.copy_(0.02 * torch.cat([angle.sin(), angle.cos()], dim=1))
+        if "wpe" in name or "embed_positions" in name:  # a better start than noise where there is little text
+            angle = torch.arange(len(p))[:, None] * 10000 ** -(torch.arange(0, args.width, 2) / args.width)
+            p.data.copy_(0.02 * torch.cat([angle.sin(), angle.cos()], dim=1))
     return model
 
 
-def loss_of(model, batch, start=0, backward=False, chunk=1024):
-    """Mean nats per token of rows of T + 1 tokens; with `backward`, the gradients too.
+def loss_of(model, batch, device, backward=False, chunk=1024):
+    """Mean nats per token of a batch; with `backward`, the gradients too.
 
     The head goes chunk by chunk: logits that stay in the cache made it about twice as fast on CPU.
     """
-    states = model.hidden(batch[:, :-1], start=start)
+    inputs, labels, start = batch
+    states = model.hidden(*(x.to(device) for x in inputs), start=start).flatten(0, 1)
+    real = labels.flatten() != IGNORE
+    states, labels = states[real.to(device)], labels.flatten()[real].to(device)
     leaf = states.detach().requires_grad_(backward)
     total = 0.0
-    for h, y in zip(leaf.flatten(0, 1).split(chunk), batch[:, 1:].flatten().split(chunk), strict=True):
-        loss = F.cross_entropy(model.logits(h).float(), y, reduction="sum") / batch[:, 1:].numel()
+    for h, y in zip(leaf.split(chunk), labels.split(chunk), strict=True):
+        loss = F.cross_entropy(model.logits(h).float(), y, reduction="sum") / len(labels)
         if backward:
             loss.backward()
         total = total + loss.detach()
@@ -111,9 +205,10 @@ def loss_of(model, batch, start=0, backward=False, chunk=1024):
 
 
 def make_optimizers(masters, args):
-    """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms (over the float32 masters)."""
-    matrices = [p for name, p in masters.items() if name.startswith("h.") and p.dim() == 2]
-    others = [p for name, p in masters.items() if not (name.startswith("h.") and p.dim() == 2)]
+    """Muon for the matrices inside the layers, AdamW for embeddings, biases and norms (over the float32 masters)."""
+    inside = {name for name, p in masters.items() if p.dim() == 2 and (name.startswith("h.") or ".layers." in name)}
+    matrices = [p for name, p in masters.items() if name in inside]
+    others = [p for name, p in masters.items() if name not in inside]
     muon = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     return [muon, adamw]
@@ -125,20 +220,20 @@ def learning_rate(args, seen):
 
 
 @torch.no_grad()
-def held_out_loss(model, ids, args, device, batches=24):
-    """Nats per token over the first rows of the held-out text."""
-    order = np.arange((len(ids) - 1) // args.length)
-    batches = min(batches, len(order) // args.batch_size)
-    losses = [loss_of(model, rows(ids, order, i, args.batch_size, args.length).to(device)) for i in range(batches)]
-    return torch.stack(losses).mean().item()
+def held_out_loss(model, batches, device, count=24):
+    """Nats per token over some batches of the held-out text, the same at every call."""
+    return torch.stack([loss_of(model, batches(i), device) for i in range(count)]).mean().item()
 
 
 def train(args):
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.state.mkdir(parents=True, exist_ok=True)
-    train_ids, heldout_ids = corpus_ids(args, "pretrain"), corpus_ids(args, "heldout")
-    order = np.random.default_rng(args.seed).permutation((len(train_ids) - 1) // args.length)
+    if args.what == "bart" and not (args.out / "vocab.json").exists():
+        bart_vocabulary(args)
+    objective = language_modelling if args.what == "gpt2" else denoising
+    train_batches = objective(args, corpus_ids(args, "pretrain"), args.seed)
+    heldout_batches = objective(args, corpus_ids(args, "heldout"), args.seed)
     model = new_model(args, load_tokenizer(args.out).vocab_size).to(device)
     masters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     model.to(torch.bfloat16)
@@ -163,15 +258,14 @@ def train(args):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        batch = rows(train_ids, order, step, args.batch_size, args.length).to(device)
-        loss = loss_of(model, batch, random_start(args, step), backward=True)
+        loss = loss_of(model, train_batches(step), device, backward=True)
         update(model, masters, optimizers)
         step += 1
         bar.update()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", tokens=f"{step * tokens_per_step / 1e6:.1f}M")
         if step % args.eval_every == 0 or step == steps:
-            held_out = held_out_loss(model, heldout_ids, args, device)
+            held_out = held_out_loss(model, heldout_batches, device)
             log.append({"tokens": step * tokens_per_step, "loss": loss.item(), "heldout": held_out, "lr": lr,
                         "hours": round((time.time() - started) / 3600, 3)})  # fmt: skip
             bar.write(json.dumps(log[-1]))
@@ -206,9 +300,10 @@ def save_state(args, step, log, masters, optimizers):
 
 def export(args, model, masters, log):
     """The HuggingFace folder in float16, and the log of held-out losses beside it."""
-    half = GPT2(model.config).half()
-    half.load_state_dict(masters)
-    write_safetensors(args.out / "model.safetensors", to_huggingface(half), {"format": "pt"})
+    half = type(model)(model.config).half()
+    half.load_state_dict({**half.state_dict(), **masters})
+    tensors = (gpt2 if args.what == "gpt2" else bart).to_huggingface(half)
+    write_safetensors(args.out / "model.safetensors", tensors, {"format": "pt"})
     with atomic_write(args.out / "config.json") as file:
         json.dump({**model.config, "dtype": "float16"}, file, indent=2)
     with atomic_write(args.out / "pretraining.jsonl") as file:
@@ -217,12 +312,13 @@ def export(args, model, masters, log):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["bpe", "train"])
+    parser.add_argument("what", choices=["bpe", "gpt2", "bart"])
     parser.add_argument("--corpus", type=Path, required=True, help="folder with pretrain.txt.xz and heldout.txt.xz")
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
     parser.add_argument("--state", type=Path, default=Path("runs/pretrain"), help="resumable state and encoded corpus")
     parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--bpe", type=Path, help="bart: the folder whose BPE the new model shall have")
+    parser.add_argument("--layers", type=int, help="6; BART: 4 in the encoder and 4 in the decoder")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--positions", type=int, default=512)
@@ -235,6 +331,7 @@ def main():
     parser.add_argument("--save-every", type=int, default=300, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.layers = args.layers or {"gpt2": 6}.get(args.what, 4)
     train_bpe(args) if args.what == "bpe" else train(args)
 
 

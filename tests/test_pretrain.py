@@ -1,0 +1,125 @@
+"""weights/pretrain.py: what BART has to restore, and whole small runs of both objectives, stopped and resumed."""
+
+import json
+import lzma
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from minprefix import generate, load_model, load_tokenizer
+from minprefix.files import run_main
+from tests.tiny import ROOT
+
+sys.path.insert(0, str(ROOT / "weights"))
+import pretrain  # noqa: E402
+
+TEXT = (
+    "The Golden Lantern opened in 1901. It burnt down twice! Was it rebuilt? It was, at 3.5 times the size.\n"
+    '"A fine house," they said. Dr. Smith lives there now'
+)
+
+
+@pytest.fixture(scope="module")
+def bart_mini(tmp_path_factory):
+    """A folder with the vocabulary of a BART, and a small corpus as its ids."""
+    out = tmp_path_factory.mktemp("bart") / "model"
+    pretrain.bart_vocabulary(SimpleNamespace(bpe=ROOT / "weights" / "gpt2-mini", out=out))
+    tokenizer = load_tokenizer(out)
+    documents = [[*tokenizer.encode(f"{TEXT} {i}."), tokenizer.end_id] for i in range(60)]
+    return out, tokenizer, np.array(sum(documents, []), np.uint16)
+
+
+def test_the_vocabulary_is_the_same_bpe_in_barts_order(bart_mini):
+    _, tokenizer, _ = bart_mini
+    gpt2 = load_tokenizer(ROOT / "weights" / "gpt2-mini")
+    assert tokenizer.special == {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4099}
+    assert tokenizer.vocab_size == gpt2.vocab_size + 4  # five special tokens for one
+    assert tokenizer.encode(TEXT) == [i + 4 for i in gpt2.encode(TEXT)]
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_sentence_starts(bart_mini):
+    _, tokenizer, _ = bart_mini
+    ids = np.array([*tokenizer.encode(TEXT), tokenizer.end_id, *tokenizer.encode("Next.")], np.uint16)
+    cuts = pretrain.sentence_starts(ids, tokenizer)
+    sentences = [tokenizer.decode(part.tolist()).strip() for part in np.split(ids, cuts)]
+    assert sentences == [
+        "The Golden Lantern opened in 1901.", "It burnt down twice!", "Was it rebuilt?",
+        "It was, at 3.5 times the size.", '"A fine house," they said.', "Dr.", "Smith lives there now</s>", "Next.",
+    ]  # fmt: skip
+
+
+def test_infilling_masks_spans_of_three_tokens_on_average_and_thirty_percent_in_all():
+    rng, mask = np.random.default_rng(0), -9
+    removed, spans = 0, []
+    for n in [1, 2, 3, 10, *[200] * 300]:
+        tokens = np.arange(n)
+        noised = pretrain.infill(tokens, mask, rng)
+        kept = [t for t in noised if t != mask]
+        assert kept == sorted(set(kept)) and set(kept) <= set(range(n))  # the order stays
+        assert n - len(kept) == round(0.3 * n)
+        assert all(a != mask or b != mask for a, b in zip(noised, noised[1:], strict=False))  # no span touches another
+        if n == 200:
+            removed += n - len(kept)
+            bounded = [-1, *noised, n]
+            at = [i for i, t in enumerate(bounded) if t == mask]
+            spans += [bounded[i + 1] - bounded[i - 1] - 1 for i in at]
+    assert removed == 300 * 60 == sum(spans)
+    assert 2.8 < np.mean(spans) < 3.1 and 0.03 < np.mean(np.array(spans) == 0) < 0.08  # Poisson(3): 5% insertions
+
+
+def test_a_denoising_batch(bart_mini):
+    out, tokenizer, ids = bart_mini
+    args = SimpleNamespace(out=out, batch_size=6, length=64, positions=140)
+    batches = pretrain.denoising(args, ids, seed=3)
+    for step in range(12):
+        (source, inputs, real), labels, start = batches(step)
+        again = batches(step)
+        assert torch.equal(source, again[0][0]) and torch.equal(labels, again[1]) and start == again[2]
+        B, T = {0: (12, 32), 1: (6, 64), 2: (3, 128)}[step % 3]
+        assert len(source) == len(inputs) == len(labels) == B and labels.size(1) <= T and 0 <= start <= 140 - T
+        assert torch.equal(real == 1, source != tokenizer.pad_id)
+        for row in range(B):
+            target = labels[row][labels[row] != pretrain.IGNORE].tolist()
+            assert (target[0], target[-1]) == (0, 2) and set(target[1:-1]).isdisjoint({0, 1, 2, 3, 4099})
+            assert inputs[row, : len(target)].tolist() == [2, *target[:-1]]
+            seen = source[row][real[row] == 1].tolist()
+            assert (seen[0], seen[-1]) == (0, 2) and 4099 in seen
+            kept = [t for t in seen[1:-1] if t != 4099]
+            assert len(target) - 2 - len(kept) == round(0.3 * (len(target) - 2))
+            counts = np.bincount(target, minlength=4100) - np.bincount(kept, minlength=4100)
+            assert counts[3:].min() >= 0  # nothing is in the source that is not in the target
+            text = tokenizer.decode(target[1:-1])
+            assert text.strip()[0] in 'TIW"DS' and (text.strip()[-1] in '.!?"' or len(target) == T)  # whole sentences
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, args)])
+    run_main(pretrain.main)
+
+
+@pytest.mark.parametrize("what", ["gpt2", "bart"])
+def test_a_small_run_learns_resumes_and_exports_what_loads(tmp_path, monkeypatch, what):
+    corpus, out = tmp_path / "corpus", tmp_path / "model"
+    corpus.mkdir()
+    for split, n in (("pretrain", 200), ("heldout", 40)):
+        with lzma.open(corpus / f"{split}.txt.xz", "wt", encoding="utf-8") as file:
+            file.write("<|endoftext|>".join(f"{TEXT} {i}." for i in range(n)))
+    if what == "gpt2":
+        out.mkdir()
+        for name in ("vocab.json", "merges.txt"):
+            (out / name).write_bytes((ROOT / "weights" / "gpt2-mini" / name).read_bytes())
+    args = [what, "--corpus", corpus, "--out", out, "--bpe", ROOT / "weights" / "gpt2-mini", "--state", tmp_path / "s",
+            "--layers", 1, "--width", 32, "--heads", 2, "--positions", 64, "--length", 32, "--batch-size", 4,
+            "--eval-every", 10, "--lr", 1e-2]  # fmt: skip
+    run(monkeypatch, *args, "--tokens", 30 * 128)
+    run(monkeypatch, *args, "--tokens", 60 * 128)  # goes on from step 30
+    log = [json.loads(line) for line in (out / "pretraining.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in log] == [128 * step for step in (10, 20, 30, 40, 50, 60)]
+    assert log[-1]["heldout"] < log[0]["heldout"] - 0.5
+    model, tokenizer = load_model(out), load_tokenizer(out)
+    assert model.encoder_decoder == (what == "bart") and model.config["dtype"] == "float16"
+    assert len(generate(model, tokenizer, ["It burnt down"], beams=2, max_new_tokens=5)) == 1
