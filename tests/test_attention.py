@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minprefix.attention import attend, causal_mask, padding_mask, prefix_length, prefix_segments
+from minprefix.attention import attend, causal_mask, padding_mask, prefix_length, prefix_segments, real_tokens
 from minprefix.gpt2 import GPT2
 from minprefix.prefix import FoldedPrefix
 
@@ -30,7 +30,7 @@ def definition(q, segments):
                         score = sum(a * b for a, b in zip(q[i, h, t].tolist(), k[row, h, s].tolist(), strict=True))
                         score /= math.sqrt(q.size(3))
                         if mask is not None:
-                            score += float(mask[t, s] if mask.dim() == 2 else mask[i, 0, 0, s])
+                            score += float(mask[t, s] if mask.dim() == 2 else mask[row, 0, 0, s])
                         weights.append(math.exp(score))
                         values.append(v[row, h, s])
                 out[i, h, t] = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
@@ -43,9 +43,9 @@ def segment(rows, length, mask=None):
 
 def cases():
     torch.manual_seed(0)
-    q, lengths = rand(B, H, T, D), torch.tensor([7, 1, 3, 7, 2, 5])
+    q = rand(B, H, T, D)
     tokens = segment(B, T, causal_mask(T, q))
-    padding = padding_mask(lengths, S, q)
+    padding = padding_mask(real_tokens(torch.tensor([7, 1, 3, 7, 2, 5]), S), q)
     arbitrary = torch.where(torch.rand(T, S) < 0.4, -INF, 0.0).double()
     yield "tokens only", q, [tokens]
     yield "tokens without a mask", q, [segment(B, T)]
@@ -55,9 +55,15 @@ def cases():
     yield "prefix per row", q, [segment(B, P), tokens]
     yield "prefix per example, two beams each", q, [segment(3, P), tokens]
     yield "padded rows", q, [segment(1, P), segment(B, S, padding)]
-    yield "prefix, padded source of three beams, tokens", q, [segment(1, P), segment(2, S, padding), tokens]
+    yield "padded source of six beams", q, [segment(1, S, padding[2:3])]
+    yield "padded sources of three beams", q, [segment(2, S, padding[1:3])]
+    yield "padded sources of two beams", q, [segment(3, S, padding[3:])]
+    yield "prefix, padded source of three beams, tokens", q, [segment(1, P), segment(2, S, padding[1:3]), tokens]
+    yield "prefix per source, padded source, tokens", q, [segment(2, P), segment(2, S, padding[4:]), tokens]
+    yield "sources of two and of three beams", q, [segment(3, S, padding[:3]), segment(2, S, padding[4:]), tokens]
+    yield "a mask that is no padding", q, [segment(2, S, arbitrary[:2, None, None]), segment(1, P)]
     yield "prefix per example, source, tokens", q, [segment(2, P), segment(3, S, arbitrary), tokens]
-    yield "one query", q[:, :, :1], [segment(1, P), segment(3, S, padding), segment(B, 1)]
+    yield "one query", q[:, :, :1], [segment(1, P), segment(3, S, padding[2:5]), segment(B, 1)]
     strided = q.transpose(1, 2).contiguous().transpose(1, 2)
     yield "as the model's projection lays it out", strided, [segment(1, P), tokens]
 
@@ -78,7 +84,21 @@ def test_masked_keys_do_not_count():
     expected = [attend(q[i : i + 1], [(k[i : i + 1, :, :n], v[i : i + 1, :, :n], None)]) for i, n in enumerate(lengths)]
     for i, n in enumerate(lengths):
         k[i, :, n:], v[i, :, n:] = 1e3, 1e30
-    torch.testing.assert_close(attend(q, [(k, v, padding_mask(lengths, S, q))]), torch.cat(expected))
+    mask = padding_mask(real_tokens(lengths, S), q)
+    torch.testing.assert_close(attend(q, [(k, v, mask)]), torch.cat(expected))
+    beams = attend(q.repeat_interleave(3, dim=0), [(k, v, mask)])  # three for each row of keys and its mask
+    torch.testing.assert_close(beams, torch.cat(expected).repeat_interleave(3, dim=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_padding_masks(dtype):
+    """True or 1, as a tokeniser writes it, where there is a token, wherever in the row that is."""
+    real = real_tokens(torch.tensor([2, 0, 3]), 3)
+    assert real.dtype == torch.bool and real.tolist() == [[1, 1, 0], [0, 0, 0], [1, 1, 1]]
+    mask = padding_mask(real.to(dtype), torch.empty(0, dtype=torch.bfloat16))
+    assert mask.shape == (3, 1, 1, 3) and mask.dtype == torch.bfloat16
+    assert mask.flatten().tolist() == [0, 0, -INF, -INF, -INF, -INF, 0, 0, 0]
+    assert padding_mask(torch.tensor([[0, 1, 0, 1]]).to(dtype), rand(1)).flatten().tolist() == [-INF, 0, -INF, 0]
 
 
 def test_causal_mask_is_lower_right():
@@ -139,6 +159,13 @@ def row_of(prefix, i):
     return FoldedPrefix({"decoder": prefix["decoder"][:, :, i : i + 1]}, prefix.position_offset)
 
 
+def prefix_rows(prefix):
+    """How many rows of a prefix's keys the cache holds, in a list; an empty one if there is none."""
+    if prefix is None:
+        return []
+    return [1 if prefix["decoder"].dim() == 5 else len(LENGTHS)]
+
+
 @pytest.mark.parametrize("kind, offset", [("none", None), ("shared", 0), ("shared", P), ("rows", 0), ("rows", P)])
 def test_cache_equals_the_full_forward(model, kind, offset):
     """Ragged sources, one step each, then three beams each that are chosen anew after every step."""
@@ -161,8 +188,10 @@ def test_cache_equals_the_full_forward(model, kind, offset):
         rows = example * rows_each + torch.randint(rows_each, example.shape)
         cache.select(rows)
         texts = [texts[row] for row in rows]
-    source_k = cache.source[0][0]
-    assert source_k.size(0) == len(LENGTHS)  # stored once for all beams
+    assert cache.cross is None
+    for segments in cache.fixed:  # stored once for all beams
+        assert [k.size(0) for k, _, _ in segments] == [*prefix_rows(prefix), len(LENGTHS)]
+        assert segments[-1][2].shape == (len(LENGTHS), 1, 1, max(LENGTHS))
 
 
 def test_pads_change_nothing(model):

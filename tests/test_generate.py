@@ -131,25 +131,26 @@ def test_beam_search_is_the_naive_one(model, sources, kind):
             naive_beam_search(model, source, prefix_row(prefix, i), beams, length_penalty, forbidden)
             for i, source in enumerate(sources)
         ]
-        ours = generate_ids(
-            model, sources, END, END, prefix, beams, NEW, length_penalty, forbidden=forbidden, batch_size=5
-        )
+        options = {"length_penalty": length_penalty, "forbidden": forbidden, "batch_size": 5}
+        ours = generate_ids(model, sources, END, END, prefix, beams, NEW, **options)
         assert ours == naive
 
 
 class Table:
     """A model of 8 tokens, its logits looked up by position and last token; the end is likely: all beams may end."""
 
+    encoder_decoder = False
+
     def __init__(self, seed):
         self.table = torch.randn(NEW + 1, 8, 8, generator=torch.Generator().manual_seed(seed))
         self.table[..., END] += 2
-        self.config = {"vocab_size": 8, "n_positions": NEW + 1}
+        self.config, self.n_positions = {"vocab_size": 8}, NEW + 1
 
     def parameters(self):
         return iter([self.table])
 
     def prefill(self, ids, lengths, prefix):
-        return Cache([], [], None, [], lengths)
+        return Cache([], None, [], lengths)
 
     def step(self, ids, cache):
         states = self.table[cache.position, ids]
@@ -169,7 +170,8 @@ def test_beam_search_is_the_naive_one_when_all_beams_end(length_penalty):
         model = Table(seed)
         for beams in (2, 4):
             naive = [naive_beam_search(model, source, None, beams, length_penalty) for source in ([], [1])]
-            assert generate_ids(model, [[], [1]], END, END, None, beams, NEW, length_penalty) == naive
+            ours = generate_ids(model, [[], [1]], END, END, None, beams, NEW, length_penalty=length_penalty)
+            assert ours == naive
 
 
 def test_the_model_ends_early_late_and_never(model, sources):
@@ -254,7 +256,7 @@ def test_beam_search_is_transformers(model, sources, kind, beams, length_penalty
     expected = huggingface_generate(
         theirs, sources, prefix, num_beams=beams, do_sample=False, length_penalty=length_penalty
     )
-    ours = generate_ids(model, sources, END, END, prefix, beams, NEW, length_penalty)
+    ours = generate_ids(model, sources, END, END, prefix, beams, NEW, length_penalty=length_penalty)
     assert ours == expected
 
 
@@ -327,7 +329,7 @@ def test_draws_follow_the_distribution(model, options):
 class Letters:
     """A tokenizer of characters: their code minus 30, so that a blank is 2; a line break is 1."""
 
-    end_id, newline_ids = END, [1]
+    end_id, newline_ids, special = END, [1], {"<|endoftext|>": END}
 
     def encode(self, text):
         return [1 if c == "\n" else ord(c) - 30 for c in text]

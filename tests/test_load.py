@@ -140,7 +140,9 @@ def test_other_tensors_are_refused(tmp_path, tensors, message):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"model_type": "bart"}, "model_type is 'bart', minprefix runs 'gpt2'"),
+        ({"model_type": "t5"}, "model_type is 't5', minprefix runs gpt2 and bart"),
+        ({"model_type": ["gpt2"]}, r"model_type is \['gpt2'\], minprefix runs"),
+        ({"model_type": "bart"}, "config.json of the BART model: max_position_embeddings is None"),
         ({"model_type": None}, "model_type is None"),
         ({"activation_function": "swish"}, "activation 'swish'"),
         ({"n_layer": 3}, "lacks 12 of the model's 40 tensors, first 'h.2.attn.c_attn.bias'"),

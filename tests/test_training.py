@@ -10,12 +10,15 @@ import torch
 from torch.nn import functional as F
 
 from minprefix import Prefix, load_model, load_tokenizer
-from minprefix.data import collate
+from minprefix.batches import collate
 from minprefix.files import InputError
 from minprefix.training import batch_stream, dev_loss, linear_schedule, target_loss, train
-from tests.tiny import ROOT, write_tiny_model
+from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 PAIRS = [([5 + i, 6, 7 + i], [40 + i, 50, 60, 4095]) for i in range(12)] + [([9], [8, 4095])]
+
+
+BART_PAIRS = [([0, *source, 2], [0, *target[:-1], 2]) for source, target in PAIRS]
 
 
 @pytest.fixture(scope="module")
@@ -23,19 +26,24 @@ def model_folder(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def run(folder, out, steps=20, **options):
+@pytest.fixture(scope="module")
+def bart_folder(tmp_path_factory):
+    return write_tiny_bart(tmp_path_factory.mktemp("models") / "bart", decoder_start_token_id=3)
+
+
+def run(folder, out, steps=20, pairs=PAIRS, **options):
     torch.manual_seed(1)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     prefix = Prefix(model, 3, hidden=8)
-    dev = PAIRS[:4]
-    log = train(model, prefix, tokenizer, PAIRS, dev, out, steps=steps, batch_size=4, lr=1e-2, eval_every=5, **options)
+    dev = pairs[:4]
+    log = train(model, prefix, tokenizer, pairs, dev, out, steps=steps, batch_size=4, lr=1e-2, eval_every=5, **options)
     return model, prefix, log
 
 
 def test_loss_is_that_of_the_target_tokens_alone(model_folder):
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
     prefix = Prefix(model, 3, hidden=0)()
-    batch = collate(PAIRS, tokenizer.end_id, tokenizer.pad_id)
+    batch = collate(PAIRS, tokenizer, model)
     expected = 0.0
     for source, target in PAIRS:  # one row at a time, over the whole sequence, source positions left out by hand
         ids = torch.tensor([[*source, tokenizer.end_id, *target]])
@@ -75,6 +83,51 @@ def test_one_step_is_adamw_on_the_sentence_mean(model_folder, tmp_path):
     train(model, prefix, tokenizer, PAIRS, PAIRS, tmp_path, steps=1, batch_size=len(PAIRS), lr=1e-2)
     for name, p in prefix.named_parameters():
         torch.testing.assert_close(p, kv[name], rtol=1e-3, atol=1e-5)
+
+
+def bart_row_loss(model, source, target, prefix):
+    """Of one pair, without padding and mask: nats, summed over the target's tokens."""
+    logits = model(torch.tensor([source]), torch.tensor([[3, *target[:-1]]]), prefix=prefix)
+    return F.cross_entropy(logits[0], torch.tensor(target), reduction="sum")
+
+
+def test_loss_of_an_encoder_decoder_is_that_of_its_targets(bart_folder):
+    model, tokenizer = load_model(bart_folder), load_tokenizer(bart_folder)
+    prefix = Prefix(model, 3, hidden=0)()
+    expected = sum(bart_row_loss(model, *pair, prefix) for pair in BART_PAIRS).item()
+    loss = target_loss(model, collate(BART_PAIRS, tokenizer, model), prefix).item()
+    assert loss == pytest.approx(expected, rel=1e-5)
+    mean = dev_loss(model, lambda: prefix, BART_PAIRS, tokenizer, batch_size=5)
+    assert mean == pytest.approx(expected / sum(len(target) for _, target in BART_PAIRS), rel=1e-5)
+
+
+def test_gradient_of_an_encoder_decoder_is_of_the_token_mean(bart_folder, tmp_path, monkeypatch):
+    """Seen by the optimizer before it is cut to the norm 1, since AdamW's first step hardly depends on its scale."""
+    torch.manual_seed(1)
+    model, tokenizer = load_model(bart_folder), load_tokenizer(bart_folder)
+    prefix = Prefix(model, 3, hidden=8)
+    losses = [bart_row_loss(model, *pair, prefix()) for pair in BART_PAIRS]
+    (sum(losses) / sum(len(target) for _, target in BART_PAIRS)).backward()
+    expected = {name: p.grad.clone() for name, p in prefix.named_parameters()}
+    prefix.zero_grad()
+    seen, clip = {}, torch.nn.utils.clip_grad_norm_
+
+    def look_and_clip(parameters, norm):
+        seen.update({name: p.grad.clone() for name, p in prefix.named_parameters()})
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", look_and_clip)
+    train(model, prefix, tokenizer, BART_PAIRS, BART_PAIRS, tmp_path, steps=1, batch_size=len(BART_PAIRS), lr=1e-2)
+    assert seen.keys() == expected.keys() and any("cross" in name for name in seen)
+    for name, gradient in seen.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
+
+
+def test_training_an_encoder_decoder(bart_folder, tmp_path):
+    before = {name: p.clone() for name, p in load_model(bart_folder).state_dict().items()}
+    model, _, (log, _) = run(bart_folder, tmp_path, steps=60, pairs=BART_PAIRS)
+    assert log[-1]["dev_loss"] < log[0]["dev_loss"] - 0.03  # its last layer norm leaves a prefix little to change
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
 def test_schedule_is_linear():

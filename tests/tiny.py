@@ -1,4 +1,4 @@
-"""A tiny random GPT-2 folder with the bundled tokeniser, for tests that need a whole model but not a good one."""
+"""Tiny random GPT-2 and BART folders with the bundled tokeniser, for tests that need a whole model, not a good one."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from minprefix import bart
 from minprefix.checkpoint import write_safetensors
 from minprefix.gpt2 import GPT2, to_huggingface
 
@@ -23,4 +24,23 @@ def write_tiny_model(folder, seed=0, vocab_size=4096):
     write_safetensors(folder / "model.safetensors", to_huggingface(model))
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(ROOT / "weights" / "gpt2-mini" / name, folder / name)
+    return folder
+
+
+def write_tiny_bart(folder, seed=0, vocab_size=4100, **config):
+    """2 + 1 layers, width 32, 4 + 2 heads, 256 positions; the bundled tokeniser with BART's special tokens around."""
+    torch.manual_seed(seed)
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 4,
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 48}  # fmt: skip
+    model = bart.BART({"vocab_size": vocab_size, "max_position_embeddings": 256, **sizes, **config})
+    for tensor in [*model.parameters(), model.final_logits_bias]:
+        torch.nn.init.normal_(tensor, std=0.1)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(model.config))
+    write_safetensors(folder / "model.safetensors", bart.to_huggingface(model))
+    bundled = ROOT / "weights" / "gpt2-mini"
+    bpe = [token for token in json.loads((bundled / "vocab.json").read_text("utf-8")) if token != "<|endoftext|>"]
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *bpe, "<mask>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    shutil.copy(bundled / "merges.txt", folder / "merges.txt")
     return folder
