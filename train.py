@@ -106,10 +106,9 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     model, tokenizer = load_model(args.model, device, dtype), load_tokenizer(args.model)
     check_vocabulary(tokenizer, model, args.model)
-    train_pairs, dev_pairs, test = load_data(args, model, tokenizer)
-    steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
-
     prefix = Prefix(model, args.prefix_length, args.hidden, args.offset, args.sites).to(device)
+    train_pairs, dev_pairs, test = load_data(args, model, tokenizer, prefix.position_offset)
+    steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
     if args.init:
         prefix.init_from_words(model, tokenizer, args.init)
     print(f"{args.model} in {dtype} on {device}")
@@ -148,9 +147,11 @@ def suggestion(args, test):
     return "--input " + shlex.quote(EXAMPLE if args.task == "e2e" else test[0].source if test else "...")
 
 
-def load_data(args, model, tokenizer):
-    """Training pairs, at most 500 dev pairs, --eval-inputs test examples; everything is known to fit the model."""
-    start = args.prefix_length if args.offset is None else args.offset
+def load_data(args, model, tokenizer, start):
+    """Training pairs, at most 500 dev pairs, --eval-inputs test examples; everything is known to fit the model.
+
+    start: position of the first token after the prefix.
+    """
     pairs = {}
     for split in ("train", "dev"):
         pairs[split] = encode_pairs(load_examples(args.task, split, args.data), tokenizer, model, args.max_source)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minprefix.attention import Cache, attend, causal_mask, first_position, padding_mask, prefix_segments, real_tokens
-from minprefix.config import ACTIVATIONS, check_activation, check_heads, check_sizes, check_switches
+from minprefix.config import ACTIVATIONS, check_activation, check_booleans, check_heads, check_sizes, check_switches
 from minprefix.files import InputError
 
 POSITION_OFFSET = 2  # position p is row p + 2 of the table: fairseq counted positions from its padding id on
@@ -214,6 +214,7 @@ def check_config(config):
                 "forced_bos_token_id": None, "forced_eos_token_id": 2}  # fmt: skip
     config = {"model_type": "bart", **defaults, **config}
     check_activation(config["activation_function"])
+    check_booleans(config, ["scale_embedding", "tie_word_embeddings"])
     for key in (key for key in defaults if key.endswith("_id")):
         i, may_lack = config[key], key.startswith("forced")
         if not (may_lack and i is None) and not (type(i) is int and 0 <= i < sizes["vocab_size"]):
@@ -231,17 +232,24 @@ def from_huggingface(tensors, config):
         if not name.endswith(".version"):  # a mark of old fairseq conversions, no parameter
             state[name] = tensor
     state.setdefault("final_logits_bias", torch.zeros(1, config["vocab_size"]))
-    stored = {name: state.pop(name) for name in TIED if name in state}
-    first = next(iter(stored), None)  # `shared` if it is there; any of them may stand for it
-    if first and config["tie_word_embeddings"]:
-        for name, tensor in stored.items():
-            if not torch.equal(tensor, stored[first]):
+    if config["tie_word_embeddings"]:
+        first, *copies = [name for name in TIED if name in state] or [None]  # any of them may stand for `shared`
+        for name in copies:
+            if not torch.equal(state[name], state[first]):
                 raise InputError(f"tensors {first!r} and {name!r} differ, but config.json has tie_word_embeddings true")
-        return {**state, "shared.weight": stored[first]}
-    return state | {name: stored[name if name in stored else first] for name in TIED[1:] if first}
+            del state[name]
+        return {"shared.weight": state.pop(first), **state} if first else state
+    shared = state.pop("shared.weight", None)
+    for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        if shared is not None:
+            state.setdefault(name, shared)
+    return state
 
 
 def to_huggingface(model):
     """The inverse of `from_huggingface`: tensors for a `model.safetensors` that HuggingFace loads as it is."""
+    state = model.state_dict()
+    if "shared.weight" not in state:  # untied: HuggingFace has a tensor of that name all the same, and does not use it
+        state["shared.weight"] = state["encoder.embed_tokens.weight"]
     bare = ("final_logits_bias", "lm_head.weight")
-    return {name if name in bare else "model." + name: tensor for name, tensor in model.state_dict().items()}
+    return {name if name in bare else "model." + name: tensor for name, tensor in state.items()}

@@ -34,11 +34,12 @@ def start_id(model, tokenizer):
 def encode_sources(texts, tokenizer, model, max_source=None):
     """The source ids of each text, cut to max_source tokens: one line on stderr says how many had to be.
 
-    max_source None: 512 or what the encoder has positions for; GPT-2's sources, whose end matters, are not cut.
+    max_source: by default 512 for BART, and never more than the encoder has positions for; GPT-2's sources are not cut
+    unless it is given.
     """
     around = 2 if model.encoder_decoder else 0  # <s> and </s>
-    if max_source is None and model.encoder_decoder:
-        max_source = min(MAX_SOURCE, model.n_positions)
+    if model.encoder_decoder:
+        max_source = min(MAX_SOURCE if max_source is None else max_source, model.n_positions)
     if max_source is not None and max_source <= around:
         raise InputError(f"a source of at most {max_source} tokens has no room for text: give it {around + 1} or more")
     sources = [tokenizer.encode(text if model.encoder_decoder else f" {text} ") for text in texts]
@@ -79,12 +80,13 @@ def pair_lengths(pairs):
     return [len(source) + len(target) for source, target in pairs]
 
 
-def check_lengths(pairs, model, prefix_length, what):
+def check_lengths(pairs, model, start, what):
     """InputError if a pair of `what` (a name for the message) has more tokens than the model has positions for.
 
-    A prefix takes positions from what comes after it: from GPT-2's whole sequence, from the target of BART.
+    start: position of the first token after the prefix, which takes its positions from GPT-2's whole sequence, from
+    BART's target.
     """
-    room = model.n_positions - prefix_length
+    room = model.n_positions - start
     kind = "target" if model.encoder_decoder else "pair"
     lengths = [len(target) for _, target in pairs] if model.encoder_decoder else pair_lengths(pairs)
     longest = max(lengths, default=0)

@@ -33,3 +33,9 @@ def check_switches(config, switches):
     for key, value in switches.items():
         if config.get(key, value) is not value:
             raise InputError(f"config.json: {key} = {config[key]!r} is not supported by minprefix")
+
+
+def check_booleans(config, keys):
+    for key in keys:
+        if not isinstance(config[key], bool):
+            raise InputError(f"config.json: {key} is {config[key]!r}, true or false is needed")

@@ -47,7 +47,7 @@ def generate(model, tokenizer, sources, prefix=None, beams=5, max_new_tokens=64,
 
 @torch.inference_mode()
 def generate_ids(
-    model, sources, start_id, end_id, prefix=None, beams=5, max_new_tokens=64, min_new_tokens=0, length_penalty=1.0,
+    model, sources, start_id, end_id, prefix=None, beams=5, max_new_tokens=64, *, min_new_tokens=0, length_penalty=1.0,
     no_repeat_ngram=0, sample=False, temperature=1.0, top_k=0, top_p=1.0, generator=None, forbidden=(),
     forced_first=None, forced_last=None, batch_size=16, progress=False,
 ):  # fmt: skip
@@ -187,6 +187,8 @@ def _prefill(model, sources, batch, prefix, max_new_tokens, device):
     ids = torch.zeros((len(batch), max(1, lengths[0])), dtype=torch.long)
     for row, i in zip(ids, batch, strict=True):
         row[: len(sources[i])] = torch.tensor(sources[i], dtype=torch.long)
+    if model.encoder_decoder and lengths[-1] == 0:
+        raise InputError(f"source {batch[-1] + 1} of {len(sources)} has no token: an encoder needs one")
     longest = f"source {batch[0] + 1} of {len(sources)}, the longest with {lengths[0]} tokens"
     try:
         cache = model.prefill(ids.to(device), torch.tensor(lengths, device=device), _rows(prefix, batch))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minprefix.attention import Cache, attend, causal_mask, first_position, padding_mask, prefix_segments, real_tokens
-from minprefix.config import ACTIVATIONS, check_activation, check_heads, check_sizes, check_switches
+from minprefix.config import ACTIVATIONS, check_activation, check_booleans, check_heads, check_sizes, check_switches
 from minprefix.files import InputError
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # HuggingFace stores these (in, out)
@@ -142,6 +142,7 @@ def check_config(config):
                             "add_cross_attention": False})  # fmt: skip
     config = {"model_type": "gpt2", **defaults, **config, "n_inner": 4 * shape["n_embd"], **shape}
     check_activation(config["activation_function"])
+    check_booleans(config, ["tie_word_embeddings"])
     eps = config["layer_norm_epsilon"]
     if not isinstance(eps, float) or not 0 < eps < 1:
         raise InputError(f"config.json: layer_norm_epsilon is {eps!r}, a small positive number is needed")

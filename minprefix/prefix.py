@@ -32,18 +32,22 @@ class Prefix(nn.Module):
     """A prefix under training, one part for each site of the model; calling it gives what the model takes.
 
     hidden: width of the MLP that reparametrises it (paper section 4.3: 512 for table-to-text, 800 for summarisation);
-    0 trains the keys and values directly. sites: some of the model's, by default all. position_offset: position id of
-    the (decoder's) first token, by default the length. Parameters are float32 whatever the model's dtype.
+    0 trains the keys and values directly. position_offset: position id of the (decoder's) first token, by default the
+    length of the prefix before it. sites: some of the model's, by default all.
+    Parameters are float32 whatever the model's dtype.
     """
 
     def __init__(self, model, length, hidden=512, position_offset=None, sites=None):
         super().__init__()
         sites = list(model.prefix_sites) if sites is None else sites
+        if not sites:
+            raise InputError(f"a prefix needs at least one of the model's sites: {', '.join(model.prefix_sites)}")
         if unknown := set(sites) - set(model.prefix_sites):
             raise InputError(f"the model has no prefix site {min(unknown)!r}, only {', '.join(model.prefix_sites)}")
         if length < 1 or hidden < 0:
             raise InputError(f"prefix length {length} must be at least 1, hidden width {hidden} at least 0")
-        self.position_offset = length if position_offset is None else position_offset
+        default = length if "decoder" in sites else 0  # nothing stands before the decoder's tokens then
+        self.position_offset = default if position_offset is None else position_offset
         self.parts = nn.ModuleDict(
             {
                 site: MLPPart(*shape, length, hidden) if hidden else DirectPart(*shape, length)
@@ -172,7 +176,8 @@ def check_fits(prefix, model, path):
     base, sites = prefix.info.get("base_model", "another model"), model.prefix_sites
     for site, kv in prefix.items():
         if site not in sites:
-            raise InputError(f"{path} was made for {base}: it has a {site} prefix, this model takes {', '.join(sites)}")
+            takes = ", ".join(sites)
+            raise InputError(f"{path} was made for {base}: it has a prefix for {site!r}, this model takes {takes}")
         L, _, H, _, D = kv.shape
         if sites[site] != (L, H, D):
             shapes = f"{(L, H, D)}, this model {sites[site]}"

@@ -94,8 +94,9 @@ def language_modelling(args, ids, seed):
 def denoising(args, ids, seed):
     """step -> (model inputs, labels, start): whole sentences to be restored from a noised copy (Lewis et al. 2020).
 
-    Steps take turns at half, once and twice --length tokens a row, with the same number of tokens in all. Decoder
-    positions begin at random as above, encoder positions at 0, where a prefix leaves them.
+    Steps take turns at rows of a quarter, half, once and twice --length tokens, with the same number of tokens in all:
+    copying is learned on the short rows first. Half of the rows have their sentences permuted. Decoder positions begin
+    at random below 64, so that a prefix may shift them; encoder positions at 0, where a prefix leaves them.
     """
     tokenizer = load_tokenizer(args.out)
     mask, start_id, end_id = (tokenizer.special[token] for token in ("<mask>", "<s>", "</s>"))
@@ -103,7 +104,7 @@ def denoising(args, ids, seed):
 
     def batch(step):
         rng = np.random.default_rng([seed, step])
-        scale = (0.5, 1, 2)[step % 3]
+        scale = (0.25, 0.5, 1, 2)[step % 4]
         B, T = round(args.batch_size / scale), round(args.length * scale)
         sources, targets = [], []
         for start in boundaries[rng.integers(np.searchsorted(boundaries, len(ids) - T), size=B)]:
@@ -111,14 +112,15 @@ def denoising(args, ids, seed):
             sentences = np.split(ids[start : start + T - 2].astype(np.int64), cuts - start)
             sentences = sentences[:-1] or sentences  # the last is cut off, unless it is the only one
             sentences = [part[part != end_id] for part in sentences]  # no marks between documents
-            noised = infill(np.concatenate([sentences[i] for i in rng.permutation(len(sentences))]), mask, rng)
+            order = rng.permutation(len(sentences)) if rng.random() < 0.5 else range(len(sentences))
+            noised = infill(np.concatenate([sentences[i] for i in order]), mask, rng)
             sources.append([start_id, *noised, end_id])
             targets.append([start_id, *np.concatenate(sentences), end_id])
         source, labels = pad(sources, tokenizer.pad_id), pad(targets, IGNORE)
         inputs = torch.full_like(labels, end_id)  # BART's decoder starts from </s>
         inputs[:, 1:] = labels[:, :-1].where(labels[:, :-1] != IGNORE, tokenizer.pad_id)
         real = pad([[1] * len(row) for row in sources], 0)
-        return (source, inputs, real), labels, int(rng.integers(args.positions - T + 1))
+        return (source, inputs, real), labels, int(rng.integers(min(64, args.positions - T + 1)))
 
     return batch
 
