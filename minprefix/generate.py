@@ -76,7 +76,8 @@ def generate_ids(
             scores[:, end_id] = float("-inf")
         if no_repeat_ngram:
             _bar_repeats(scores, past, no_repeat_ngram)
-        forced = forced_first if t == 0 else forced_last if t + 1 == max_new_tokens else None
+        forced = forced_last if t + 1 == max_new_tokens else None
+        forced = forced_first if t == 0 and forced is None else forced
         if forced is not None:
             scores.fill_(float("-inf"))[:, forced] = 0.0
 
@@ -227,7 +228,7 @@ def _check(model, sources, prefix, beams, max_new_tokens, min_new_tokens, length
         (no_repeat_ngram < 0, f"no_repeat_ngram is {no_repeat_ngram}, it must be 0 (repeats allowed) or more"),
         (batch_size < 1, f"batch_size is {batch_size}, at least 1 is needed"),
         (not 1e-6 <= temperature < 1e6, f"temperature is {temperature}, it must be between 1e-6 and 1e6"),
-        (not -100 < length_penalty < 100, f"length_penalty is {length_penalty}, it must be between -100 and 100"),
+        (not -20 < length_penalty < 20, f"length_penalty is {length_penalty}, it must be between -20 and 20"),
         (top_k < 0, f"top_k is {top_k}, it must be 0 (all tokens) or more"),
         (not 0 < top_p <= 1, f"top_p is {top_p}, it must be above 0 and at most 1"),
         (sample and beams > 1, f"sampling with {beams} beams is not supported: use beams 1"),

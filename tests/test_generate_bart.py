@@ -409,7 +409,7 @@ def test_recipes():
         ({"no_repeat_ngram": -1}, "no_repeat_ngram is -1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"length_penalty": float("nan")}, "length_penalty is nan"),
-        ({"length_penalty": 100.0}, "length_penalty is 100.0"),
+        ({"length_penalty": 20.0}, "length_penalty is 20.0"),
         ({"beams": 16}, "16 beams need 32 tokens to choose from, the vocabulary allows 30"),
         ({"beams": 15, "forbidden": [3]}, "15 beams need 30 tokens to choose from, the vocabulary allows 29"),
         ({"prefix": {"cross": torch.zeros(L, 2, 3, H, 1, D)}}, "3} rows for 2 sources"),
