@@ -81,8 +81,10 @@ def main():
     if prefix:
         check_fits(prefix, model, args.prefix)
     trained_task = prefix.info.get("task", "") if prefix else ""
-    task = args.task or trained_task  # decides how texts are searched for and scored
+    # Decides how texts are searched for and scored; a file of rows is only where the inputs come from.
+    task = args.task if args.task and not args.task.endswith(".jsonl") else trained_task
     examples = read_examples(args, trained_task)[: args.limit]
+    max_source, search = args.max_source or trained_max_source(prefix), search_options(args, task)
     if args.evaluate and not all(example.references for example in examples):
         raise InputError("--evaluate needs references: use --task with a split, or a .jsonl file with targets")
     if args.evaluate and task in SUMMARISATION:
@@ -90,7 +92,7 @@ def main():
 
     texts = generate(
         model, tokenizer, [example.source for example in examples], prefix=prefix,
-        max_source=args.max_source or trained_max_source(prefix), **search_options(args, task), sample=args.sample,
+        max_source=max_source, **search, sample=args.sample,
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
         generator=torch.Generator(device).manual_seed(args.seed), batch_size=args.batch_size,
         progress=len(examples) > 1,
@@ -103,7 +105,8 @@ def main():
     else:
         print(*lines, sep="\n")
     if args.evaluate:
-        evaluate(args, task, lines, [example.references for example in examples])
+        settings = {**vars(args), **search, "max_source": max_source}
+        evaluate(args.output, task, lines, [example.references for example in examples], settings)
 
 
 def search_options(args, task):
@@ -120,8 +123,8 @@ def trained_max_source(prefix):
     return int(length) if length.isascii() and length.isdigit() and len(length) < 8 else None
 
 
-def evaluate(args, task, lines, references):
-    """Score the texts; print the scores, with their intervals where there are any, and write them down."""
+def evaluate(output, task, lines, references, settings):
+    """Score the texts; print the scores, with their intervals where there are any, and write them beside the texts."""
     if task in SUMMARISATION:
         scores, intervals = metrics.summary_score(lines, references)
     else:
@@ -130,17 +133,18 @@ def evaluate(args, task, lines, references):
             print("METEOR left out: it needs pip install -e '.[eval]' and Java", file=sys.stderr)
     bounds = {metric: f" [{low:.4f}, {high:.4f}]" for metric, (low, high) in intervals.items()}
     print("  ".join(f"{metric} {value:.4f}{bounds.get(metric, '')}" for metric, value in scores.items()))
-    with atomic_write(args.output.with_suffix(".json")) as file:
-        result = {"scores": scores, "intervals": intervals, "inputs": len(lines), "settings": vars(args)}
+    with atomic_write(output.with_suffix(".json")) as file:
+        result = {"scores": scores, "intervals": intervals, "inputs": len(lines), "settings": settings}
         json.dump(result, file, indent=2, default=str)
 
 
 def read_examples(args, trained_task):
     """The inputs from wherever the command line says, in the form that the prefix was trained on."""
-    if args.task:
+    rows = args.task or args.file
+    if args.task and not rows.endswith(".jsonl"):
         return load_examples(args.task, args.split, args.data)
-    if args.file and args.file.endswith(".jsonl"):
-        examples = load_examples(args.file, "all")
+    if rows and rows.endswith(".jsonl"):
+        examples = load_examples(rows, args.split if args.task else "all", args.data)
         return [Example(format_source(trained_task, e.source), e.references) for e in examples]
     lines = args.input or read_text(args.file or "-").split("\n")
     examples = [Example(format_source(trained_task, line), []) for line in lines if line.strip()]

@@ -28,7 +28,7 @@ from minprefix.training import train
 # The paper's settings for full-size models, and those that short runs on E2E's dev set favoured for the bundled.
 PAPER = {
     "gpt2": {"prefix_length": 5, "hidden": 512, "lr": 8e-5, "batch_size": 10, "epochs": 5},
-    "bart": {"prefix_length": 200, "hidden": 800, "lr": 5e-5, "batch_size": 16, "epochs": 30},
+    "bart": {"prefix_length": 200, "hidden": 800, "lr": 5e-5, "batch_size": 16, "epochs": 30, "eval_every": 1000},
 }
 BUNDLED = {
     "gpt2-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 1500},
@@ -56,7 +56,7 @@ def parse_args():
     add("--batch-size", type=int, help="pairs in a step (10; BART and bundled models 16)")
     add("--lr", type=float, help="peak learning rate (8e-5, BART 5e-5; bundled models 3e-3)")
     add("--warmup", type=int, default=0, help="steps of linear warm-up (%(default)s)")
-    add("--eval-every", type=int, default=100, help="steps between dev losses and checkpoints (%(default)s)")
+    add("--eval-every", type=int, help="steps between dev losses and checkpoints (100, BART 1000)")
     add("--eval-inputs", type=int, default=100, help="test inputs to write texts for at the end (%(default)s)")
     add("--beams", type=int, help="beams of those texts (5; summaries 6)")
     add("--seed", type=int, default=101)
@@ -66,22 +66,31 @@ def parse_args():
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt after a kill")
     args = parser.parse_args()
     args.model = resolve_model(args.model)
-    kind = read_config(args.model).get("model_type")
-    defaults = BUNDLED.get(bundled_name(args.model)) or PAPER["bart" if kind == "bart" else "gpt2"]
-    if args.epochs is None and args.steps is None:
-        args.steps, args.epochs = defaults.get("steps"), defaults.get("epochs")
-    for key in ("prefix_length", "hidden", "lr", "batch_size"):
+    fill_defaults(args)
+    check(args)
+    args.out = run_folder(args)
+    return args
+
+
+def fill_defaults(args):
+    """What the command line leaves open, for this model and task."""
+    settings = BUNDLED.get(bundled_name(args.model)) or PAPER.get(str(read_config(args.model).get("model_type")), {})
+    defaults = {"eval_every": 100, "beams": recipe(args.task)["beams"], **settings}
+    if args.epochs is not None or args.steps is not None:
+        defaults = {key: value for key, value in defaults.items() if key not in ("epochs", "steps")}
+    for key, value in defaults.items():
         if getattr(args, key) is None:
-            setattr(args, key, defaults[key])
-    args.beams = args.beams or recipe(args.task)["beams"]
+            setattr(args, key, value)
+
+
+def check(args):
+    """InputError where a number makes no sense."""
     for key in ("epochs", "steps", "limit", "batch_size", "lr", "eval_every", "beams", "max_source"):
         if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be above 0, and finite")
     for key in ("warmup", "eval_inputs", "seed", "offset"):
         if not 0 <= (getattr(args, key) or 0) < 2**63:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be at least 0")
-    args.out = run_folder(args)
-    return args
 
 
 def run_folder(args):
@@ -133,7 +142,7 @@ def main():
     scores = compare(args, model, tokenizer, load_prefix(path, model), test) if test else {}
     seconds = round(time.time() - started, 1)
     result = {"dev_loss": best, "best_step": best_step, "scores": scores, "steps": steps, "seconds": seconds,
-              "dtype": str(dtype), "device": device, "settings": vars(args)}  # fmt: skip
+              "dtype": str(dtype), "device": device, "settings": {**recipe(args.task), **vars(args)}}  # fmt: skip
     with atomic_write(args.out / "result.json") as file:
         json.dump(result, file, indent=2, default=str)
     print(f"\nwrote {path} ({path.stat().st_size / 1024:,.0f} KiB), log.jsonl, result.json in {seconds:.0f} s; try")
@@ -154,7 +163,9 @@ def load_data(args, model, tokenizer, start):
     """
     pairs = {}
     for split in ("train", "dev"):
-        pairs[split] = encode_pairs(load_examples(args.task, split, args.data), tokenizer, model, args.max_source)
+        pairs[split] = encode_pairs(
+            load_examples(args.task, split, args.data), tokenizer, model, args.max_source, f"{split} sources"
+        )
         check_lengths(pairs[split], model, start, f"{args.task}, {split} split")
     test = spread(load_examples(args.task, "test", args.data), args.eval_inputs) if args.eval_inputs else []
     new_tokens = recipe(args.task)["max_new_tokens"]
@@ -173,11 +184,11 @@ def spread(items, most):
 def compare(args, model, tokenizer, prefix, test):
     """Texts for held-out inputs from the frozen model alone and with the prefix: print the scores and one example."""
     sources, references = [e.source for e in test], [e.references for e in test]
-    options = {**recipe(args.task), "beams": args.beams, "max_source": args.max_source}
+    options = {**recipe(args.task), "beams": args.beams}
     texts, scores = {}, {}
     for name, kv in (("without", None), ("with", prefix)):
         print(f"\nwriting {len(sources)} texts for held-out inputs {name} the prefix, {args.beams} beams")
-        texts[name] = generate(model, tokenizer, sources, kv, progress=True, **options)
+        texts[name] = generate(model, tokenizer, sources, kv, max_source=args.max_source, progress=True, **options)
         scores[name] = quick_scores(args.task, texts[name], references)
     print(f"\ninput           {sources[0][:600]}\nwithout prefix  {texts['without'][0][:200]}")
     print(f"with prefix     {texts['with'][0]}\nreference       {references[0][0]}")

@@ -64,7 +64,7 @@ class DecoderLayer(nn.Module):
         self.activation = activation
 
     def forward(self, x, context, mask, cross):
-        """As the encoder's; cross: the segments that cross-attention looks at, the source among them."""
+        """As the encoder's, the (k, v) being self-attention's; cross: what cross-attention sees, the source last."""
         kv = self.self_attn.kv(x)
         x = self.self_attn_layer_norm(x + self.self_attn(x, [*context, (*kv, mask)]))
         x = self.encoder_attn_layer_norm(x + self.encoder_attn(x, cross))
@@ -112,7 +112,7 @@ class BART(nn.Module):
     def forward(self, source_ids, target_ids, source_mask=None, prefix=None):
         """source_ids (B, S), target_ids (B, T): the decoder's inputs -> logits (B, T, V).
 
-        source_mask (B, S): true or 1 at tokens, false or 0 at padding; None: no padding.
+        source_mask (B, S): true or 1 at tokens (one in a row at least), false or 0 at padding; None: no padding.
         prefix: {site: (L, 2, [B,] H, P, D)}, any of the sites "encoder", "decoder", "cross"; or None.
         """
         return self.logits(self.hidden(source_ids, target_ids, source_mask, prefix))
@@ -132,7 +132,7 @@ class BART(nn.Module):
 
     def encode(self, source_ids, source_mask=None, prefix=None):
         """source_ids (B, S) -> the encoder's states (B, S, C), and the tokens' (k, v) of each of its layers."""
-        x = self._embed(self.encoder, source_ids, 0)  # positions that no prefix shifts
+        x = self._embed(self.encoder, source_ids, self._positions(source_ids, 0))  # no prefix shifts these
         mask = None if source_mask is None else padding_mask(source_mask, x)
         kept = []
         for layer, context in zip(self.encoder.layers, self._prefix(prefix, "encoder"), strict=True):
@@ -165,7 +165,7 @@ class BART(nn.Module):
 
     def _decode(self, target_ids, cross, prefix, start):
         """target_ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each decoder layer."""
-        x = self._embed(self.decoder, target_ids, start)
+        x = self._embed(self.decoder, target_ids, self._positions(target_ids, start))
         mask = causal_mask(target_ids.size(1), x)
         kept = []
         for layer, context, source in zip(self.decoder.layers, self._prefix(prefix, "decoder"), cross, strict=True):
@@ -182,20 +182,23 @@ class BART(nn.Module):
             for layer, context in zip(self.decoder.layers, contexts, strict=True)
         ]
 
+    def _positions(self, ids, start):
+        """(T,) position ids of tokens ids (B, T), the first at `start`."""
+        T = ids.size(1)
+        if start + T > self.n_positions:
+            raise InputError(
+                f"{T} tokens from position {start} on do not fit the model's {self.n_positions} positions: "
+                "shorten the text or the prefix"
+            )
+        return torch.arange(start, start + T, device=ids.device)
+
     def _embed(self, stack, ids, positions):
-        """ids (B, T) -> (B, T, C). positions: that of the first token, or (B, T) of all."""
-        if isinstance(positions, int):
-            if positions + ids.size(1) > self.n_positions:
-                raise InputError(
-                    f"{ids.size(1)} tokens from position {positions} on do not fit the model's {self.n_positions} "
-                    "positions: shorten the text or the prefix"
-                )
-            positions = torch.arange(positions, positions + ids.size(1), device=ids.device)
+        """ids (B, T), positions (T,) or (B, T) -> (B, T, C)."""
         words = self.shared if self.config["tie_word_embeddings"] else stack.embed_tokens
         return stack.layernorm_embedding(words(ids) * self.scale + stack.embed_positions(positions + POSITION_OFFSET))
 
     def _prefix(self, prefix, site):
-        return prefix_segments(prefix, site, self.prefix_sites[site][0], self.final_logits_bias)
+        return prefix_segments(prefix, site, self.prefix_sites[site][0], self.decoder.embed_positions.weight)
 
 
 def check_config(config):
@@ -205,13 +208,11 @@ def check_config(config):
     keys += [f"{side}_{what}" for side in sides for what in ("layers", "attention_heads", "ffn_dim")]
     sizes = check_sizes(config, keys, "BART")
     for side in sides:
-        heads = f"{side}_attention_heads"
-        check_heads(("d_model", sizes["d_model"]), (heads, sizes[heads]))
+        check_heads(sizes, "d_model", f"{side}_attention_heads")
     check_switches(config, {"normalize_before": False, "add_final_layer_norm": False, "normalize_embedding": True,
                             "static_position_embeddings": False})  # fmt: skip
     defaults = {"activation_function": "gelu", "scale_embedding": False, "tie_word_embeddings": True,
-                "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
-                "forced_bos_token_id": None, "forced_eos_token_id": 2}  # fmt: skip
+                "decoder_start_token_id": 2, "forced_bos_token_id": None, "forced_eos_token_id": 2}  # fmt: skip
     config = {"model_type": "bart", **defaults, **config}
     check_activation(config["activation_function"])
     check_booleans(config, ["scale_embedding", "tie_word_embeddings"])

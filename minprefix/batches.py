@@ -5,7 +5,6 @@ GPT-2 reads `" {x} <|endoftext|> {y} <|endoftext|>"` in one sequence, as in the 
 loss. Shapes: B rows, S source tokens, T tokens, N target tokens of a batch.
 """
 
-import functools
 import sys
 from dataclasses import dataclass
 
@@ -31,12 +30,14 @@ def start_id(model, tokenizer):
     return model.config["decoder_start_token_id"] if model.encoder_decoder else tokenizer.end_id
 
 
-def encode_sources(texts, tokenizer, model, max_source=None):
-    """The source ids of each text, cut to max_source tokens: one line on stderr says how many had to be.
+def encode_sources(texts, tokenizer, model, max_source=None, what="sources"):
+    """The source ids of each text, cut to max_source tokens: one line on stderr says how many of `what` had to be.
 
     max_source: by default 512 for BART, and never more than the encoder has positions for; GPT-2's sources are not cut
     unless it is given.
     """
+    if model.encoder_decoder and "<s>" not in tokenizer.special:
+        raise InputError("the tokeniser lacks <s>: it is not BART's")
     around = 2 if model.encoder_decoder else 0  # <s> and </s>
     if model.encoder_decoder:
         max_source = min(MAX_SOURCE if max_source is None else max_source, model.n_positions)
@@ -46,16 +47,11 @@ def encode_sources(texts, tokenizer, model, max_source=None):
     if max_source is not None:
         most = max_source - around
         if long := sum(len(source) > most for source in sources):
-            warn(f"cut {long:,} of {len(texts):,} sources to their first {max_source} tokens")
+            print(f"cut {long:,} of {len(texts):,} {what} to their first {max_source} tokens", file=sys.stderr)
         sources = [source[:most] for source in sources]
     if model.encoder_decoder:
         sources = [[tokenizer.special["<s>"], *source, tokenizer.end_id] for source in sources]
     return sources
-
-
-@functools.cache  # once, however often the same sources are encoded
-def warn(line):
-    print(line, file=sys.stderr)
 
 
 def encode_target(text, tokenizer, model):
@@ -65,9 +61,9 @@ def encode_target(text, tokenizer, model):
     return [*tokenizer.encode(f" {text} "), tokenizer.end_id]
 
 
-def encode_pairs(examples, tokenizer, model, max_source=None):
-    """One (source ids, target ids) for each reference of each example, in order."""
-    sources = encode_sources([example.source for example in examples], tokenizer, model, max_source)
+def encode_pairs(examples, tokenizer, model, max_source=None, what="sources"):
+    """One (source ids, target ids) for each reference of each example, in order; see `encode_sources`."""
+    sources = encode_sources([example.source for example in examples], tokenizer, model, max_source, what)
     return [
         (source, encode_target(y, tokenizer, model))
         for example, source in zip(examples, sources, strict=True)
@@ -93,7 +89,8 @@ def check_lengths(pairs, model, start, what):
     if longest > room:
         raise InputError(
             f"{what}: {kind} {lengths.index(longest) + 1} of {len(pairs)} (one source with one reference) has "
-            f"{longest} tokens, but the model has room for {room} beside the prefix: shorten that text or the prefix"
+            f"{longest} tokens, but the model has room for {max(room, 0)} beside the prefix: shorten that text or the "
+            "prefix, or cut the sources (--max-source)"
         )
 
 
@@ -106,34 +103,33 @@ class Batch:
     index: torch.Tensor  # (N,) int64, positions b * T + t of model.hidden's states whose next token is in the target
     labels: torch.Tensor  # (N,) int64, those next tokens
     rows: int  # B
-    tokens: int  # how many of the inputs are not padding
 
     def to(self, device):
         inputs = tuple(x.to(device) for x in self.inputs)
-        return Batch(inputs, self.index.to(device), self.labels.to(device), self.rows, self.tokens)
+        return Batch(inputs, self.index.to(device), self.labels.to(device), self.rows)
 
 
 def collate(pairs, tokenizer, model):
     """A list of B (source ids, target ids) -> Batch, rows padded on the right."""
-    start = start_id(model, tokenizer)
+    start, pad_id = start_id(model, tokenizer), tokenizer.pad_id
     sources, targets = [source for source, _ in pairs], [[start, *target[:-1]] for _, target in pairs]
     if model.encoder_decoder:
-        source_ids, rows, before = pad(sources, tokenizer.pad_id), targets, [0] * len(pairs)
+        source_ids, read, first = pad(sources, pad_id), targets, [0] * len(pairs)
         lengths = torch.tensor([len(source) for source in sources])
-        inputs = (source_ids, pad(rows, tokenizer.pad_id), real_tokens(lengths, source_ids.size(1)))
+        inputs = (source_ids, pad(read, pad_id), real_tokens(lengths, source_ids.size(1)))
     else:
-        rows = [source + target for source, target in zip(sources, targets, strict=True)]
-        inputs, before = (pad(rows, tokenizer.pad_id),), [len(source) for source in sources]
-    T = max(len(row) for row in rows)
-    index = [b * T + t for b, row in enumerate(rows) for t in range(before[b], len(row))]
+        read, first = [s + t for s, t in zip(sources, targets, strict=True)], [len(source) for source in sources]
+        inputs = (pad(read, pad_id),)
+    T = max(len(row) for row in read)
+    index = [b * T + t for b, row in enumerate(read) for t in range(first[b], len(row))]
     labels = [token for _, target in pairs for token in target]
-    return Batch(inputs, torch.tensor(index), torch.tensor(labels), len(pairs), sum(pair_lengths(pairs)))
+    return Batch(inputs, torch.tensor(index), torch.tensor(labels), len(pairs))
 
 
-def pad(rows, pad_id):
+def pad(rows, value):
     """Lists of ids -> (B, T) int64, filled up on the right."""
     T = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[pad_id] * (T - len(row))] for row in rows])
+    return torch.tensor([[*row, *[value] * (T - len(row))] for row in rows])
 
 
 def bucket_batches(lengths, batch_size, seed, epoch):

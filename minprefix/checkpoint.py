@@ -22,7 +22,6 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
-GENERATION_IDS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
@@ -46,7 +45,8 @@ def bundled_name(folder):
 def read_config(folder):
     """A model folder's `config.json` as a dict; InputError if the folder or the file is missing or unusable.
 
-    BART's first and last tokens may stand in `generation_config.json`, which then has the last word, as in HuggingFace.
+    Where there is a `generation_config.json`, BART's forced first and last tokens are those that it names or none, and
+    its decoder start token goes before that of config.json, as in HuggingFace.
     """
     folder = check_folder(folder)
     path = folder / "config.json"
@@ -54,8 +54,11 @@ def read_config(folder):
         raise InputError(f"{folder} has no config.json: give a HuggingFace model folder (config, weights, tokeniser)")
     config = read_object(path)
     path = folder / "generation_config.json"
-    generation = read_object(path) if path.is_file() else {}
-    return {**config, **{key: generation[key] for key in GENERATION_IDS if key in generation}}
+    if not path.is_file():
+        return config
+    generation, start = read_object(path), "decoder_start_token_id"
+    forced = {key: generation.get(key) for key in ("forced_bos_token_id", "forced_eos_token_id")}
+    return {**config, **forced, **({start: generation[start]} if start in generation else {})}
 
 
 def read_object(path):

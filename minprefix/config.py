@@ -17,13 +17,14 @@ def check_sizes(config, keys, kind):
     return sizes
 
 
-def check_heads(width, heads):
-    """InputError unless (name, value) of a width is a multiple of (name, value) of a number of heads."""
-    if width[1] % heads[1]:
-        raise InputError(f"config.json: {width[0]} {width[1]} is not a multiple of {heads[0]} {heads[1]}")
+def check_heads(sizes, width, heads):
+    """InputError unless the width under one key is a multiple of the number of heads under the other."""
+    if sizes[width] % sizes[heads]:
+        raise InputError(f"config.json: {width} {sizes[width]} is not a multiple of {heads} {sizes[heads]}")
 
 
 def check_activation(name):
+    """InputError unless it is one of `ACTIVATIONS`."""
     if name not in list(ACTIVATIONS):  # a list, since JSON's value need not be hashable
         raise InputError(f"config.json: activation {name!r} is not supported, only {', '.join(ACTIVATIONS)}")
 
@@ -36,6 +37,7 @@ def check_switches(config, switches):
 
 
 def check_booleans(config, keys):
+    """InputError unless the values under these keys are true or false."""
     for key in keys:
         if not isinstance(config[key], bool):
             raise InputError(f"config.json: {key} is {config[key]!r}, true or false is needed")

@@ -33,6 +33,7 @@ DEADLINE = 120  # seconds that the whole download may take
 MAX_BYTES = 32 * 2**20  # of the zip and of each file in it; the largest has 9 MiB
 
 SLOT_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}  # the others keep theirs
+SPLITS = ("train", "dev", "test")
 SUMMARISATION = ("xsum", "scitldr")  # decoded and scored otherwise than table-to-text
 XSUM_NAMES = {"train": ["train"], "dev": ["val", "validation", "dev"], "test": ["test"]}  # their files' names
 XSUM_LAYOUT = (
@@ -76,13 +77,13 @@ def load_examples(task, split, data=None):
     least 1, at most 500), and "test" the same as "dev". But beside a file that is called train.jsonl, dev.jsonl takes
     the place of the tail (nothing is held out then) and test.jsonl that of "test".
     """
-    if task == "e2e" and split in E2E_FILES:
+    if task == "e2e" and split in SPLITS:
         return load_e2e(split, find_e2e(data))
-    if task == "xsum" and split in XSUM_NAMES:
+    if task == "xsum" and split in SPLITS:
         return load_xsum(split, given_folder(task, data, XSUM_LAYOUT))
-    if task == "scitldr" and split in XSUM_NAMES:
+    if task == "scitldr" and split in SPLITS:
         return load_scitldr(split, given_folder(task, data, SCITLDR_LAYOUT))
-    if task.endswith(".jsonl") and split in ("all", *E2E_FILES):
+    if task.endswith(".jsonl") and split in ("all", *SPLITS):
         return load_jsonl(Path(data or "", task), split)
     known = "e2e, xsum and scitldr (train, dev, test) and FILE.jsonl (train, dev, test, all)"
     raise InputError(f"there is no split {split!r} of a task {task!r}: known are {known}")

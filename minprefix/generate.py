@@ -57,7 +57,7 @@ def generate_ids(
     beams > 1 is beam search, the result of a beam being its log-probability / its length ** length_penalty;
     beams = 1 is greedy decoding, or with sample=True a draw from the distribution at that temperature, cut to its
     top_k tokens (0: all) and then to the fewest that hold the mass top_p. generator: a torch.Generator on the model's
-    device; a draw also depends on batch_size, nothing else does.
+    device. Only a draw depends on batch_size.
     min_new_tokens: so many tokens come before the end token. no_repeat_ngram: of so many tokens no sequence is
     generated twice (0: any may be). forbidden: ids that are never generated. forced_first, forced_last: the id of the
     first token, and of the last if max_new_tokens are reached. progress: show a bar.

@@ -137,7 +137,7 @@ def check_config(config):
     defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
     keys = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
     shape = check_sizes(config, keys if config.get("n_inner") is None else [*keys, "n_inner"], "GPT-2")
-    check_heads(("n_embd", shape["n_embd"]), ("n_head", shape["n_head"]))
+    check_heads(shape, "n_embd", "n_head")
     check_switches(config, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
                             "add_cross_attention": False})  # fmt: skip
     config = {"model_type": "gpt2", **defaults, **config, "n_inner": 4 * shape["n_embd"], **shape}

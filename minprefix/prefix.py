@@ -46,6 +46,7 @@ class Prefix(nn.Module):
             raise InputError(f"the model has no prefix site {min(unknown)!r}, only {', '.join(model.prefix_sites)}")
         if length < 1 or hidden < 0:
             raise InputError(f"prefix length {length} must be at least 1, hidden width {hidden} at least 0")
+        self.length = length
         default = length if "decoder" in sites else 0  # nothing stands before the decoder's tokens then
         self.position_offset = default if position_offset is None else position_offset
         self.parts = nn.ModuleDict(
@@ -69,8 +70,7 @@ class Prefix(nn.Module):
         ids = tokenizer.encode(words)
         if not ids:
             raise InputError(f"the words {words!r} to start the prefix from hold no token")
-        length = next(iter(self().values())).size(-2)
-        activations = word_activations(model, list(islice(cycle(ids), length)))
+        activations = word_activations(model, list(islice(cycle(ids), self.length)))
         for site, part in self.parts.items():
             part.fit(activations[site].float())
 

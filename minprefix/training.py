@@ -121,7 +121,10 @@ def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch
 
 def digest(pairs):
     """A short hash of (source, target) pairs: whether a run is resumed on the data that it began with."""
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+    sha = hashlib.sha256()
+    for pair in pairs:  # one at a time: XSum's would make a text of hundreds of megabytes
+        sha.update(json.dumps(pair).encode())
+    return sha.hexdigest()[:16]
 
 
 def check_finite(loss, step, lr):

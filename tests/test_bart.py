@@ -526,9 +526,8 @@ def test_a_folder_that_this_project_writes(tmp_path):
         ({"max_position_embeddings": None}, "max_position_embeddings is None"),
         ({"vocab_size": 2**40}, "vocab_size is"),
         ({"d_model": 24.0}, "d_model is 24.0"),
-        ({"pad_token_id": None}, "pad_token_id is None, an id of the 29 tokens is needed"),
-        ({"bos_token_id": -1}, "bos_token_id is -1"),
-        ({"eos_token_id": [2]}, r"eos_token_id is \[2\]"),
+        ({"decoder_start_token_id": -1}, "decoder_start_token_id is -1, an id of the 29 tokens is needed"),
+        ({"forced_eos_token_id": [2]}, r"forced_eos_token_id is \[2\]"),
         ({"decoder_start_token_id": 29}, "decoder_start_token_id is 29"),
         ({"decoder_start_token_id": True}, "decoder_start_token_id is True"),
         ({"forced_bos_token_id": "0"}, "forced_bos_token_id is '0'"),
@@ -558,7 +557,7 @@ def test_no_value_of_a_config_is_another_exception():
 def test_config_defaults_and_what_is_kept():
     config = BART(SHAPE).config
     assert config["activation_function"] == "gelu" and not config["scale_embedding"] and config["tie_word_embeddings"]
-    assert [config[f"{key}_token_id"] for key in ("bos", "pad", "eos", "decoder_start")] == [0, 1, 2, 2]
+    assert config["decoder_start_token_id"] == 2
     assert config["forced_bos_token_id"] is None and config["forced_eos_token_id"] == 2
     given = {**SHAPE, "forced_bos_token_id": 0, "forced_eos_token_id": None, "decoder_start_token_id": 5}
     assert BART({**given, "dropout": 0.1}).config.items() >= {**given, "dropout": 0.1}.items()
@@ -569,7 +568,7 @@ def test_config_defaults_and_what_is_kept():
 
 def test_load_refuses_what_the_model_refuses(tmp_path):
     for n, (change, message) in enumerate(
-        [({"normalize_before": True}, "normalize_before"), ({"eos_token_id": 37}, "eos_token_id"),
+        [({"normalize_before": True}, "normalize_before"), ({"forced_bos_token_id": 37}, "forced_bos_token_id"),
          ({"encoder_layers": 2}, "lacks 16 of the model's"), ({"max_position_embeddings": 26}, r"asks for \(28, 16\)")]
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):

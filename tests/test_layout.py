@@ -27,3 +27,16 @@ def test_ci_runs_the_readmes_test_command():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for words in ('pip install -q -e ".[test]"', "python -m pytest"):
         assert words in README and words in ci
+
+
+def test_the_commands_in_the_readmes_exist():
+    weights = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"--model ([\w-]+)\s", README) + re.findall(r"weights/([\w-]+)", README + weights):
+        assert (ROOT / "weights" / name).exists() or (ROOT / "weights" / f"{name}.py").exists(), name
+    pretrain = (ROOT / "weights" / "pretrain.py").read_text(encoding="utf-8")
+    for what in re.findall(r"weights/pretrain.py (\w+)", README + weights + pretrain):
+        assert f'"{what}"' in pretrain[pretrain.index("choices=") :].splitlines()[0], what
+    for script in ("train", "sample"):
+        known = set(re.findall(r'"(--[\w-]+)"', (ROOT / f"{script}.py").read_text(encoding="utf-8")))
+        for line in re.findall(rf"python {script}\.py (.*)", README):
+            assert set(re.findall(r"--[\w-]+", line.split(" #")[0])) <= known, line

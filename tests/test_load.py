@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from minprefix import load_model
+from minprefix import load_model, load_tokenizer
 from minprefix.checkpoint import read_safetensors, read_tensors, write_safetensors
 from minprefix.files import InputError
-from minprefix.load import pick_device, pick_dtype
+from minprefix.load import check_vocabulary, pick_device, pick_dtype
+from tests.tiny import write_tiny_bart
 
 TINY = Path(__file__).parent / "golden" / "tiny-gpt2"
 CONFIG = json.loads((TINY / "config.json").read_text())
@@ -185,3 +186,26 @@ def test_pick_dtype(monkeypatch):
                             ({"avx512_bf16": False}, torch.float32), ({}, torch.float32)):  # fmt: skip
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
         assert pick_dtype("auto", "cpu") == expected
+
+
+def test_a_tokeniser_with_a_mask_that_the_model_lacks_is_no_other_models(tmp_path):
+    """bart-large-cnn and bart-large-xsum have 50,264 embeddings, and a tokeniser whose <mask> is number 50,264."""
+    folder = write_tiny_bart(tmp_path / "cnn", vocab_size=4099)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    assert tokenizer.special["<mask>"] == 4099
+    check_vocabulary(tokenizer, model, folder)
+    with pytest.raises(InputError, match="ids up to 4098, the model embeddings for 4098"):
+        check_vocabulary(tokenizer, load_model(write_tiny_bart(tmp_path / "less", vocab_size=4098)), folder)
+
+
+def test_the_tokens_that_generation_config_names(tmp_path):
+    """transformers 5 moves them there; what that file does not name is not forced."""
+    folder = write_tiny_bart(tmp_path / "bart", forced_bos_token_id=0, decoder_start_token_id=2)
+    (folder / "generation_config.json").write_text('{"forced_eos_token_id": 3, "num_beams": 4}')
+    keys = ("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id")
+    assert [load_model(folder).config[key] for key in keys] == [None, 3, 2]
+    (folder / "generation_config.json").write_text('{"decoder_start_token_id": 0, "forced_bos_token_id": 5}')
+    assert [load_model(folder).config[key] for key in keys] == [5, None, 0]
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(InputError, match="generation_config.json holds a JSON list"):
+        load_model(folder)

@@ -10,7 +10,7 @@ import pytest
 
 import sample
 import train
-from minprefix import batches, load_prefix
+from minprefix import load_prefix
 from minprefix.checkpoint import read_safetensors
 from tests.test_scripts import call
 from tests.tiny import write_tiny_bart, write_tiny_model
@@ -40,7 +40,6 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_world(world, monkeypatch):
     monkeypatch.chdir(world)
-    batches.warn.cache_clear()
 
 
 COMMON = ("--model", "bart", "--task", "scitldr", "--data", "scitldr", "--steps", 4, "--eval-every", 2,
@@ -53,7 +52,6 @@ def trained(world):
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(world)
-        batches.warn.cache_clear()
         patch.setattr(sys, "argv", ["train.py", *map(str, COMMON), "--eval-inputs", "2", "--out", "run"])
         train.main()
     return out.getvalue(), err.getvalue()
@@ -72,7 +70,7 @@ def test_a_run_trains_all_three_sites(trained):
 
 
 def test_a_source_of_10000_tokens_is_cut_with_one_counted_warning(trained):
-    assert trained[1].count("cut 1 of 12 sources to their first 256 tokens\n") == trained[1].count("cut ") == 1
+    assert trained[1].count("cut 1 of 12 train sources to their first 256 tokens\n") == trained[1].count("cut ") == 1
 
 
 def test_the_line_that_train_prints_works(trained, capsys):
@@ -116,7 +114,6 @@ def test_sites_and_offset(capsys):
 
 def test_where_sources_were_cut_is_remembered(capsys):
     assert call(train, capsys, *COMMON, "--max-source", 9, "--eval-inputs", 1, "--out", "short")[0] == 0
-    batches.warn.cache_clear()
     common = ("--prefix", "short/prefix.safetensors", "--input", "We count one and two and three and four and five.")
     code, out, err = call(sample, capsys, *common)
     assert code == 0 and "cut 1 of 1 sources to their first 9 tokens" in err

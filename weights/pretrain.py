@@ -11,6 +11,7 @@ decay begins. Hidden matrices are trained by Muon, everything else by AdamW, all
 """
 
 import argparse
+import hashlib
 import json
 import lzma
 import shutil
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from minprefix import bart, gpt2
+from minprefix.batches import pad
 from minprefix.checkpoint import write_safetensors
 from minprefix.files import InputError, atomic_write, read_json, run_main
 from minprefix.tokenizer import load_tokenizer
@@ -32,6 +34,8 @@ END = "<|endoftext|>"
 
 
 def read_documents(path):
+    if not path.is_file():
+        raise InputError(f"{path} is missing: documents separated by {END}, compressed by xz")
     with lzma.open(path, "rt", encoding="utf-8") as file:
         return [document.strip() for document in file.read().split(END) if document.strip()]
 
@@ -62,9 +66,13 @@ def bart_vocabulary(args):
         json.dump({token: i for i, token in enumerate(tokens)}, file, ensure_ascii=False)
 
 
+def vocabulary_digest(folder):
+    return hashlib.sha256((folder / "vocab.json").read_bytes() + (folder / "merges.txt").read_bytes()).hexdigest()[:8]
+
+
 def corpus_ids(args, split):
     """All documents of a split as one uint16 array, each followed by the end token; kept beside the run's state."""
-    cached = args.state / f"{split}.npy"
+    cached = args.state / f"{split}-{vocabulary_digest(args.out)}.npy"
     if not cached.exists():
         tokenizer = load_tokenizer(args.out)
         documents = read_documents(args.corpus / f"{split}.txt.xz")
@@ -149,12 +157,6 @@ def infill(tokens, mask, rng, share=0.3, mean=3):
     return [*noised, *tokens[at:]]
 
 
-def pad(rows, value):
-    """Lists of ids -> (B, T), filled up on the right."""
-    T = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (T - len(row))] for row in rows])
-
-
 def new_model(args, vocab_size):
     """GPT-2 or BART with random weights: the usual initialisation, sinusoids for the positions."""
     if args.what == "gpt2":
@@ -193,7 +195,7 @@ def loss_of(model, batch, device, backward=False, chunk=1024):
     inputs, labels, start = batch
     states = model.hidden(*(x.to(device) for x in inputs), start=start).flatten(0, 1)
     real = labels.flatten() != IGNORE
-    states, labels = states[real.to(device)], labels.flatten()[real].to(device)
+    states, labels = states[real.nonzero()[:, 0].to(device)], labels.flatten()[real].to(device)
     leaf = states.detach().requires_grad_(backward)
     total = 0.0
     for h, y in zip(leaf.split(chunk), labels.split(chunk), strict=True):
@@ -230,12 +232,17 @@ def held_out_loss(model, batches, device, count=24):
 def train(args):
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    longest = args.length if args.what == "gpt2" else 2 * args.length
+    if longest > args.positions:
+        raise InputError(f"rows of {longest} tokens do not fit {args.positions} positions: lower --length")
     args.state.mkdir(parents=True, exist_ok=True)
     if args.what == "bart" and not (args.out / "vocab.json").exists():
         bart_vocabulary(args)
     objective = language_modelling if args.what == "gpt2" else denoising
-    train_batches = objective(args, corpus_ids(args, "pretrain"), args.seed)
-    heldout_batches = objective(args, corpus_ids(args, "heldout"), args.seed)
+    train_ids, heldout_ids = corpus_ids(args, "pretrain"), corpus_ids(args, "heldout")
+    if min(len(train_ids), len(heldout_ids)) < 4 * longest:
+        raise InputError(f"{args.corpus} has less text than a few rows: {len(train_ids)} and {len(heldout_ids)} tokens")
+    train_batches, heldout_batches = objective(args, train_ids, args.seed), objective(args, heldout_ids, args.seed)
     model = new_model(args, load_tokenizer(args.out).vocab_size).to(device)
     masters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     model.to(torch.bfloat16)
@@ -243,6 +250,8 @@ def train(args):
     step, log = 0, []
     if (args.state / "state.pt").exists():
         state = torch.load(args.state / "state.pt", map_location=device, weights_only=True)
+        if {n: p.shape for n, p in state["masters"].items()} != {n: p.shape for n, p in masters.items()}:
+            raise InputError(f"{args.state}/state.pt is of a model of another kind or shape: choose another --state")
         step, log = state["step"], state["log"]
         with torch.no_grad():
             for name, p in masters.items():
@@ -317,7 +326,7 @@ def main():
     parser.add_argument("what", choices=["bpe", "gpt2", "bart"])
     parser.add_argument("--corpus", type=Path, required=True, help="folder with pretrain.txt.xz and heldout.txt.xz")
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--state", type=Path, default=Path("runs/pretrain"), help="resumable state and encoded corpus")
+    parser.add_argument("--state", type=Path, help="resumable state and encoded corpus (runs/pretrain-NAME of --out)")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--bpe", type=Path, help="bart: the folder whose BPE the new model shall have")
     parser.add_argument("--layers", type=int, help="6; BART: 4 in the encoder and 4 in the decoder")
@@ -334,6 +343,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.layers = args.layers or {"gpt2": 6}.get(args.what, 4)
+    args.state = args.state or Path("runs", f"pretrain-{args.out.name}")
     train_bpe(args) if args.what == "bpe" else train(args)
 
 
