@@ -39,8 +39,8 @@ def parse_args():
     add("--beams", type=int, help="beam search with K beams, 1 is greedy (5; summaries 6; 1 with --sample)")
     add("--length-penalty", type=float, help="beam scores are divided by length ** this (1.0; summaries 0.8)")
     add("--no-repeat-ngram", type=int, help="no sequence of so many tokens occurs twice (0: it may; summaries 3)")
-    add("--min-new-tokens", type=int, help="the shortest text (0; summaries 10)")
-    add("--max-new-tokens", type=int, help="the longest text (64; summaries 60)")
+    add("--min-new-tokens", type=int, help="the shortest text, likewise (0; summaries 10)")
+    add("--max-new-tokens", type=int, help="the longest text; BART's <s> and </s> count (64; summaries 60)")
     add("--sample", action="store_true", help="draw at random instead of searching")
     add("--temperature", type=float, default=1.0, help="with --sample (%(default)s)")
     add("--top-k", type=int, default=0, help="with --sample: only from the K likeliest tokens, 0 for all (%(default)s)")
@@ -147,9 +147,13 @@ def read_examples(args, trained_task):
         examples = load_examples(rows, args.split if args.task else "all", args.data)
         return [Example(format_source(trained_task, e.source), e.references) for e in examples]
     lines = args.input or read_text(args.file or "-").split("\n")
+    if lines[-1:] == [""]:
+        lines.pop()  # what follows the last line end
     examples = [Example(format_source(trained_task, line), []) for line in lines if line.strip()]
     if not examples:
         raise InputError("no input: give --input TEXT, --file FILE, --task, or lines on stdin")
+    if blank := [number for number, line in enumerate(lines, 1) if not line.strip()]:
+        print(f"skipped {len(blank)} blank inputs, the first is number {blank[0]}", file=sys.stderr)
     return examples
 
 

@@ -118,16 +118,17 @@ def main():
     prefix = Prefix(model, args.prefix_length, args.hidden, args.offset, args.sites).to(device)
     train_pairs, dev_pairs, test = load_data(args, model, tokenizer, prefix.position_offset)
     steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
-    if args.init:
+    resuming = args.resume and (args.out / "checkpoint.pt").exists()
+    if args.init and not resuming:
         prefix.init_from_words(model, tokenizer, args.init)
     print(f"{args.model} in {dtype} on {device}")
     print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}, results in {args.out}")
     print(f"prefix of length {args.prefix_length} at {', '.join(prefix.parts)}: {parameter_shares(prefix, model)}")
-    if args.resume and not (args.out / "checkpoint.pt").exists():
+    if args.resume and not resuming:
         print(f"nothing to resume in {args.out}: starting")
     log, best_step = train(
         model, prefix, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size, lr=args.lr,
-        warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, resume=args.resume,
+        warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, init=args.init, resume=args.resume,
     )  # fmt: skip
     path = args.out / "prefix.safetensors"
     base = bundled_name(args.model) or str(args.model.resolve())
@@ -138,6 +139,8 @@ def main():
     save_prefix(path, prefix.fold(), model, info)
     best = min(row["dev_loss"] for row in log)
     print(f"dev loss {log[0]['dev_loss']:.3f} before training, {best:.3f} at step {best_step} (kept)")
+    if best_step == 0:
+        print("training did not lower the dev loss: the prefix is the untrained one; try another --lr, or more steps")
 
     scores = compare(args, model, tokenizer, load_prefix(path, model), test) if test else {}
     seconds = round(time.time() - started, 1)
@@ -153,7 +156,10 @@ def suggestion(args, test):
     """What to give sample.py first: an input, or the test split where an input is a page long."""
     if args.task in SUMMARISATION:
         return f"--task {args.task} --split test --data {shlex.quote(args.data)} --limit 10"
-    return "--input " + shlex.quote(EXAMPLE if args.task == "e2e" else test[0].source if test else "...")
+    example = EXAMPLE if args.task == "e2e" else test[0].source if test else "..."
+    if len(example) > 200:
+        return f"--task {shlex.quote(args.task)} --split test --limit 10"
+    return f"--input {shlex.quote(example)}"
 
 
 def load_data(args, model, tokenizer, start):
@@ -163,13 +169,12 @@ def load_data(args, model, tokenizer, start):
     """
     pairs = {}
     for split in ("train", "dev"):
-        pairs[split] = encode_pairs(
-            load_examples(args.task, split, args.data), tokenizer, model, args.max_source, f"{split} sources"
-        )
+        examples = load_examples(args.task, split, args.data)[: args.limit if split == "train" else None]
+        pairs[split] = encode_pairs(examples, tokenizer, model, args.max_source, f"{split} sources")
         check_lengths(pairs[split], model, start, f"{args.task}, {split} split")
     test = spread(load_examples(args.task, "test", args.data), args.eval_inputs) if args.eval_inputs else []
     new_tokens = recipe(args.task)["max_new_tokens"]
-    sources = encode_sources([example.source for example in test], tokenizer, model, args.max_source)
+    sources = encode_sources([example.source for example in test], tokenizer, model, args.max_source, what=None)
     longest = [(source, [0] * new_tokens) for source in sources]
     check_lengths(longest, model, start, f"{args.task}, test split with {new_tokens} new tokens")
     return pairs["train"][: args.limit], spread(pairs["dev"], 500), test
@@ -188,7 +193,10 @@ def compare(args, model, tokenizer, prefix, test):
     texts, scores = {}, {}
     for name, kv in (("without", None), ("with", prefix)):
         print(f"\nwriting {len(sources)} texts for held-out inputs {name} the prefix, {args.beams} beams")
-        texts[name] = generate(model, tokenizer, sources, kv, max_source=args.max_source, progress=True, **options)
+        what = "test sources" if kv is None else None  # said once
+        texts[name] = generate(
+            model, tokenizer, sources, kv, max_source=args.max_source, what=what, progress=True, **options
+        )
         scores[name] = quick_scores(args.task, texts[name], references)
     print(f"\ninput           {sources[0][:600]}\nwithout prefix  {texts['without'][0][:200]}")
     print(f"with prefix     {texts['with'][0]}\nreference       {references[0][0]}")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from minprefix.files import InputError
+
 
 def attend(q, segments):
     """Scaled dot-product attention of q (B, H, T, D) over all keys of all segments at once -> (B, H, T, D).
@@ -67,6 +69,19 @@ def prefix_segments(prefix, site, n_layer, like):
     if kv.dim() == 5:
         kv = kv.unsqueeze(2)
     return [[(k, v, None)] for k, v in kv.unbind(0)]
+
+
+def check_prefix(prefix, sites, B):
+    """InputError unless each tensor of a prefix is for one of the model's sites {site: (L, H, D)} and B rows."""
+    for site, kv in (prefix or {}).items():
+        if site not in sites:
+            raise InputError(f"the prefix is for a site {site!r}, this model has {', '.join(sites)}")
+        L, H, D = sites[site]
+        rows = kv.size(2) if kv.dim() == 6 else 1
+        if (kv.dim() not in (5, 6) or kv.shape[:2] != (L, 2) or (kv.size(-3), kv.size(-1)) != (H, D)
+                or rows not in (1, B)):  # fmt: skip
+            shape = f"({L}, 2, {H}, length, {D}), or ({L}, 2, {B}, {H}, length, {D}) for {B} rows"
+            raise InputError(f"the prefix for {site!r} has shape {tuple(kv.shape)}, needed is {shape}")
 
 
 def prefix_length(prefix, site):

@@ -8,7 +8,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minprefix.attention import Cache, attend, causal_mask, first_position, padding_mask, prefix_segments, real_tokens
+from minprefix.attention import (
+    Cache,
+    attend,
+    causal_mask,
+    check_prefix,
+    first_position,
+    padding_mask,
+    prefix_segments,
+    real_tokens,
+)
 from minprefix.config import ACTIVATIONS, check_activation, check_booleans, check_heads, check_sizes, check_switches
 from minprefix.files import InputError
 
@@ -132,6 +141,7 @@ class BART(nn.Module):
 
     def encode(self, source_ids, source_mask=None, prefix=None):
         """source_ids (B, S) -> the encoder's states (B, S, C), and the tokens' (k, v) of each of its layers."""
+        check_prefix(prefix, self.prefix_sites, len(source_ids))
         x = self._embed(self.encoder, source_ids, self._positions(source_ids, 0))  # no prefix shifts these
         mask = None if source_mask is None else padding_mask(source_mask, x)
         kept = []

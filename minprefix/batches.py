@@ -33,6 +33,7 @@ def start_id(model, tokenizer):
 def encode_sources(texts, tokenizer, model, max_source=None, what="sources"):
     """The source ids of each text, cut to max_source tokens: one line on stderr says how many of `what` had to be.
 
+    what: a name for that line, None for silence.
     max_source: by default 512 for BART, and never more than the encoder has positions for; GPT-2's sources are not cut
     unless it is given.
     """
@@ -46,7 +47,8 @@ def encode_sources(texts, tokenizer, model, max_source=None, what="sources"):
     sources = [tokenizer.encode(text if model.encoder_decoder else f" {text} ") for text in texts]
     if max_source is not None:
         most = max_source - around
-        if long := sum(len(source) > most for source in sources):
+        long = sum(len(source) > most for source in sources)
+        if long and what:
             print(f"cut {long:,} of {len(texts):,} {what} to their first {max_source} tokens", file=sys.stderr)
         sources = [source[:most] for source in sources]
     if model.encoder_decoder:
@@ -87,10 +89,11 @@ def check_lengths(pairs, model, start, what):
     lengths = [len(target) for _, target in pairs] if model.encoder_decoder else pair_lengths(pairs)
     longest = max(lengths, default=0)
     if longest > room:
+        remedy = "lower --offset" if model.encoder_decoder else "cut sources (--max-source)"
         raise InputError(
             f"{what}: {kind} {lengths.index(longest) + 1} of {len(pairs)} (one source with one reference) has "
-            f"{longest} tokens, but the model has room for {max(room, 0)} beside the prefix: shorten that text or the "
-            "prefix, or cut the sources (--max-source)"
+            f"{longest} tokens, but the model has room for {max(room, 0)} from position {start} on: shorten that text "
+            f"or the prefix, or {remedy}"
         )
 
 

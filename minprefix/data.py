@@ -391,14 +391,15 @@ def line_rows(source, target):
             "and line n of the other its summary"
         )
     for number, (x, y) in enumerate(zip(lines[0][:count], lines[1][:count], strict=True), 1):
-        if not x.strip() and not y.strip():
-            raise InputError(f"{source}:{number}: a blank line, here and in {target.name}: remove it from both")
         yield number, {"source": x, "target": y}
 
 
 def read_lines(path):
     """The lines of a text file; the line end of the last does not begin another."""
-    lines = read_text(path).split("\n")  # splitlines would also split at U+2028
+    text = read_text(path)
+    if "\r" in text and "\n" not in text:
+        raise InputError(f"{path} has no line ends but CR: save it with LF or CRLF line ends")
+    lines = text.split("\n")  # splitlines would also split at U+2028
     return lines if lines[-1] else lines[:-1]
 
 

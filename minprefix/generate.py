@@ -12,6 +12,7 @@ from tqdm import tqdm
 from minprefix.batches import encode_sources, start_id
 from minprefix.data import SUMMARISATION
 from minprefix.files import InputError
+from minprefix.load import check_vocabulary
 
 
 def recipe(task):
@@ -25,20 +26,23 @@ def recipe(task):
     return {"beams": 5, "length_penalty": 1.0, "no_repeat_ngram": 0, "min_new_tokens": 0, "max_new_tokens": 64}
 
 
-def generate(model, tokenizer, sources, prefix=None, beams=5, max_new_tokens=64, max_source=None, **options):
+def generate(model, tokenizer, sources, prefix=None, beams=5, max_new_tokens=64, max_source=None, what="sources",
+             **options):  # fmt: skip
     """The text that the model writes for each source text: list of str -> list of str, without white space around.
 
-    max_source: longer sources are cut, see `encode_sources`. options: those of `generate_ids`; by default the tokens of
-    blank lines are forbidden (as in the paper), and BART's first and last token are those of its config.json.
+    max_source, what: longer sources are cut, and that is said, see `encode_sources`. options: those of `generate_ids`;
+    by default the tokens of blank lines are forbidden (as in the paper), and BART's first and last token are those of
+    its config.json.
     InputError as in `generate_ids`.
     """
     if isinstance(sources, str):
         raise InputError("sources is one text, a list of texts is needed")
+    check_vocabulary(tokenizer, model)
     options.setdefault("forbidden", tokenizer.newline_ids)
     if model.encoder_decoder:
         options.setdefault("forced_first", model.config["forced_bos_token_id"])
         options.setdefault("forced_last", model.config["forced_eos_token_id"])
-    ids = encode_sources(sources, tokenizer, model, max_source)
+    ids = encode_sources(sources, tokenizer, model, max_source, what)
     start, end = start_id(model, tokenizer), tokenizer.end_id
     targets = generate_ids(model, ids, start, end, prefix, beams, max_new_tokens, **options)
     special = set(tokenizer.special.values())
@@ -224,7 +228,7 @@ def _check(model, sources, prefix, beams, max_new_tokens, min_new_tokens, length
     for wrong, complaint in (
         (beams < 1, f"beams is {beams}, at least 1 is needed"),
         (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, at least 1 is needed"),
-        (not 0 <= min_new_tokens <= max_new_tokens, f"min_new_tokens is {min_new_tokens}, not 0 to {max_new_tokens}"),
+        (not 0 <= min_new_tokens <= max_new_tokens, f"min_new_tokens is {min_new_tokens}, the most {max_new_tokens}"),
         (no_repeat_ngram < 0, f"no_repeat_ngram is {no_repeat_ngram}, it must be 0 (repeats allowed) or more"),
         (batch_size < 1, f"batch_size is {batch_size}, at least 1 is needed"),
         (not 1e-6 <= temperature < 1e6, f"temperature is {temperature}, it must be between 1e-6 and 1e6"),

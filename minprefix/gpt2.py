@@ -7,7 +7,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minprefix.attention import Cache, attend, causal_mask, first_position, padding_mask, prefix_segments, real_tokens
+from minprefix.attention import (
+    Cache,
+    attend,
+    causal_mask,
+    check_prefix,
+    first_position,
+    padding_mask,
+    prefix_segments,
+    real_tokens,
+)
 from minprefix.config import ACTIVATIONS, check_activation, check_booleans, check_heads, check_sizes, check_switches
 from minprefix.files import InputError
 
@@ -114,11 +123,12 @@ class GPT2(nn.Module):
 
     def _run(self, ids, prefix, start):
         """ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each layer."""
+        check_prefix(prefix, self.prefix_sites, len(ids))
         T, room = ids.size(1), self.n_positions
         if start + T > room:
             raise InputError(
                 f"{T} tokens from position {start} on do not fit the model's {room} positions: "
-                "shorten the text or the prefix"
+                "shorten the text (--max-source cuts sources) or the prefix"
             )
         x = self.wte(ids) + self.wpe(torch.arange(start, start + T, device=ids.device))
         mask = causal_mask(T, x)

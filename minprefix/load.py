@@ -42,15 +42,15 @@ def check_state(state, expected, folder):
             raise InputError(f"{folder}: tensor {name!r} holds {tensor.dtype}, not floating-point numbers")
 
 
-def check_vocabulary(tokenizer, model, folder):
+def check_vocabulary(tokenizer, model, where="the tokeniser's folder"):
     """InputError if the tokeniser is not of the model's kind, or has ids that the model has no embedding for."""
     if model.encoder_decoder and "<s>" not in tokenizer.special:
-        raise InputError(f"{folder}: the tokeniser lacks <s>: it is not BART's")
+        raise InputError(f"{where}: the tokeniser lacks <s>: it is not BART's")
     # Only ids that a text can come to: bart-large-cnn's tokeniser has a <mask> that its model has no embedding for.
     ids = [*tokenizer.rank_to_id, tokenizer.end_id, tokenizer.pad_id]
     if max(ids) >= model.config["vocab_size"]:
         sizes = f"ids up to {max(ids)}, the model embeddings for {model.config['vocab_size']}"
-        raise InputError(f"{folder}: the tokeniser has {sizes}: they belong to different models")
+        raise InputError(f"{where}: the tokeniser has {sizes}: they belong to different models")
 
 
 def pick_device(name):

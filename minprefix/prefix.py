@@ -39,7 +39,7 @@ class Prefix(nn.Module):
 
     def __init__(self, model, length, hidden=512, position_offset=None, sites=None):
         super().__init__()
-        sites = list(model.prefix_sites) if sites is None else sites
+        sites = list(model.prefix_sites) if sites is None else [sites] if isinstance(sites, str) else sites
         if not sites:
             raise InputError(f"a prefix needs at least one of the model's sites: {', '.join(model.prefix_sites)}")
         if unknown := set(sites) - set(model.prefix_sites):
@@ -150,7 +150,12 @@ def save_prefix(path, folded, model, info):
 
 
 def load_prefix(path, model=None):
-    """A FoldedPrefix from a file of `save_prefix`. InputError if it is no such file, or made for another model."""
+    """A FoldedPrefix from a file of `save_prefix`, or the folder of the run that wrote it.
+
+    InputError if it is no such file, or made for another model than the one that is given.
+    """
+    if (Path(path) / "prefix.safetensors").is_file():
+        path = Path(path) / "prefix.safetensors"
     if not Path(path).is_file():
         raise InputError(f"no prefix file at {path}: train one with train.py, or check the path")
     tensors, info = read_safetensors(path)

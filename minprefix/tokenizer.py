@@ -1,10 +1,10 @@
 """Byte-level BPE of a GPT-2 or BART folder (`vocab.json` + `merges.txt`, or `tokenizer.json`), run by tiktoken."""
 
 import functools
-from pathlib import Path
 
 import tiktoken
 
+from minprefix.checkpoint import resolve_model
 from minprefix.files import InputError, read_json, read_text
 
 # GPT-2's pre-tokenisation (Radford et al. 2019), written with possessive quantifiers so that no text, however long,
@@ -61,8 +61,11 @@ class Tokenizer:
 
 
 def load_tokenizer(folder):
-    """The Tokenizer of a HuggingFace folder. InputError when its files are missing, malformed or of another kind."""
-    folder = Path(folder)
+    """The Tokenizer of a HuggingFace folder, or of a bundled model's name.
+
+    InputError when its files are missing, malformed or of another kind.
+    """
+    folder = resolve_model(folder)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         lines = read_text(folder / "merges.txt").splitlines()
         lines = lines[1:] if lines and lines[0].startswith("#version") else lines

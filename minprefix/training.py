@@ -49,11 +49,12 @@ def batch_stream(pairs, batch_size, seed, start):
 
 
 def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_size, lr, warmup=0, eval_every=100,
-          seed=101, resume=False):  # fmt: skip
+          seed=101, init=None, resume=False):  # fmt: skip
     """Train a prefix for `steps` steps of AdamW; leave the weights with the best dev loss in it -> (log, best step).
 
     As in the authors' runs the loss is averaged over the batch's sentences for GPT-2 (a sentence's being the sum over
     its tokens), over its tokens for BART; and the gradient's norm is cut to 1.
+    init: what the prefix was started from, a setting that a resumed run must share.
     At the start and every `eval_every` steps the dev loss is taken and OUT/checkpoint.pt and OUT/log.jsonl are written;
     with `resume` the run goes on from there, on the same CPU bit for bit as if it had not stopped. Rows of the log:
     step, epoch, dev_loss (nats per target token), and after the start loss (likewise, since the last row), lr,
@@ -61,9 +62,9 @@ def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch
     """
     out, device = Path(out), next(model.parameters()).device
     settings = {
+        "dtype": str(next(model.parameters()).dtype), "model": fingerprint(model),
         "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "eval_every": eval_every, "seed": seed,
-        "position_offset": prefix.position_offset, "model": fingerprint(model),
-        "dtype": str(next(model.parameters()).dtype),
+        "position_offset": prefix.position_offset, "init": init,
         "training data": digest(train_pairs), "dev data": digest(dev_pairs),
     }  # fmt: skip
     optimizer = torch.optim.AdamW(prefix.parameters(), lr=lr, weight_decay=0.0, fused=True)
@@ -128,6 +129,8 @@ def digest(pairs):
 
 
 def check_finite(loss, step, lr):
+    if not math.isfinite(loss) and step == 0:
+        raise InputError(f"the loss is {float(loss)} before any training: look at the model's weights, or try --dtype")
     if not math.isfinite(loss):
         raise InputError(f"the loss became {float(loss)} at step {step}: lower the learning rate (--lr, now {lr})")
 
@@ -154,7 +157,8 @@ def load_checkpoint(path, settings, prefix, optimizer, schedule):
         raise InputError(f"{path} cannot be resumed from, it is damaged: delete it to start again") from error
     for key, value in settings.items():
         if saved.get(key) != value:
-            was = f"another {key}" if key == "model" else f"{key} = {saved.get(key)}, not {value}"
+            hidden = key in ("model", "training data", "dev data")  # known by their digests only
+            was = f"another {key}" if hidden else f"{key} = {saved.get(key)}, not {value}"
             raise InputError(f"{path} is of a run with {was}: resume with the same settings")
     try:
         prefix.load_state_dict(state["prefix"])

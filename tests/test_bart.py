@@ -677,3 +677,24 @@ def test_folders_go_both_ways(tmp_path, tied):
     assert not any(report[key] for key in ("unexpected_keys", "mismatched_keys"))
     assert set(report["missing_keys"]) <= (set() if tied else {"model.shared.weight"})  # which untied models do not use
     assert torch.equal(their_logits(again.eval(), source, target, mask), expected)
+
+
+@pytest.mark.parametrize(
+    "site, shape, message",
+    [
+        ("encodr", (3, 2, 2, 5, 8), "site 'encodr', this model has encoder, decoder, cross"),
+        ("encoder", (2, 2, 2, 5, 8), r"shape \(2, 2, 2, 5, 8\), needed is \(3, 2, 2, length, 8\)"),
+        ("decoder", (3, 2, 4, 5, 4), r"needed is \(2, 2, 4, length, 4\), or \(2, 2, 3, 4, length, 4\) for 3 rows"),
+        ("decoder", (2, 1, 4, 5, 4), "needed is"),
+        ("cross", (2, 2, 2, 4, 5, 4), "needed is"),  # two rows for three
+        ("cross", (2, 2, 4, 4), "needed is"),
+    ],
+)
+def test_a_prefix_of_another_shape_is_refused(site, shape, message):
+    sizes = {"d_model": 16, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 2,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}  # fmt: skip
+    model = BART({"vocab_size": 29, "max_position_embeddings": 24, **sizes})
+    ids, prefix = torch.ones(3, 4, dtype=torch.long), {site: torch.zeros(shape)}
+    for call in (lambda: model(ids, ids, prefix=prefix), lambda: model.prefill(ids, torch.tensor([4, 4, 4]), prefix)):
+        with pytest.raises(InputError, match=message):
+            call()

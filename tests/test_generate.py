@@ -329,7 +329,7 @@ def test_draws_follow_the_distribution(model, options):
 class Letters:
     """A tokenizer of characters: their code minus 30, so that a blank is 2; a line break is 1."""
 
-    end_id, newline_ids, special = END, [1], {"<|endoftext|>": END}
+    end_id, pad_id, newline_ids, special, rank_to_id = END, END, [1], {"<|endoftext|>": END}, range(END)
 
     def encode(self, text):
         return [1 if c == "\n" else ord(c) - 30 for c in text]

@@ -86,10 +86,16 @@ def test_blank_lines_at_the_end(tmp_path, capsys, ends):
     assert err_lines(capsys) == []
 
 
-def test_blank_line_in_the_middle(tmp_path):
-    path = write_lines(tmp_path, ["a", " ", "b"], ["c", "\r", "d"])
-    message = complaint(load_examples, "xsum", "train", tmp_path)
-    assert message.startswith(f"{path}:2: a blank line, here and in train.target")
+def test_blank_lines_on_both_sides_are_skipped_too(tmp_path, capsys):
+    write_lines(tmp_path, ["a", " ", "b"], ["c", "\r", "d"])
+    assert [example.source for example in load_examples("xsum", "train", tmp_path)] == ["a", "b"]
+    assert "skipped 1 row of" in capsys.readouterr().err
+
+
+def test_line_ends_of_old_macs_are_refused(tmp_path):
+    path = write_lines(tmp_path, ["a"], ["c"])
+    path.write_bytes(b"a\rb\rc")
+    assert complaint(load_examples, "xsum", "train", tmp_path).startswith(f"{path} has no line ends but CR")
 
 
 @pytest.mark.parametrize("documents, summaries", [(3, 2), (2, 3), (0, 1), (5, 0)])

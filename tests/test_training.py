@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from minprefix import Prefix, load_model, load_tokenizer
-from minprefix.batches import collate
+from minprefix.batches import collate, encode_pairs
+from minprefix.data import Example
 from minprefix.files import InputError
 from minprefix.training import batch_stream, dev_loss, linear_schedule, target_loss, train
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
@@ -185,3 +186,19 @@ def test_killed_and_resumed_gives_the_same_prefix_bit_for_bit(model_folder, tmp_
     subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
     whole, resumed = ((tmp_path / out / "prefix.safetensors").read_bytes() for out in ("whole", "killed"))
     assert whole == resumed
+
+
+def test_a_run_is_not_resumed_with_another_start(tmp_path):
+    model, tokenizer = load_model(write_tiny_bart(tmp_path / "bart")), load_tokenizer(tmp_path / "bart")
+    pairs = encode_pairs([Example("a b", ["c"]), Example("d", ["e f"])], tokenizer, model)
+
+    def run(pairs, **options):
+        train(model, Prefix(model, 3, 8), tokenizer, pairs, pairs, tmp_path / "run", steps=2, batch_size=2, lr=1e-3,
+              eval_every=1, **options)  # fmt: skip
+
+    run(pairs, init="words")
+    with pytest.raises(InputError, match="init = words, not None: resume with the same"):
+        run(pairs, resume=True)
+    with pytest.raises(InputError, match="another training data: resume with the same"):
+        run(pairs[:1], init="words", resume=True)
+    run(pairs, init="words", resume=True)
