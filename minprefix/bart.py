@@ -18,6 +18,7 @@ from minprefix.attention import (
     prefix_segments,
     real_tokens,
 )
+from minprefix.checkpoint import bare_names
 from minprefix.config import ACTIVATIONS, check_activation, check_booleans, check_heads, check_sizes, check_switches
 from minprefix.files import InputError
 
@@ -235,13 +236,8 @@ def check_config(config):
 
 def from_huggingface(tensors, config):
     """HuggingFace's tensors under this model's names; of a tied embedding one, however many copies are stored."""
-    state = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("model.")
-        if name in state:
-            raise InputError(f"tensor {name!r} is there twice, with and without 'model.' before its name")
-        if not name.endswith(".version"):  # a mark of old fairseq conversions, no parameter
-            state[name] = tensor
+    tensors = bare_names(tensors, "model.")
+    state = {name: tensor for name, tensor in tensors.items() if not name.endswith(".version")}  # fairseq's marks
     state.setdefault("final_logits_bias", torch.zeros(1, config["vocab_size"]))
     if config["tie_word_embeddings"]:
         first, *copies = [name for name in TIED if name in state] or [None]  # any of them may stand for `shared`

@@ -86,6 +86,17 @@ def read_tensors(folder):
     raise InputError(f"{folder} has no weights: expected model.safetensors or pytorch_model.bin, whole or sharded")
 
 
+def bare_names(tensors, start):
+    """The tensors under their names without `start` before them, as some folders have them and others have not."""
+    bare = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix(start)
+        if name in bare:
+            raise InputError(f"tensor {name!r} is there twice, with and without {start!r} before its name")
+        bare[name] = tensor
+    return bare
+
+
 def check_folder(folder):
     if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder: give the folder of a HuggingFace model")

@@ -17,6 +17,7 @@ from minprefix.attention import (
     prefix_segments,
     real_tokens,
 )
+from minprefix.checkpoint import bare_names
 from minprefix.config import ACTIVATIONS, check_activation, check_booleans, check_heads, check_sizes, check_switches
 from minprefix.files import InputError
 
@@ -162,10 +163,7 @@ def check_config(config):
 def from_huggingface(tensors, config):
     """HuggingFace's tensors under this model's names; mask buffers and the second copy of a tied head are dropped."""
     state = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("transformer.")
-        if name in state:
-            raise InputError(f"tensor {name!r} is there twice, with and without 'transformer.' before its name")
+    for name, tensor in bare_names(tensors, "transformer.").items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue
         if name == "lm_head.weight" and config["tie_word_embeddings"]:

@@ -11,6 +11,7 @@ from minprefix.files import InputError
 from minprefix.generate import generate, generate_ids
 from minprefix.gpt2 import GPT2, to_huggingface
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 V, END, P, L, H, D = 100, 7, 3, 2, 2, 16
 CONFIG = {"vocab_size": V, "n_positions": 64, "n_embd": H * D, "n_layer": L, "n_head": H}
 NEW = 12  # tokens
@@ -23,15 +24,6 @@ class Prefix(dict):
     def __init__(self, tensors, position_offset=None):
         super().__init__(tensors)
         self.position_offset = position_offset
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For matrices this small more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -16,21 +16,13 @@ from minprefix.generate import generate, generate_ids, recipe
 from minprefix.prefix import FoldedPrefix
 from minprefix.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_alphabet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 V, L, H, D, ROOM = 30, 2, 2, 16, 64
 FIRST, PAD, END = 0, 1, 2
 NEW = 16  # tokens
 XSUM = {"beams": 6, "length_penalty": 0.8, "no_repeat_ngram": 3, "min_new_tokens": 4}  # in proportion
 FORCED = {"forced_first": FIRST, "forced_last": END}
 PREFIXES = ("none", "shared", "rows", "mixed")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For matrices this small more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_model(vocab_size=V, seed=3, **config):

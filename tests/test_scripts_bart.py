@@ -12,7 +12,7 @@ import sample
 import train
 from minprefix import load_prefix
 from minprefix.checkpoint import read_safetensors
-from tests.test_scripts import call
+from tests.test_scripts import assert_one_clear_line, call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 needs_rouge_score = pytest.mark.skipif(
@@ -162,9 +162,4 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, world, trained, capsy
         arguments = ("--model", "gpt2", "--task", "scitldr", "--data", "scitldr", "--max-source", 99, "--steps", 1)
         assert call(train, capsys, *arguments, "--eval-inputs", 0, "--out", "gpt2-run")[0] == 0
         (world / "gpt2.safetensors").write_bytes((world / "gpt2-run" / "prefix.safetensors").read_bytes())
-    script, arguments, message = BAD[case]
-    code, out, err = call(script, capsys, *arguments.split())
-    lines = [line for line in err.splitlines() if not line.startswith("cut ")]  # that may come before
-    assert code == 2, (out, err)
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
-    assert not list(world.rglob("*.tmp"))
+    assert_one_clear_line(*BAD[case], capsys, world)
