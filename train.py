@@ -32,7 +32,7 @@ PAPER = {
 }
 BUNDLED = {
     "gpt2-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 1500},
-    "bart-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 500},
+    "bart-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 750},
 }
 EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
 
@@ -51,7 +51,7 @@ def parse_args():
     add("--init", help='words whose activations start the prefix, e.g. "table to text :" (default: random)')
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, help="passes over the training pairs (5, BART 30)")
-    length.add_argument("--steps", type=int, help="steps, instead of --epochs (gpt2-mini 1500, bart-mini 500)")
+    length.add_argument("--steps", type=int, help="steps, instead of --epochs (gpt2-mini 1500, bart-mini 750)")
     add("--limit", type=int, help="train on the first N pairs only")
     add("--batch-size", type=int, help="pairs in a step (10; BART and bundled models 16)")
     add("--lr", type=float, help="peak learning rate (8e-5, BART 5e-5; bundled models 3e-3)")

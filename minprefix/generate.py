@@ -1,6 +1,6 @@
 """Greedy decoding, sampling and beam search over a cache that holds the prefix and each source once.
 
-A model offers `prefill`, `step` and `logits` (see gpt2.py); nothing here knows which model it is.
+A model offers `prefill`, `step` and `logits` (see gpt2.py); `generate_ids` does not know which model it is.
 Shapes: B examples, K beams, R = B or B * K rows, S source tokens, N new tokens at most, V vocabulary.
 """
 
