@@ -95,6 +95,17 @@ def first_position(prefix):
     return prefix_length(prefix, "decoder") if offset is None else offset
 
 
+def position_ids(ids, start, n_positions):
+    """(T,) for tokens ids (B, T), the first at `start`; InputError if the model has too few positions."""
+    T = ids.size(1)
+    if start + T > n_positions:
+        raise InputError(
+            f"{T} tokens from position {start} on do not fit the model's {n_positions} positions: "
+            "shorten the text (--max-source cuts sources) or the prefix"
+        )
+    return torch.arange(start, start + T, device=ids.device)
+
+
 @dataclass
 class Cache:
     """Keys and values of a generation under way: B examples, R = B * beams rows, the rows of an example adjacent.

@@ -15,6 +15,7 @@ from minprefix.attention import (
     check_prefix,
     first_position,
     padding_mask,
+    position_ids,
     prefix_segments,
     real_tokens,
 )
@@ -137,13 +138,14 @@ class BART(nn.Module):
 
         start: position id of the decoder's first token, if it is not the one that the prefix sets.
         """
-        cross = self._cross(self.encode(source_ids, source_mask, prefix)[0], source_mask, prefix)
+        cross = self._cross(source_ids, source_mask, prefix)
         return self._decode(target_ids, cross, prefix, first_position(prefix) if start is None else start)[0]
 
     def encode(self, source_ids, source_mask=None, prefix=None):
         """source_ids (B, S) -> the encoder's states (B, S, C), and the tokens' (k, v) of each of its layers."""
         check_prefix(prefix, self.prefix_sites, len(source_ids))
-        x = self._embed(self.encoder, source_ids, self._positions(source_ids, 0))  # no prefix shifts these
+        positions = position_ids(source_ids, 0, self.n_positions)  # no prefix shifts these
+        x = self._embed(self.encoder, source_ids, positions)
         mask = None if source_mask is None else padding_mask(source_mask, x)
         kept = []
         for layer, context in zip(self.encoder.layers, self._prefix(prefix, "encoder"), strict=True):
@@ -154,7 +156,7 @@ class BART(nn.Module):
     def prefill(self, source_ids, lengths, prefix=None):
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`: the encoder runs once."""
         source_mask = real_tokens(lengths, source_ids.size(1))
-        cross = self._cross(self.encode(source_ids, source_mask, prefix)[0], source_mask, prefix)
+        cross = self._cross(source_ids, source_mask, prefix)
         position = torch.full_like(lengths, first_position(prefix))
         return Cache(self._prefix(prefix, "decoder"), cross, [None] * len(self.decoder.layers), position)
 
@@ -176,7 +178,7 @@ class BART(nn.Module):
 
     def _decode(self, target_ids, cross, prefix, start):
         """target_ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each decoder layer."""
-        x = self._embed(self.decoder, target_ids, self._positions(target_ids, start))
+        x = self._embed(self.decoder, target_ids, position_ids(target_ids, start, self.n_positions))
         mask = causal_mask(target_ids.size(1), x)
         kept = []
         for layer, context, source in zip(self.decoder.layers, self._prefix(prefix, "decoder"), cross, strict=True):
@@ -184,24 +186,15 @@ class BART(nn.Module):
             kept.append(kv)
         return x, kept
 
-    def _cross(self, states, source_mask, prefix):
-        """What each decoder layer's cross-attention looks at: its prefix and the encoder's states (B, S, C)."""
+    def _cross(self, source_ids, source_mask, prefix):
+        """What each decoder layer's cross-attention looks at: its prefix and the encoder's view of the source."""
+        states, _ = self.encode(source_ids, source_mask, prefix)
         mask = None if source_mask is None else padding_mask(source_mask, states)
         contexts = self._prefix(prefix, "cross")
         return [
             [*context, (*layer.encoder_attn.kv(states), mask)]
             for layer, context in zip(self.decoder.layers, contexts, strict=True)
         ]
-
-    def _positions(self, ids, start):
-        """(T,) position ids of tokens ids (B, T), the first at `start`."""
-        T = ids.size(1)
-        if start + T > self.n_positions:
-            raise InputError(
-                f"{T} tokens from position {start} on do not fit the model's {self.n_positions} positions: "
-                "shorten the text or the prefix"
-            )
-        return torch.arange(start, start + T, device=ids.device)
 
     def _embed(self, stack, ids, positions):
         """ids (B, T), positions (T,) or (B, T) -> (B, T, C)."""

@@ -3,7 +3,6 @@
 Shapes: B rows, T tokens, C model dimension, H heads, D head dimension, V vocabulary, L layers, P prefix length.
 """
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,6 +13,7 @@ from minprefix.attention import (
     check_prefix,
     first_position,
     padding_mask,
+    position_ids,
     prefix_segments,
     real_tokens,
 )
@@ -125,14 +125,8 @@ class GPT2(nn.Module):
     def _run(self, ids, prefix, start):
         """ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each layer."""
         check_prefix(prefix, self.prefix_sites, len(ids))
-        T, room = ids.size(1), self.n_positions
-        if start + T > room:
-            raise InputError(
-                f"{T} tokens from position {start} on do not fit the model's {room} positions: "
-                "shorten the text (--max-source cuts sources) or the prefix"
-            )
-        x = self.wte(ids) + self.wpe(torch.arange(start, start + T, device=ids.device))
-        mask = causal_mask(T, x)
+        x = self.wte(ids) + self.wpe(position_ids(ids, start, self.n_positions))
+        mask = causal_mask(ids.size(1), x)
         kept = []
         for block, context in zip(self.h, self._prefix(prefix), strict=True):
             x, kv = block(x, context, mask)

@@ -110,7 +110,9 @@ def test_long_text_takes_no_quadratic_time(text):
     assert time.perf_counter() - start < 5
 
 
-@pytest.mark.parametrize("function", [*SCORES.values(), metrics.meteor, metrics.score])
+@pytest.mark.parametrize(
+    "function", [*SCORES.values(), metrics.meteor, metrics.score, metrics.rouge, metrics.summary_score]
+)
 @pytest.mark.parametrize(("hypotheses", "references", "message"), [
     ([], [], "no hypotheses"),
     (["a"], [["a"], ["b"]], "1 hypotheses but 2"),

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from minprefix import bart, gpt2
+from minprefix.attention import real_tokens
 from minprefix.batches import pad
 from minprefix.checkpoint import write_safetensors
 from minprefix.files import InputError, atomic_write, read_json, run_main
@@ -127,7 +128,7 @@ def denoising(args, ids, seed):
         source, labels = pad(sources, tokenizer.pad_id), pad(targets, IGNORE)
         inputs = torch.full_like(labels, end_id)  # BART's decoder starts from </s>
         inputs[:, 1:] = labels[:, :-1].where(labels[:, :-1] != IGNORE, tokenizer.pad_id)
-        real = pad([[1] * len(row) for row in sources], 0)
+        real = real_tokens(torch.tensor([len(row) for row in sources]), source.size(1))
         return (source, inputs, real), labels, int(rng.integers(min(64, args.positions - T + 1)))
 
     return batch
