@@ -21,13 +21,14 @@ from minprefix.files import InputError, atomic_write, read_text, run_main
 from minprefix.generate import recipe
 from minprefix.load import check_vocabulary, pick_device, pick_dtype
 from minprefix.prefix import check_fits
+from minprefix.slots import slot_accuracy
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--prefix", type=Path, help="a prefix.safetensors of train.py; without one the frozen model writes alone")
-    add("--model", help="the base model's folder or bundled name (default: the one the prefix was trained on)")
+    add("--model", help="a model's folder or bundled name (default: the one the prefix was trained on)")
     inputs = parser.add_mutually_exclusive_group()
     inputs.add_argument("--input", nargs="+", metavar="TEXT", help="inputs, in the task's form")
     inputs.add_argument("--file", help='a text file with one input a line, or a .jsonl file with rows {"source": ...}')
@@ -80,11 +81,12 @@ def main():
     check_vocabulary(tokenizer, model, folder)
     if prefix:
         check_fits(prefix, model, args.prefix)
-    trained_task = prefix.info.get("task", "") if prefix else ""
+    info = prefix.info if prefix else trained_info(model)
+    trained_task = info.get("task", "")
     # Decides how texts are searched for and scored; a file of rows is only where the inputs come from.
     task = args.task if args.task and not args.task.endswith(".jsonl") else trained_task
     examples = read_examples(args, trained_task)[: args.limit]
-    max_source, search = args.max_source or trained_max_source(prefix), search_options(args, task)
+    max_source, search = args.max_source or trained_max_source(info), search_options(args, task)
     if args.evaluate and not all(example.references for example in examples):
         raise InputError("--evaluate needs references: use --task with a split, or a .jsonl file with targets")
     if args.evaluate and task in SUMMARISATION:
@@ -106,7 +108,7 @@ def main():
         print(*lines, sep="\n")
     if args.evaluate:
         settings = {**vars(args), **search, "max_source": max_source}
-        evaluate(args.output, task, lines, [example.references for example in examples], settings)
+        evaluate(args.output, task, lines, examples, settings)
 
 
 def search_options(args, task):
@@ -117,20 +119,29 @@ def search_options(args, task):
     return {**options, **given}
 
 
-def trained_max_source(prefix):
-    """Where train.py cut the sources, if it was told to: the prefix file says so."""
-    length = prefix.info.get("max_source", "") if prefix else ""
+def trained_info(model):
+    """What train.py wrote into the config.json of a fine-tuned model (strings); nothing of any other model."""
+    info = model.config.get("minprefix")
+    return {key: str(value) for key, value in info.items()} if isinstance(info, dict) else {}
+
+
+def trained_max_source(info):
+    """Where train.py cut the sources, if it was told to: the prefix file, or the fine-tuned model's folder, says so."""
+    length = info.get("max_source", "")
     return int(length) if length.isascii() and length.isdigit() and len(length) < 8 else None
 
 
-def evaluate(output, task, lines, references, settings):
+def evaluate(output, task, lines, examples, settings):
     """Score the texts; print the scores, with their intervals where there are any, and write them beside the texts."""
+    references = [example.references for example in examples]
     if task in SUMMARISATION:
         scores, intervals = metrics.summary_score(lines, references)
     else:
         scores, intervals = metrics.score(lines, references), {}
         if "METEOR" not in scores:
             print("METEOR left out: it needs pip install -e '.[eval]' and Java", file=sys.stderr)
+        if task == "e2e":
+            scores.update(slot_accuracy([example.source for example in examples], lines))
     bounds = {metric: f" [{low:.4f}, {high:.4f}]" for metric, (low, high) in intervals.items()}
     print("  ".join(f"{metric} {value:.4f}{bounds.get(metric, '')}" for metric, value in scores.items()))
     with atomic_write(output.with_suffix(".json")) as file:

@@ -1,9 +1,10 @@
-"""Train a prefix on a frozen language model, then compare the model's texts without and with it.
+"""Train a prefix on a frozen language model, or fine-tune it for comparison, then compare its texts without and with.
 
     python train.py                                   the bundled model; E2E data, or the bundled sample if offline
     python train.py --data e2e/ --epochs 5            the real E2E data from its official CSV files
     python train.py --model gpt2-medium/ --task my.jsonl --lr 5e-5
     python train.py --model bart-mini --task scitldr --data scitldr/     summaries, the prefix in encoder and decoder
+    python train.py --method finetune --data e2e/                        all of the model's weights, for comparison
 """
 
 import argparse
@@ -16,12 +17,13 @@ from pathlib import Path
 import torch
 
 from minprefix import Prefix, generate, load_model, load_prefix, load_tokenizer, metrics
+from minprefix.baselines import Finetune
 from minprefix.batches import check_lengths, encode_pairs, encode_sources, sequence_form
 from minprefix.checkpoint import bundled_name, read_config, resolve_model
 from minprefix.data import SUMMARISATION, find_e2e, load_examples
 from minprefix.files import InputError, atomic_write, run_main
 from minprefix.generate import recipe
-from minprefix.load import check_vocabulary, pick_device, pick_dtype
+from minprefix.load import check_vocabulary, pick_device, pick_dtype, save_model
 from minprefix.prefix import parameter_shares, save_prefix
 from minprefix.training import train
 
@@ -34,6 +36,9 @@ BUNDLED = {
     "gpt2-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 1500},
     "bart-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 750},
 }
+FINETUNE = {"lr": 5e-5}  # the paper's; what else is set is set as for a prefix
+BUNDLED_FINETUNE = {"lr": 1e-3}
+PREFIX_OPTIONS = ("prefix_length", "hidden", "sites", "offset", "init")
 EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
 
 
@@ -43,6 +48,7 @@ def parse_args():
     add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 or BART folder, or a bundled name (%(default)s)")
     add("--task", default="e2e", help='e2e, xsum, scitldr or FILE.jsonl of {"source": x, "target": y} (%(default)s)')
     add("--data", help="folder with the task's files; E2E: else data/e2e, else a download, else the bundled sample")
+    add("--method", choices=["prefix", "finetune"], default="prefix", help="what is trained (%(default)s)")
     add("--max-source", type=int, help="cut sources to so many tokens (BART 512; GPT-2's are not cut)")
     add("--prefix-length", type=int, help="virtual tokens (5, BART 200; bundled models 20)")
     add("--hidden", type=int, help="width of the reparametrisation MLP, 0 for none (512, BART 800; bundled models 512)")
@@ -74,8 +80,12 @@ def parse_args():
 
 def fill_defaults(args):
     """What the command line leaves open, for this model and task."""
-    settings = BUNDLED.get(bundled_name(args.model)) or PAPER.get(str(read_config(args.model).get("model_type")), {})
+    bundled = BUNDLED.get(bundled_name(args.model))
+    settings = bundled or PAPER.get(str(read_config(args.model).get("model_type")), {})
     defaults = {"eval_every": 100, "beams": recipe(args.task)["beams"], **settings}
+    if args.method == "finetune":
+        defaults.update(BUNDLED_FINETUNE if bundled else FINETUNE)
+        defaults = {key: value for key, value in defaults.items() if key not in PREFIX_OPTIONS}
     if args.epochs is not None or args.steps is not None:
         defaults = {key: value for key, value in defaults.items() if key not in ("epochs", "steps")}
     for key, value in defaults.items():
@@ -84,7 +94,10 @@ def fill_defaults(args):
 
 
 def check(args):
-    """InputError where a number makes no sense."""
+    """InputError where a number makes no sense, or an option has no effect."""
+    for key in PREFIX_OPTIONS if args.method == "finetune" else ():
+        if getattr(args, key) is not None:
+            raise InputError(f"--{key.replace('_', '-')} sets a prefix, --method finetune trains none: leave it out")
     for key in ("epochs", "steps", "limit", "batch_size", "lr", "eval_every", "beams", "max_source"):
         if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be above 0, and finite")
@@ -113,43 +126,75 @@ def main():
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    model, tokenizer = load_model(args.model, device, dtype), load_tokenizer(args.model)
+    finetune = args.method == "finetune"
+    # Weights that are trained are float32, whatever they are multiplied in.
+    model = load_model(args.model, device, torch.float32 if finetune else dtype)
+    tokenizer = load_tokenizer(args.model)
     check_vocabulary(tokenizer, model, args.model)
-    prefix = Prefix(model, args.prefix_length, args.hidden, args.offset, args.sites).to(device)
-    train_pairs, dev_pairs, test = load_data(args, model, tokenizer, prefix.position_offset)
+    if finetune:
+        tuned = Finetune(model)
+    else:
+        tuned = Prefix(model, args.prefix_length, args.hidden, args.offset, args.sites).to(device)
+    train_pairs, dev_pairs, test = load_data(args, model, tokenizer, tuned.position_offset)
     steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
     resuming = args.resume and (args.out / "checkpoint.pt").exists()
     if args.init and not resuming:
-        prefix.init_from_words(model, tokenizer, args.init)
+        tuned.init_from_words(model, tokenizer, args.init)
     print(f"{args.model} in {dtype} on {device}")
     print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}, results in {args.out}")
-    print(f"prefix of length {args.prefix_length} at {', '.join(prefix.parts)}: {parameter_shares(prefix, model)}")
+    if finetune:
+        print(f"fine-tuning all of the model's {sum(p.numel() for p in model.parameters()):,} weights")
+    else:
+        sites = ", ".join(tuned.parts)
+        print(f"prefix of length {args.prefix_length} at {sites}: {parameter_shares(tuned, model)}")
     if args.resume and not resuming:
         print(f"nothing to resume in {args.out}: starting")
-    log, best_step = train(
-        model, prefix, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size, lr=args.lr,
-        warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, init=args.init, resume=args.resume,
-    )  # fmt: skip
-    path = args.out / "prefix.safetensors"
-    base = bundled_name(args.model) or str(args.model.resolve())
-    task = "jsonl" if args.task.endswith(".jsonl") else args.task
-    info = {"base_model": base, "task": task, "sequence": sequence_form(model)}
-    if args.max_source:
-        info["max_source"] = str(args.max_source)
-    save_prefix(path, prefix.fold(), model, info)
+    mixed = finetune and dtype != torch.float32
+    with torch.autocast(device, dtype, enabled=mixed, cache_enabled=False):  # no cache: the weights change
+        log, best_step = train(
+            model, tuned, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
+            lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, init=args.init,
+            resume=args.resume,
+        )  # fmt: skip
+    path = save(args, tuned, model)
     best = min(row["dev_loss"] for row in log)
     print(f"dev loss {log[0]['dev_loss']:.3f} before training, {best:.3f} at step {best_step} (kept)")
     if best_step == 0:
-        print("training did not lower the dev loss: the prefix is the untrained one; try another --lr, or more steps")
+        print("training did not lower the dev loss: what is kept is untrained; try another --lr, or more steps")
 
-    scores = compare(args, model, tokenizer, load_prefix(path, model), test) if test else {}
+    if finetune:
+        writers = {"before fine-tuning": (load_model(args.model, device, dtype), None),
+                   "after fine-tuning": (load_model(path, device, dtype), None)}  # fmt: skip
+    else:
+        writers = {"without the prefix": (model, None), "with the prefix": (model, load_prefix(path, model))}
+    scores = compare(args, tokenizer, writers, test) if test else {}
     seconds = round(time.time() - started, 1)
     result = {"dev_loss": best, "best_step": best_step, "scores": scores, "steps": steps, "seconds": seconds,
               "dtype": str(dtype), "device": device, "settings": {**recipe(args.task), **vars(args)}}  # fmt: skip
     with atomic_write(args.out / "result.json") as file:
         json.dump(result, file, indent=2, default=str)
-    print(f"\nwrote {path} ({path.stat().st_size / 1024:,.0f} KiB), log.jsonl, result.json in {seconds:.0f} s; try")
-    print(f"  python sample.py --prefix {shlex.quote(str(path))} {suggestion(args, test)}")
+    print(f"\nwrote {path} ({disk_size(path) / 1024:,.0f} KiB), log.jsonl, result.json in {seconds:.0f} s; try")
+    option = "--model" if finetune else "--prefix"
+    print(f"  python sample.py {option} {shlex.quote(str(path))} {suggestion(args, test)}")
+
+
+def save(args, tuned, model):
+    """What was trained, with what sample.py must know of the task: a prefix file or a model folder -> its path."""
+    info = {"task": "jsonl" if args.task.endswith(".jsonl") else args.task, "sequence": sequence_form(model)}
+    if args.max_source:
+        info["max_source"] = str(args.max_source)
+    if args.method == "finetune":
+        path = args.out / "model"
+        save_model(model, path, args.model, minprefix=info)
+        return path
+    path = args.out / "prefix.safetensors"
+    base = bundled_name(args.model) or str(args.model.resolve())
+    save_prefix(path, tuned.fold(), model, {"base_model": base, **info})
+    return path
+
+
+def disk_size(path):
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
 
 
 def suggestion(args, test):
@@ -186,24 +231,25 @@ def spread(items, most):
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def compare(args, model, tokenizer, prefix, test):
-    """Texts for held-out inputs from the frozen model alone and with the prefix: print the scores and one example."""
+def compare(args, tokenizer, writers, test):
+    """Texts for held-out inputs from two writers, how it is called -> (model, prefix): the scores, and one example."""
     sources, references = [e.source for e in test], [e.references for e in test]
     options = {**recipe(args.task), "beams": args.beams}
-    texts, scores = {}, {}
-    for name, kv in (("without", None), ("with", prefix)):
-        print(f"\nwriting {len(sources)} texts for held-out inputs {name} the prefix, {args.beams} beams")
-        what = "test sources" if kv is None else None  # said once
+    (before, after), texts, scores = writers, {}, {}
+    for name, (model, prefix) in writers.items():
+        print(f"\nwriting {len(sources)} texts for held-out inputs {name}, {args.beams} beams")
+        what = "test sources" if name == before else None  # said once
         texts[name] = generate(
-            model, tokenizer, sources, kv, max_source=args.max_source, what=what, progress=True, **options
+            model, tokenizer, sources, prefix, max_source=args.max_source, what=what, progress=True, **options
         )
         scores[name] = quick_scores(args.task, texts[name], references)
-    print(f"\ninput           {sources[0][:600]}\nwithout prefix  {texts['without'][0][:200]}")
-    print(f"with prefix     {texts['with'][0]}\nreference       {references[0][0]}")
+    width = max(map(len, writers))
+    print(f"\n{'input':<{width}}  {sources[0][:600]}\n{before}  {texts[before][0][:200]}")
+    print(f"{after:<{width}}  {texts[after][0]}\n{'reference':<{width}}  {references[0][0]}")
     sample = args.task == "e2e" and find_e2e(args.data) is None
     what = "the bundled sample, not E2E" if sample else f"{args.task}, {len(sources)} test inputs"
-    for metric, value in scores["with"].items():
-        print(f"{metric} on {what}: {scores['without'][metric]:.3f} without the prefix, {value:.3f} with it")
+    for metric, value in scores[after].items():
+        print(f"{metric} on {what}: {scores[before][metric]:.3f} {before}, {value:.3f} {after}")
     return scores
 
 

@@ -1,12 +1,16 @@
-"""A HuggingFace folder as a frozen model, on the device and in the dtype that suit the machine."""
+"""A HuggingFace folder as a frozen model, on the device and in the dtype that suit the machine; and back."""
+
+import json
+import shutil
 
 import torch
 
 from minprefix import bart, gpt2
-from minprefix.checkpoint import read_config, read_tensors, resolve_model
-from minprefix.files import InputError
+from minprefix.checkpoint import read_config, read_tensors, resolve_model, write_safetensors
+from minprefix.files import InputError, atomic_write
 
 KINDS = {"gpt2": (gpt2.GPT2, gpt2.from_huggingface), "bart": (bart.BART, bart.from_huggingface)}
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def load_model(name, device="cpu", dtype=torch.float32):
@@ -26,6 +30,22 @@ def load_model(name, device="cpu", dtype=torch.float32):
     check_state(state, model.state_dict(), folder)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+
+
+def save_model(model, folder, tokenizer_folder=None, **config):
+    """Write a model as a folder that `load_model` and HuggingFace read, in its dtype, with a tokeniser's files.
+
+    config: what config.json shall say beside the model's own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = (bart if model.encoder_decoder else gpt2).to_huggingface(model)
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    for name in TOKENIZER_FILES if tokenizer_folder else ():
+        if (tokenizer_folder / name).is_file():
+            shutil.copy(tokenizer_folder / name, folder / name)
+    with atomic_write(folder / "config.json") as file:  # last: a folder without one is no model
+        json.dump({**model.config, "dtype": dtype, **config}, file, indent=2)
 
 
 def check_state(state, expected, folder):

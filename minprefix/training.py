@@ -23,13 +23,13 @@ def target_loss(model, batch, prefix):
 
 
 @torch.no_grad()
-def dev_loss(model, prefix, pairs, tokenizer, batch_size):
+def dev_loss(model, tuned, pairs, tokenizer, batch_size):
     """Nats per target token over (source, target) pairs."""
     device = next(model.parameters()).device
-    folded, total, count = prefix(), 0.0, 0
+    prefix, total, count = tuned(), 0.0, 0
     for picked in sorted_batches(pair_lengths(pairs), batch_size):
         batch = collate([pairs[i] for i in picked], tokenizer, model).to(device)
-        total, count = total + target_loss(model, batch, folded), count + len(batch.labels)
+        total, count = total + target_loss(model, batch, prefix), count + len(batch.labels)
     return float(total) / count
 
 
@@ -48,13 +48,15 @@ def batch_stream(pairs, batch_size, seed, start):
         start = 0
 
 
-def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_size, lr, warmup=0, eval_every=100,
+def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_size, lr, warmup=0, eval_every=100,
           seed=101, init=None, resume=False):  # fmt: skip
-    """Train a prefix for `steps` steps of AdamW; leave the weights with the best dev loss in it -> (log, best step).
+    """Train for `steps` steps of AdamW; leave the weights with the best dev loss in `tuned` -> (log, best step).
+
+    tuned: what is trained, a Prefix, or a comparator of baselines.py: calling it gives the prefix that the model takes.
 
     As in the authors' runs the loss is averaged over the batch's sentences for GPT-2 (a sentence's being the sum over
     its tokens), over its tokens for BART; and the gradient's norm is cut to 1.
-    init: what the prefix was started from, a setting that a resumed run must share.
+    init: what a prefix was started from, a setting that a resumed run must share.
     At the start and every `eval_every` steps the dev loss is taken and OUT/checkpoint.pt and OUT/log.jsonl are written;
     with `resume` the run goes on from there, on the same CPU bit for bit as if it had not stopped. Rows of the log:
     step, epoch, dev_loss (nats per target token), and after the start loss (likewise, since the last row), lr,
@@ -62,15 +64,15 @@ def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch
     """
     out, device = Path(out), next(model.parameters()).device
     settings = {
-        "dtype": str(next(model.parameters()).dtype), "model": fingerprint(model),
+        "dtype": str(dtype_of_products(model)), "model": fingerprint(model),
         "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "eval_every": eval_every, "seed": seed,
-        "position_offset": prefix.position_offset, "init": init,
+        "position_offset": tuned.position_offset, "init": init,
         "training data": digest(train_pairs), "dev data": digest(dev_pairs),
     }  # fmt: skip
-    optimizer = torch.optim.AdamW(prefix.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup))
     if resume and (out / "checkpoint.pt").exists():
-        step, log, best = load_checkpoint(out / "checkpoint.pt", settings, prefix, optimizer, schedule)
+        step, log, best = load_checkpoint(out / "checkpoint.pt", settings, tuned, optimizer, schedule)
         write_log(out, log)
     else:
         step, log, best = 0, [], None
@@ -78,14 +80,14 @@ def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch
     def evaluate(**measured):
         """Take the dev loss, keep the best weights, and write everything down."""
         nonlocal best
-        loss = dev_loss(model, prefix, dev_pairs, tokenizer, batch_size)
+        loss = dev_loss(model, tuned, dev_pairs, tokenizer, batch_size)
         check_finite(loss, step, lr)
         epoch = round(step * batch_size / len(train_pairs), 3)
         log.append({"step": step, "epoch": epoch, "dev_loss": loss, **measured})
         if best is None or loss < best["dev_loss"]:
-            weights = {name: p.detach().clone() for name, p in prefix.state_dict().items()}
+            weights = {name: p.detach().clone() for name, p in tuned.state_dict().items()}
             best = {"dev_loss": loss, "step": step, "weights": weights}
-        save_checkpoint(out, settings, step, log, best, prefix, optimizer, schedule)
+        save_checkpoint(out, settings, step, log, best, tuned, optimizer, schedule)
         write_log(out, log)
 
     if not log:
@@ -96,9 +98,9 @@ def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch
         total, tokens, examples, since = torch.zeros((), device=device), 0, 0, time.perf_counter()
         for pairs in itertools.islice(batch_stream(train_pairs, batch_size, seed, step), steps - step):
             batch = collate(pairs, tokenizer, model).to(device)
-            loss = target_loss(model, batch, prefix())
+            loss = target_loss(model, batch, tuned())
             (loss / (len(batch.labels) if model.encoder_decoder else batch.rows)).backward()
-            torch.nn.utils.clip_grad_norm_(prefix.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
@@ -116,8 +118,15 @@ def train(model, prefix, tokenizer, train_pairs, dev_pairs, out, *, steps, batch
                 evaluate(loss=mean, lr=optimizer.param_groups[0]["lr"], examples_per_s=speed)
                 bar.write(f"step {step:>6}  loss {mean:.4f}  dev loss {log[-1]['dev_loss']:.4f}")
                 total, tokens, examples, since = torch.zeros_like(total), 0, 0, time.perf_counter()
-    prefix.load_state_dict(best["weights"])
+    tuned.load_state_dict(best["weights"])
     return log, best["step"]
+
+
+def dtype_of_products(model):
+    """What the model multiplies in: autocast's dtype within such a context, else that of its weights."""
+    p = next(model.parameters())
+    on = torch.is_autocast_enabled(p.device.type)
+    return torch.get_autocast_dtype(p.device.type) if on else p.dtype
 
 
 def digest(pairs):
@@ -140,15 +149,15 @@ def write_log(out, log):
         file.writelines(json.dumps(row) + "\n" for row in log)
 
 
-def save_checkpoint(out, settings, step, log, best, prefix, optimizer, schedule):
+def save_checkpoint(out, settings, step, log, best, tuned, optimizer, schedule):
     """OUT/checkpoint.pt: all that the next step depends on."""
-    state = {"settings": settings, "step": step, "log": log, "best": best, "prefix": prefix.state_dict(),
+    state = {"settings": settings, "step": step, "log": log, "best": best, "tuned": tuned.state_dict(),
              "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}  # fmt: skip
     with atomic_write(out / "checkpoint.pt", "wb") as file:
         torch.save(state, file)
 
 
-def load_checkpoint(path, settings, prefix, optimizer, schedule):
+def load_checkpoint(path, settings, tuned, optimizer, schedule):
     """Put a run's state back -> (step, log, best). InputError if it is damaged, or of a run with other settings."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -161,9 +170,9 @@ def load_checkpoint(path, settings, prefix, optimizer, schedule):
             was = f"another {key}" if hidden else f"{key} = {saved.get(key)}, not {value}"
             raise InputError(f"{path} is of a run with {was}: resume with the same settings")
     try:
-        prefix.load_state_dict(state["prefix"])
+        tuned.load_state_dict(state["tuned"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         return state["step"], state["log"], state["best"]
     except (RuntimeError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is of a run with another prefix: resume with the same settings") from error
+        raise InputError(f"{path} is of a run that trained something else: resume with the same settings") from error

@@ -68,7 +68,7 @@ def test_train_writes_prefix_log_and_result(prefix_file, world):
     assert [row["step"] for row in log] == [0, 2, 4, 6]
     result = json.loads((world / "run" / "result.json").read_text())
     assert result["dev_loss"] == min(row["dev_loss"] for row in log)
-    assert result["scores"].keys() == {"without", "with"} and result["settings"]["seed"] == 101
+    assert result["scores"].keys() == {"without the prefix", "with the prefix"} and result["settings"]["seed"] == 101
     assert not list((world / "run").glob("*.tmp"))
 
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from minprefix import bart, gpt2
 from minprefix.attention import real_tokens
 from minprefix.batches import pad
-from minprefix.checkpoint import write_safetensors
 from minprefix.files import InputError, atomic_write, read_json, run_main
+from minprefix.load import save_model
 from minprefix.tokenizer import load_tokenizer
 
 IGNORE = -100  # the label of padding
@@ -314,10 +314,7 @@ def export(args, model, masters, log):
     """The HuggingFace folder in float16, and the log of held-out losses beside it."""
     half = type(model)(model.config).half()
     half.load_state_dict({**half.state_dict(), **masters})
-    tensors = (gpt2 if args.what == "gpt2" else bart).to_huggingface(half)
-    write_safetensors(args.out / "model.safetensors", tensors, {"format": "pt"})
-    with atomic_write(args.out / "config.json") as file:
-        json.dump({**model.config, "dtype": "float16"}, file, indent=2)
+    save_model(half, args.out)
     with atomic_write(args.out / "pretraining.jsonl") as file:
         file.writelines(json.dumps(row) + "\n" for row in log)
 

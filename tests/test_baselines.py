@@ -1,0 +1,131 @@
+"""Fine-tuning through the same train.py: what is trained, what is written, what sample.py makes of it."""
+
+import json
+
+import pytest
+import torch
+
+import sample
+import train
+from minprefix import load_model
+from minprefix.baselines import Finetune
+from minprefix.files import InputError
+from minprefix.load import save_model
+from tests.test_scripts import assert_one_clear_line, call, world  # noqa: F401
+from tests.tiny import write_tiny_bart, write_tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def finetune(folder, capsys, *options, model="model", task="rows.jsonl"):
+    return call(train, capsys, "--method", "finetune", "--model", folder / model, "--task", folder / task,
+                "--eval-every", 2, "--eval-inputs", 2, "--device", "cpu", "--lr", "1e-2", *options)  # fmt: skip
+
+
+@pytest.mark.parametrize("write", [write_tiny_model, write_tiny_bart])
+def test_untrained_it_is_the_model_itself(tmp_path, write):
+    model, before = (load_model(write(tmp_path / str(i))) for i in range(2))
+    tuned = Finetune(model)
+    ids = [torch.tensor([[5, 6, 7]])] * (1 + model.encoder_decoder)
+    assert torch.equal(model(*ids, prefix=tuned()), before(*ids))
+    assert {p.data_ptr() for p in tuned.parameters()} == {p.data_ptr() for p in model.parameters()}
+    assert all(p.requires_grad for p in tuned.parameters())
+
+
+def test_half_precision_weights_are_refused(tmp_path):
+    with pytest.raises(InputError, match="float32"):
+        Finetune(load_model(write_tiny_model(tmp_path / "model"), dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("write", [write_tiny_model, write_tiny_bart])
+def test_a_saved_model_loads_here_and_in_transformers(tmp_path, write):
+    model = load_model(write(tmp_path / "first"))
+    save_model(model, tmp_path / "saved", tmp_path / "first", minprefix={"task": "e2e"})
+    again = load_model(tmp_path / "saved")
+    assert again.config["minprefix"] == {"task": "e2e"}
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
+    transformers = pytest.importorskip("transformers")
+    peer_class = transformers.BartForConditionalGeneration if model.encoder_decoder else transformers.GPT2LMHeadModel
+    peer, report = peer_class.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    ids = torch.tensor([[5, 6, 7]])
+    logits = peer(ids, decoder_input_ids=ids).logits if model.encoder_decoder else peer(ids).logits
+    assert torch.allclose(logits, model(*[ids] * (1 + model.encoder_decoder)), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_train_and_sample(world, tmp_path, capsys, dtype):  # noqa: F811
+    code, out, err = finetune(world, capsys, "--steps", 30, "--dtype", dtype, "--out", tmp_path / "run")
+    assert code == 0, err
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["dev_loss"] < 0.7 * log[0]["dev_loss"]
+    model, base = load_model(tmp_path / "run" / "model"), load_model(world / "model")
+    for name, p in model.named_parameters():
+        assert p.dtype == torch.float32 and not torch.equal(p, base.state_dict()[name]), name
+    line = out.splitlines()[-1]
+    assert line.startswith(f"  python sample.py --model {tmp_path / 'run' / 'model'} --input")
+    code, out, _ = call(sample, capsys, "--model", tmp_path / "run" / "model", "--input", ROW, "--max-new-tokens", 9)
+    assert code == 0 and len(out.splitlines()) == 1
+
+
+ROW = "item 3 of the list"
+
+
+def test_sample_knows_the_task_of_a_fine_tuned_model(world, tmp_path, capsys):  # noqa: F811
+    code, _, err = call(train, capsys, "--method", "finetune", "--model", world / "model", "--data", world / "e2e",
+                        "--steps", 1, "--eval-inputs", 0, "--max-source", 40, "--out", tmp_path / "run")  # fmt: skip
+    assert code == 0, err
+    options = ["--model", tmp_path / "run" / "model", "--max-new-tokens", 5]
+    ours = call(sample, capsys, *options, "--input", "name[Zizzi], food[Thai]")
+    assert ours[0] == 0 and ours == call(sample, capsys, *options, "--input", "name : Zizzi | food : Thai")
+    assert call(sample, capsys, *options, "--input", "Zizzi")[0] == 2  # not E2E's form
+    _, _, err = call(sample, capsys, *options, "--input", "name[" + "Zizzi " * 60 + "]")
+    assert "first 40 tokens" in err
+
+
+def test_resumed_it_gives_the_same_weights(world, tmp_path, capsys, monkeypatch):  # noqa: F811
+    finetune(world, capsys, "--steps", 4, "--out", tmp_path / "whole")
+    real, calls = train.train, []
+
+    def stopped(*args, **options):  # as if killed after the second evaluation
+        from minprefix import training
+
+        save = training.save_checkpoint
+
+        def save_and_stop(*a):
+            save(*a)
+            calls.append(a)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(training, "save_checkpoint", save_and_stop)
+        return real(*args, **options)
+
+    monkeypatch.setattr(train, "train", stopped)
+    with pytest.raises((KeyboardInterrupt, AssertionError)):
+        code, _, _ = finetune(world, capsys, "--steps", 4, "--out", tmp_path / "half")
+        assert code == 0
+    monkeypatch.undo()
+    assert not (tmp_path / "half" / "model").exists()
+    assert finetune(world, capsys, "--steps", 4, "--out", tmp_path / "half", "--resume")[0] == 0
+    a, b = (load_model(tmp_path / run / "model").state_dict() for run in ("whole", "half"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--prefix-length 3", "--prefix-length sets a prefix"),
+        ("--init words", "--init sets a prefix"),
+        ("--hidden 0", "--hidden sets a prefix"),
+        ("--method infix", "invalid choice"),
+    ],
+)
+def test_bad_input(world, capsys, monkeypatch, options, message):  # noqa: F811
+    monkeypatch.chdir(world)
+    line = f"--model model --task rows.jsonl --method finetune {options}"
+    if "invalid" in message:  # argparse's own two lines
+        code, _, err = call(train, capsys, *line.split())
+        assert code == 2 and message in err
+    else:
+        assert_one_clear_line(train, line, message, capsys, world)
