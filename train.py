@@ -33,7 +33,7 @@ PAPER = {
     "bart": {"prefix_length": 200, "hidden": 800, "lr": 5e-5, "batch_size": 16, "epochs": 30, "eval_every": 1000},
 }
 BUNDLED = {
-    "gpt2-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 1500},
+    "gpt2-mini": {"prefix_length": 100, "hidden": 0, "lr": 0.1, "batch_size": 16, "steps": 1500},
     "bart-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 750},
 }
 FINETUNE = {"lr": 5e-5}  # the paper's; what else is set is set as for a prefix
@@ -50,7 +50,7 @@ def parse_args():
     add("--data", help="folder with the task's files; E2E: else data/e2e, else a download, else the bundled sample")
     add("--method", choices=["prefix", "finetune"], default="prefix", help="what is trained (%(default)s)")
     add("--max-source", type=int, help="cut sources to so many tokens (BART 512; GPT-2's are not cut)")
-    add("--prefix-length", type=int, help="virtual tokens (5, BART 200; bundled models 20)")
+    add("--prefix-length", type=int, help="virtual tokens (5, BART 200; gpt2-mini 100, bart-mini 20)")
     add("--hidden", type=int, help="width of the reparametrisation MLP, 0 for none (512, BART 800; bundled models 512)")
     add("--sites", nargs="+", metavar="SITE", help="BART: only some of encoder, decoder, cross (all)")
     add("--offset", type=int, help="position of the first token after the prefix (the prefix length; authors' BART 0)")

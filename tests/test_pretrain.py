@@ -2,12 +2,14 @@
 
 import json
 import lzma
+import math
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from minprefix import generate, load_model, load_tokenizer
 from minprefix.files import run_main
@@ -120,6 +122,24 @@ def test_a_small_run_learns_resumes_and_exports_what_loads(tmp_path, monkeypatch
     log = [json.loads(line) for line in (out / "pretraining.jsonl").read_text().splitlines()]
     assert [row["tokens"] for row in log] == [128 * step for step in (10, 20, 30, 40, 50, 60)]
     assert log[-1]["heldout"] < log[0]["heldout"] - 0.5
+    assert ("copying" in log[-1]) == (what == "gpt2")
     model, tokenizer = load_model(out), load_tokenizer(out)
     assert model.encoder_decoder == (what == "bart") and model.config["dtype"] == "float16"
     assert len(generate(model, tokenizer, ["It burnt down"], beams=2, max_new_tokens=5)) == 1
+
+
+def test_copying_loss_is_of_the_second_copy():
+    class Copier:  # sees nothing coming in the first copy, knows all of the second
+        config, n_positions = {"vocab_size": 11}, 64
+
+        def hidden(self, ids, start):
+            sure = 60.0 * F.one_hot(ids, 11)
+            return torch.cat([torch.zeros(len(ids), 31, 11), sure[:, : ids.size(1) - 31]], dim=1)
+
+        def logits(self, states):
+            return states
+
+    ids = np.arange(500, dtype=np.uint16) % 10
+    assert max(pretrain.copying_loss(Copier(), ids, "cpu").values()) < 1e-6
+    Copier.hidden = lambda self, ids, start: torch.zeros(*ids.shape, 11)
+    assert pretrain.copying_loss(Copier(), ids, "cpu") == pytest.approx({"text": math.log(11), "random": math.log(11)})

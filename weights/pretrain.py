@@ -230,6 +230,22 @@ def held_out_loss(model, batches, device, count=24):
     return torch.stack([loss_of(model, batches(i), device) for i in range(count)]).mean().item()
 
 
+@torch.no_grad()
+def copying_loss(model, ids, device, rows=32, length=64):
+    """Nats per token of a language model on the second copy of rows that are repeated: {"text": x, "random": y}.
+
+    The rows are passages of `ids`, or random tokens. Only a model that copies can be steered to tell what an input says.
+    """
+    rng, length = np.random.default_rng(0), min(length, model.n_positions // 2)
+    passages = np.stack([ids[i : i + length] for i in rng.integers(len(ids) - length, size=rows)])
+    losses = {}
+    for name, first in (("text", passages), ("random", rng.integers(model.config["vocab_size"], size=(rows, length)))):
+        repeated = torch.from_numpy(np.concatenate([first, first], axis=1).astype(np.int64)).to(device)
+        logits = model.logits(model.hidden(repeated[:, :-1], start=0)[:, length:])  # all but its first token
+        losses[name] = F.cross_entropy(logits.float().flatten(0, 1), repeated[:, length + 1 :].flatten()).item()
+    return losses
+
+
 def train(args):
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -280,6 +296,8 @@ def train(args):
             held_out = held_out_loss(model, heldout_batches, device)
             log.append({"tokens": step * tokens_per_step, "loss": loss.item(), "heldout": held_out, "lr": lr,
                         "hours": round((time.time() - started) / 3600, 3)})  # fmt: skip
+            if args.what == "gpt2":
+                log[-1]["copying"] = copying_loss(model, heldout_ids, device)
             bar.write(json.dumps(log[-1]))
         if time.time() - saved_at > args.save_every or step == steps:
             save_state(args, step, log, masters, optimizers)
