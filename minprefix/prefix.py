@@ -170,7 +170,8 @@ def load_prefix(path, model=None):
             raise InputError(f"{path}: {site!r} is {what}, a prefix is (layers, 2, heads, length, dim) of real numbers")
         if not kv.isfinite().all():
             raise InputError(f"{path}: {site!r} holds numbers that are not finite")
-    prefix = FoldedPrefix(tensors, int(offset), info)
+    # Copies, not views of the file: aligned as any tensor is, so that products come out the same to the last bit.
+    prefix = FoldedPrefix({site: kv.clone() for site, kv in tensors.items()}, int(offset), info)
     if model is not None:
         check_fits(prefix, model, path)
     return prefix
