@@ -61,12 +61,21 @@ def parse_args():
         raise InputError(f"--seed is {args.seed}: it must be at least 0")
     if args.evaluate:
         inputs = args.split if args.task else Path(args.file or "input").stem
-        args.output = args.output or (args.prefix.parent if args.prefix else Path()) / f"texts-{inputs}.txt"
+        args.output = args.output or default_folder(args) / f"texts-{inputs}.txt"
         if args.output.suffix == ".json":
             raise InputError(f"--output {args.output}: the scores go to a .json file of that name, choose another")
     if args.output and not os.access(next(p for p in args.output.resolve().parents if p.exists()), os.W_OK):
         raise InputError(f"--output {args.output}: that folder cannot be written to")
     return args
+
+
+def default_folder(args):
+    """Where scored texts go: the folder of the run that trained the prefix or the model, else the current one."""
+    trained = args.prefix or Path(args.model or "")
+    for folder in (trained, trained.parent):
+        if (folder / "checkpoint.pt").exists():
+            return folder
+    return Path()
 
 
 def main():

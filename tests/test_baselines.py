@@ -64,11 +64,11 @@ def test_train_and_sample(world, tmp_path, capsys, dtype):  # noqa: F811
         assert p.dtype == torch.float32 and not torch.equal(p, base.state_dict()[name]), name
     line = out.splitlines()[-1]
     assert line.startswith(f"  python sample.py --model {tmp_path / 'run' / 'model'} --input")
-    code, out, _ = call(sample, capsys, "--model", tmp_path / "run" / "model", "--input", ROW, "--max-new-tokens", 9)
+    options = ["--model", tmp_path / "run" / "model", "--max-new-tokens", 9]
+    code, out, _ = call(sample, capsys, *options, "--input", "item 3 of the list")
     assert code == 0 and len(out.splitlines()) == 1
-
-
-ROW = "item 3 of the list"
+    code, out, _ = call(sample, capsys, *options, "--task", world / "rows.jsonl", "--limit", 2, "--evaluate")
+    assert code == 0 and (tmp_path / "run" / "texts-all.json").is_file()  # beside the run
 
 
 def test_sample_knows_the_task_of_a_fine_tuned_model(world, tmp_path, capsys):  # noqa: F811

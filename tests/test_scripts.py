@@ -105,10 +105,13 @@ def test_sample_evaluates(prefix_file, world, capsys):
 
 
 def test_scores_lie_beside_the_prefix_by_default(prefix_file, world, capsys):
-    code, _, _ = call(sample, capsys, "--prefix", prefix_file, "--task", world / "rows.jsonl", "--limit", 1,
-                      "--max-new-tokens", 2, "--evaluate")  # fmt: skip
-    written = sorted(path.name for path in prefix_file.parent.glob("texts*"))
-    assert code == 0 and written == ["texts-all.json", "texts-all.txt"]
+    for prefix in (prefix_file, prefix_file.parent):  # the file, or the run's folder
+        code, _, _ = call(sample, capsys, "--prefix", prefix, "--task", world / "rows.jsonl", "--limit", 1,
+                          "--max-new-tokens", 2, "--evaluate")  # fmt: skip
+        written = sorted(prefix_file.parent.glob("texts*"))
+        assert code == 0 and [path.name for path in written] == ["texts-all.json", "texts-all.txt"]
+        for path in written:
+            path.unlink()
 
 
 def test_sampling_follows_its_seed(prefix_file, capsys):
