@@ -27,7 +27,7 @@ from minprefix import bart, gpt2
 from minprefix.attention import real_tokens
 from minprefix.batches import pad
 from minprefix.files import InputError, atomic_write, read_json, run_main
-from minprefix.load import save_model
+from minprefix.load import check_state, keep_freed_memory, load_model, save_model
 from minprefix.tokenizer import load_tokenizer
 
 IGNORE = -100  # the label of padding
@@ -188,6 +188,19 @@ def new_model(args, vocab_size):
     return model
 
 
+def start_from(folder, model):
+    """Put the weights of a finished run's folder, of a model of the same shape, into `model`."""
+    weights = load_model(folder).state_dict()
+    check_state(weights, model.state_dict(), folder)
+    model.load_state_dict(weights)
+
+
+@torch.compile
+def head_loss(model, states, labels):
+    """Nats of the labels (N,) after the states (N, C), summed."""
+    return F.cross_entropy(model.logits(states).float(), labels, reduction="sum")
+
+
 def loss_of(model, batch, device, backward=False, chunk=1024):
     """Mean nats per token of a batch; with `backward`, the gradients too.
 
@@ -200,7 +213,7 @@ def loss_of(model, batch, device, backward=False, chunk=1024):
     leaf = states.detach().requires_grad_(backward)
     total = 0.0
     for h, y in zip(leaf.split(chunk), labels.split(chunk), strict=True):
-        loss = F.cross_entropy(model.logits(h).float(), y, reduction="sum") / len(labels)
+        loss = head_loss(model, h, y) / len(labels)
         if backward:
             loss.backward()
         total = total + loss.detach()
@@ -234,7 +247,8 @@ def held_out_loss(model, batches, device, count=24):
 def copying_loss(model, ids, device, rows=32, length=64):
     """Nats per token of a language model on the second copy of rows that are repeated: {"text": x, "random": y}.
 
-    The rows are passages of `ids`, or random tokens. Only a model that copies can be steered to tell what an input says.
+    The rows are passages of `ids`, or random tokens. A prefix can make a model tell what its input says only if the
+    model copies.
     """
     rng, length = np.random.default_rng(0), min(length, model.n_positions // 2)
     passages = np.stack([ids[i : i + length] for i in rng.integers(len(ids) - length, size=rows)])
@@ -247,6 +261,7 @@ def copying_loss(model, ids, device, rows=32, length=64):
 
 
 def train(args):
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     longest = args.length if args.what == "gpt2" else 2 * args.length
@@ -260,7 +275,10 @@ def train(args):
     if min(len(train_ids), len(heldout_ids)) < 4 * longest:
         raise InputError(f"{args.corpus} has less text than a few rows: {len(train_ids)} and {len(heldout_ids)} tokens")
     train_batches, heldout_batches = objective(args, train_ids, args.seed), objective(args, heldout_ids, args.seed)
-    model = new_model(args, load_tokenizer(args.out).vocab_size).to(device)
+    model = new_model(args, load_tokenizer(args.out).vocab_size)
+    if args.init:
+        start_from(args.init, model)
+    model.to(device)
     masters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     model.to(torch.bfloat16)
     optimizers = make_optimizers(masters, args)
@@ -276,6 +294,8 @@ def train(args):
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     copy_weights(model, masters)
+    for layer in model.h if args.what == "gpt2" else [*model.encoder.layers, *model.decoder.layers]:
+        layer.compile()  # one program for all layers of a kind
 
     tokens_per_step = args.batch_size * args.length
     steps = int(args.tokens) // tokens_per_step
@@ -345,6 +365,7 @@ def main():
     parser.add_argument("--state", type=Path, help="resumable state and encoded corpus (runs/pretrain-NAME of --out)")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--bpe", type=Path, help="bart: the folder whose BPE the new model shall have")
+    parser.add_argument("--init", help="the folder of a trained model to start from, instead of random weights")
     parser.add_argument("--layers", type=int, help="6; BART: 4 in the encoder and 4 in the decoder")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
