@@ -19,7 +19,7 @@ from minprefix.checkpoint import resolve_model
 from minprefix.data import SUMMARISATION, Example, format_source, load_examples
 from minprefix.files import InputError, atomic_write, read_text, run_main
 from minprefix.generate import recipe
-from minprefix.load import check_vocabulary, pick_device, pick_dtype
+from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype
 from minprefix.prefix import check_fits
 from minprefix.slots import slot_accuracy
 
@@ -80,6 +80,7 @@ def default_folder(args):
 
 def main():
     args = parse_args()
+    keep_freed_memory()
     prefix = load_prefix(args.prefix) if args.prefix else None
     name = args.model or (prefix.info.get("base_model") if prefix else None)
     if name is None:

@@ -23,7 +23,7 @@ from minprefix.checkpoint import bundled_name, read_config, resolve_model
 from minprefix.data import SUMMARISATION, find_e2e, load_examples
 from minprefix.files import InputError, atomic_write, run_main
 from minprefix.generate import recipe
-from minprefix.load import check_vocabulary, pick_device, pick_dtype, save_model
+from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype, save_model
 from minprefix.prefix import parameter_shares, save_prefix
 from minprefix.training import train
 
@@ -122,6 +122,7 @@ def run_folder(args):
 
 def main():
     args = parse_args()
+    keep_freed_memory()
     started = time.time()
     torch.manual_seed(args.seed)
     device = pick_device(args.device)

@@ -6,7 +6,6 @@ L layers, P prefix length.
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from minprefix.attention import (
     Cache,
@@ -22,6 +21,7 @@ from minprefix.attention import (
 from minprefix.checkpoint import bare_names
 from minprefix.config import ACTIVATIONS, check_activation, check_booleans, check_heads, check_sizes, check_switches
 from minprefix.files import InputError
+from minprefix.linear import Linear, linear
 
 POSITION_OFFSET = 2  # position p is row p + 2 of the table: fairseq counted positions from its padding id on
 TIED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
@@ -31,7 +31,7 @@ class Attention(nn.Module):
     def __init__(self, C, H):
         super().__init__()
         self.n_head = H
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(C, C) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(C, C) for _ in range(4))
 
     def kv(self, states):
         """Keys and values (B, H, S, D) of states (B, S, C), to be looked at by `forward`."""
@@ -50,8 +50,8 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(C, H)
         self.self_attn_layer_norm = nn.LayerNorm(C)
-        self.fc1 = nn.Linear(C, inner)
-        self.fc2 = nn.Linear(inner, C)
+        self.fc1 = Linear(C, inner)
+        self.fc2 = Linear(inner, C)
         self.final_layer_norm = nn.LayerNorm(C)
         self.activation = activation
 
@@ -69,8 +69,8 @@ class DecoderLayer(nn.Module):
         self.self_attn_layer_norm = nn.LayerNorm(C)
         self.encoder_attn = Attention(C, H)
         self.encoder_attn_layer_norm = nn.LayerNorm(C)
-        self.fc1 = nn.Linear(C, inner)
-        self.fc2 = nn.Linear(inner, C)
+        self.fc1 = Linear(C, inner)
+        self.fc2 = Linear(inner, C)
         self.final_layer_norm = nn.LayerNorm(C)
         self.activation = activation
 
@@ -110,7 +110,7 @@ class BART(nn.Module):
         if config["tie_word_embeddings"]:
             self.shared = nn.Embedding(V, C)
         else:
-            self.lm_head = nn.Linear(C, V, bias=False)
+            self.lm_head = Linear(C, V, bias=False)
         self.encoder = Stack(EncoderLayer, config, "encoder")
         self.decoder = Stack(DecoderLayer, config, "decoder")
         self.register_buffer("final_logits_bias", torch.zeros(1, V))
@@ -130,8 +130,12 @@ class BART(nn.Module):
 
     def logits(self, states):
         """Decoder states (..., C) -> logits (..., V)."""
-        head = self.shared if self.config["tie_word_embeddings"] else self.lm_head
-        return F.linear(states, head.weight) + self.final_logits_bias[0]
+        return linear(states, self.head.weight) + self.final_logits_bias[0]
+
+    @property
+    def head(self):
+        """The layer whose weight (V, C) makes logits of states."""
+        return self.shared if self.config["tie_word_embeddings"] else self.lm_head
 
     def hidden(self, source_ids, target_ids, source_mask=None, prefix=None, start=None):
         """As `forward`, but the decoder's states (B, T, C) before `logits`: the loss needs few of those.

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from minprefix.batches import encode_sources, start_id
 from minprefix.data import SUMMARISATION
 from minprefix.files import InputError
+from minprefix.linear import packed_weights
 from minprefix.load import check_vocabulary
 
 
@@ -44,7 +45,8 @@ def generate(model, tokenizer, sources, prefix=None, beams=5, max_new_tokens=64,
         options.setdefault("forced_last", model.config["forced_eos_token_id"])
     ids = encode_sources(sources, tokenizer, model, max_source, what)
     start, end = start_id(model, tokenizer), tokenizer.end_id
-    targets = generate_ids(model, ids, start, end, prefix, beams, max_new_tokens, **options)
+    with packed_weights(model):
+        targets = generate_ids(model, ids, start, end, prefix, beams, max_new_tokens, **options)
     special = set(tokenizer.special.values())
     return [tokenizer.decode(i for i in target if i not in special).strip() for target in targets]
 

@@ -4,7 +4,6 @@ Shapes: B rows, T tokens, C model dimension, H heads, D head dimension, V vocabu
 """
 
 from torch import nn
-from torch.nn import functional as F
 
 from minprefix.attention import (
     Cache,
@@ -20,6 +19,7 @@ from minprefix.attention import (
 from minprefix.checkpoint import bare_names
 from minprefix.config import ACTIVATIONS, check_activation, check_booleans, check_heads, check_sizes, check_switches
 from minprefix.files import InputError
+from minprefix.linear import Linear, linear
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # HuggingFace stores these (in, out)
 
@@ -28,8 +28,8 @@ class Attention(nn.Module):
     def __init__(self, C, H):
         super().__init__()
         self.n_head = H
-        self.c_attn = nn.Linear(C, 3 * C)
-        self.c_proj = nn.Linear(C, C)
+        self.c_attn = Linear(C, 3 * C)
+        self.c_proj = Linear(C, C)
 
     def forward(self, x, context, mask):
         B, T, C = x.shape
@@ -41,8 +41,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, C, inner, activation):
         super().__init__()
-        self.c_fc = nn.Linear(C, inner)
-        self.c_proj = nn.Linear(inner, C)
+        self.c_fc = Linear(C, inner)
+        self.c_proj = Linear(inner, C)
         self.activation = activation
 
     def forward(self, x):
@@ -82,7 +82,7 @@ class GPT2(nn.Module):
         )
         self.ln_f = nn.LayerNorm(C, eps=config["layer_norm_epsilon"])
         if not config["tie_word_embeddings"]:
-            self.lm_head = nn.Linear(C, V, bias=False)
+            self.lm_head = Linear(C, V, bias=False)
         self.prefix_sites = {"decoder": (L, H, C // H)}  # site -> (L, H, D)
 
     def forward(self, ids, prefix=None):
@@ -91,8 +91,12 @@ class GPT2(nn.Module):
 
     def logits(self, states):
         """States (..., C) -> logits (..., V)."""
-        head = self.wte if self.config["tie_word_embeddings"] else self.lm_head
-        return F.linear(states, head.weight)
+        return linear(states, self.head.weight)
+
+    @property
+    def head(self):
+        """The layer whose weight (V, C) makes logits of states."""
+        return self.wte if self.config["tie_word_embeddings"] else self.lm_head
 
     def hidden(self, ids, prefix=None, start=None):
         """As `forward`, but the states (B, T, C) before `logits`: the loss needs few of those.

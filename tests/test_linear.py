@@ -1,0 +1,59 @@
+"""Packed weights: the same products, only while they are asked for, only where oneDNN makes them."""
+
+import pytest
+import torch
+
+from minprefix import generate, load_model, load_tokenizer
+from minprefix.linear import Linear, linear, packed_weights
+from tests.tiny import write_tiny_bart, write_tiny_model
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+WRITERS = pytest.mark.parametrize("write", [write_tiny_model, write_tiny_bart])
+
+
+def packed_names(model):
+    return {name for name, p in model.named_parameters() if hasattr(p, "packed")}
+
+
+@needs_onednn
+@WRITERS
+def test_every_matrix_of_a_product_is_packed_and_only_within(tmp_path, write):
+    model = load_model(write(tmp_path / "model"), dtype=torch.bfloat16)
+    expected = {name + ".weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+    expected |= {name for name, p in model.named_parameters() if p is model.head.weight}
+    assert len(expected) > 4
+    with pytest.raises(KeyboardInterrupt), packed_weights(model):
+        assert packed_names(model) == expected
+        raise KeyboardInterrupt
+    assert packed_names(model) == set()
+    for dtype in (torch.float32, torch.float64):
+        with packed_weights(model.to(dtype)):
+            assert packed_names(model) == set()
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [(), (1,), (5,), (3, 7), (300,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_product_is_as_exact_as_a_plain_one(rows, bias):
+    torch.manual_seed(0)
+    layer = Linear(96, 200, bias=bias).bfloat16().requires_grad_(False)
+    layer.weight.data = layer.weight.data.T.contiguous().T  # as GPT-2's weights lie in memory
+    layer.head = layer
+    x = torch.randn(*rows, 96).bfloat16()
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    plain = layer(x)
+    with packed_weights(layer):
+        packed = linear(x, layer.weight, layer.bias)
+    assert packed.shape == plain.shape and packed.dtype == torch.bfloat16
+    assert (packed - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@needs_onednn
+@WRITERS
+def test_texts_are_generated_with_packed_weights(tmp_path, write, monkeypatch):
+    folder = write(tmp_path / "model")
+    model, tokenizer = load_model(folder, dtype=torch.bfloat16), load_tokenizer(folder)
+    step, seen = model.step, []
+    monkeypatch.setattr(model, "step", lambda *args: (seen.append(packed_names(model)), step(*args))[1])
+    generate(model, tokenizer, ["abc"], beams=2, max_new_tokens=3)
+    assert len(seen) == 3 and all(seen) and not packed_names(model)
