@@ -22,6 +22,20 @@ def target_loss(model, batch, prefix):
     return F.cross_entropy(model.logits(states).float(), batch.labels, reduction="sum")
 
 
+def make_optimizer(tuned, lr):
+    return torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+
+def training_step(model, tuned, batch, optimizer):
+    """One step of the optimiser on a batch -> its `target_loss`, without a gradient."""
+    loss = target_loss(model, batch, tuned())
+    (loss / (len(batch.labels) if model.encoder_decoder else batch.rows)).backward()
+    torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
 @torch.no_grad()
 def dev_loss(model, tuned, pairs, tokenizer, batch_size):
     """Nats per target token over (source, target) pairs."""
@@ -69,7 +83,7 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
         "position_offset": tuned.position_offset, "init": init,
         "training data": digest(train_pairs), "dev data": digest(dev_pairs),
     }  # fmt: skip
-    optimizer = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    optimizer = make_optimizer(tuned, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup))
     if resume and (out / "checkpoint.pt").exists():
         step, log, best = load_checkpoint(out / "checkpoint.pt", settings, tuned, optimizer, schedule)
@@ -98,19 +112,15 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
         total, tokens, examples, since = torch.zeros((), device=device), 0, 0, time.perf_counter()
         for pairs in itertools.islice(batch_stream(train_pairs, batch_size, seed, step), steps - step):
             batch = collate(pairs, tokenizer, model).to(device)
-            loss = target_loss(model, batch, tuned())
-            (loss / (len(batch.labels) if model.encoder_decoder else batch.rows)).backward()
-            torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = training_step(model, tuned, batch, optimizer)
             schedule.step()
             step += 1
-            total, tokens, examples = total + loss.detach(), tokens + len(batch.labels), examples + batch.rows
+            total, tokens, examples = total + loss, tokens + len(batch.labels), examples + batch.rows
             bar.update()
             if step % 10 == 0:  # reading the loss waits for the device: not at every step
-                check_finite(loss.detach(), step, lr)
+                check_finite(loss, step, lr)
                 speed = (bar.format_dict["rate"] or 0.0) * batch_size
-                bar.set_postfix(loss=f"{float(loss.detach()) / len(batch.labels):.3f}",
+                bar.set_postfix(loss=f"{float(loss) / len(batch.labels):.3f}",
                                 dev_loss=f"{log[-1]['dev_loss']:.3f}", examples_per_s=f"{speed:.0f}")  # fmt: skip
             if step % eval_every == 0 or step == steps:
                 mean = float(total) / tokens

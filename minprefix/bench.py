@@ -1,0 +1,324 @@
+"""Speed and memory on E2E inputs, next to transformers + PEFT on the same work.
+
+    python -m minprefix.bench train    --model gpt2/ --peer
+    python -m minprefix.bench generate --model gpt2/ --peer --beams 5 --new-tokens 32
+    python -m minprefix.bench train    --model bart-base/ --source-length 512 --sweep prefix-length 1 50 200
+
+Each contender has a process of its own, so that its peak memory is its own; they take turns, round by round, and the
+other waits. A round is --steps batches, the same in each round; a first round to warm up does not count. Reported are
+the median of a batch, and speeds in the median round.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import resource
+import statistics
+import sys
+import time
+from itertools import chain, islice
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from minprefix.batches import collate, encode_pairs, pair_lengths, start_id
+from minprefix.checkpoint import resolve_model
+from minprefix.data import load_examples
+from minprefix.files import InputError, run_main
+from minprefix.generate import generate_ids
+from minprefix.linear import Linear, packed_weights
+from minprefix.load import keep_freed_memory, load_model, pick_device, pick_dtype
+from minprefix.prefix import Prefix
+from minprefix.tokenizer import load_tokenizer
+from minprefix.training import batch_stream, make_optimizer, target_loss, training_step
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COLUMNS = ("what", "who", "examples_per_s", "median_s", "first_s", "tokens_per_s", "TFLOP_per_s", "share_of_matmul",
+           "share_of_bandwidth", "peak_GiB")  # fmt: skip
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", choices=["train", "generate"])
+    add("--model", default="gpt2-mini", help="a HuggingFace folder or a bundled name (%(default)s)")
+    add("--data", help="E2E's folder (default: as train.py)")
+    add("--batch-size", type=int, default=10)
+    add("--prefix-length", type=int, default=5)
+    add("--hidden", type=int, default=512, help="width of the MLP in training (%(default)s)")
+    add("--source-length", type=int, help="random sources of so many tokens instead of E2E's")
+    add("--beams", type=int, default=5)
+    add("--new-tokens", type=int, default=32, help="so many for every text, none ends before (%(default)s)")
+    add("--steps", type=int, default=8, help="batches in a round (%(default)s)")
+    add("--rounds", type=int, default=3, help="rounds after the first (%(default)s)")
+    add("--threads", type=int, help="of the CPU (torch's default)")
+    add("--dtype", choices=["auto", *DTYPES], default="auto")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--peer", action="store_true", help="transformers + PEFT as well (pip install -e '.[parity]')")
+    add("--sweep", nargs="+", metavar=("OPTION", "VALUE"), help="measure for each value of an option: beams 1 5 10")
+    add("--json", action="store_true", help="print JSON lines only, minprefix's own the last")
+    args = parser.parse_args()
+    for key in ("batch_size", "prefix_length", "beams", "new_tokens", "steps", "rounds"):
+        if getattr(args, key) < 1:
+            raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be above 0")
+    args.device = pick_device(args.device)
+    args.dtype = str(pick_dtype(args.dtype, args.device)).removeprefix("torch.")
+    return args
+
+
+def main():
+    args = parse_args()
+    for settings in sweep(args):
+        rows = measure(settings)
+        if args.json:
+            for row in reversed(rows):  # minprefix's last
+                print(json.dumps(row), flush=True)
+        else:
+            print_table(rows, settings)
+
+
+def sweep(args):
+    """The settings to measure: those of the command line, for each value of the swept option."""
+    if args.sweep is None:
+        return [args]
+    key, values = args.sweep[0].lstrip("-").replace("-", "_"), args.sweep[1:]
+    numbers = [key for key, value in vars(args).items() if type(value) is int] + ["source_length"]
+    if key not in numbers or not values or not all(value.isdigit() and int(value) for value in values):
+        raise InputError(f"--sweep {' '.join(args.sweep)}: name one of {', '.join(numbers)}, then numbers above 0")
+    return [argparse.Namespace(**{**vars(args), key: int(value)}) for value in values]
+
+
+def measure(args):
+    """Rows of results, minprefix's first."""
+    contenders = {"minprefix": ours, **({"transformers + PEFT": peer} if args.peer else {})}
+    context = multiprocessing.get_context("spawn")
+    workers, processes = {}, []
+    for who, contender in contenders.items():
+        workers[who], there = context.Pipe()
+        processes.append(context.Process(target=work, args=(there, contender, args), daemon=True))
+        processes[-1].start()
+        there.close()
+        ask(workers[who], None)  # it is set up before the next one starts
+    seconds = {who: [] for who in workers}
+    for _ in range(args.rounds + 1):
+        for who, worker in workers.items():
+            seconds[who].append(ask(worker, "round"))
+    facts = {who: ask(worker, "end") for who, worker in workers.items()}
+    for process in processes:
+        process.join()
+    best = {key: max(known[key] for known in facts.values()) for key in ("matmul", "bandwidth")}
+    return [{"what": args.what, "who": who, **row(args, {**facts[who], **best}, *seconds[who])} for who in workers]
+
+
+def ask(worker, request):
+    """A worker's answer; InputError with its reason if it could not work."""
+    if request:
+        worker.send(request)
+    try:
+        answer = worker.recv()
+    except EOFError:
+        raise InputError("a measuring process ended early: its message is above (too little memory?)") from None
+    if isinstance(answer, str):
+        raise InputError(answer)
+    return answer
+
+
+def work(pipe, contender, args):
+    """A contender's process: set up, then for each request a round's seconds, at the end what else is known."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    try:
+        do_batch, facts = contender(args)
+    except InputError as error:
+        pipe.send(str(error))
+        return
+    pipe.send(True)
+    while pipe.recv() == "round":
+        times = []
+        for i in range(args.steps):
+            started = time.perf_counter()
+            do_batch(i)
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        pipe.send(times)
+    facts["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if args.device == "cuda":
+        facts["peak"] = torch.cuda.max_memory_allocated()
+    facts["matmul"], facts["bandwidth"] = machine(args)
+    pipe.send(facts)
+
+
+def row(args, facts, first, *rounds):
+    """The figures of one contender, from the seconds of each batch in the first round and in those that count."""
+    times = [t for times in rounds for t in times]
+    total = statistics.median(sum(times) for times in rounds)
+    figures = {
+        "examples_per_s": round(args.batch_size * args.steps / total, 3),
+        "median_s": round(statistics.median(times), 5),
+        "first_s": round(first[0], 3),
+        "tokens_per_s": round(facts["tokens"] / total, 1),
+    }
+    if args.what == "train":
+        speed = facts["flop"] / total
+        figures |= {"TFLOP_per_s": round(speed / 1e12, 3), "share_of_matmul": round(speed / facts["matmul"], 3)}
+    else:
+        speed = facts["bytes"] * args.new_tokens * args.steps / total
+        figures |= {"share_of_bandwidth": round(speed / facts["bandwidth"], 3)}
+    settings = {key: value for key, value in vars(args).items() if key not in ("what", "sweep", "json", "peer")}
+    return {**figures, "peak_GiB": round(facts["peak"] / 2**30, 2), "settings": settings}
+
+
+def print_table(rows, args):
+    swept = f", {args.sweep[0]} {getattr(args, args.sweep[0].replace('-', '_'))}" if args.sweep else ""
+    print(f"\n{args.what} {args.model}, {args.dtype} on {args.device}, batch {args.batch_size}{swept}")
+    for name in COLUMNS[1:]:
+        if name in rows[0]:
+            print(f"  {name:<20}" + "".join(f"{row[name]!s:>22}" for row in rows))
+    if len(rows) > 1:
+        speed, memory = (rows[0][key] / rows[1][key] for key in ("examples_per_s", "peak_GiB"))
+        print(f"  minprefix / peer: {speed:.2f} times the examples per second, {memory:.2f} of the memory")
+
+
+# ---- the work: each contender gives what does batch i, and facts for `row` ----
+
+
+def ours(args):
+    """minprefix, as train.py and sample.py run it."""
+    keep_freed_memory()
+    model, tokenizer, batches = shared(args)
+    facts = {"tokens": useful_tokens(args, batches), "flop": 0, "bytes": bytes_of_a_step(model)}
+    prefix = Prefix(model, args.prefix_length, args.hidden).to(args.device)
+    if args.what == "train":
+        facts["flop"] = useful_flop(args, batches, tokenizer)
+        optimizer = make_optimizer(prefix, lr=8e-5)
+        return lambda i: training_step(
+            model, prefix, collate(batches[i], tokenizer, model).to(args.device), optimizer
+        ), facts
+    folded, start, count = prefix.fold(), start_id(model, tokenizer), args.new_tokens
+    packed_weights(model).__enter__()  # for good: sample.py, too, packs once for all of its texts
+
+    def write(i):
+        generate_ids(model, [source for source, _ in batches[i]], start, tokenizer.end_id, folded, args.beams, count,
+                     min_new_tokens=count, batch_size=args.batch_size)  # fmt: skip
+
+    return write, facts
+
+
+def peer(args):
+    """transformers + PEFT with the same pairs and MLP, in random batches; PEFT gives BART a decoder prefix only."""
+    try:
+        import transformers
+        from peft import PrefixTuningConfig, get_peft_model
+    except ImportError as error:
+        raise InputError(f"--peer needs transformers and PEFT: pip install -e '.[parity]' ({error})") from error
+    model, tokenizer, batches = shared(args)
+    facts = {"tokens": useful_tokens(args, batches), "flop": 0, "bytes": bytes_of_a_step(model)}
+    if args.what == "train":
+        facts["flop"] = useful_flop(args, batches, tokenizer)
+    decoder_only, folder = not model.encoder_decoder, resolve_model(args.model)
+    del model
+    pairs = random.Random(0).sample(list(chain(*batches)), args.steps * args.batch_size)  # bucketing is minprefix's
+    batches = [pairs[i : i + args.batch_size] for i in range(0, len(pairs), args.batch_size)]
+    kind = transformers.GPT2LMHeadModel if decoder_only else transformers.BartForConditionalGeneration
+    model = kind.from_pretrained(folder, dtype=DTYPES[args.dtype])
+    model.config.pad_token_id = tokenizer.pad_id
+    config = PrefixTuningConfig(task_type="CAUSAL_LM" if decoder_only else "SEQ_2_SEQ_LM", prefix_projection=True,
+                                num_virtual_tokens=args.prefix_length, encoder_hidden_size=args.hidden)  # fmt: skip
+    model = get_peft_model(model, config).to(args.device)
+
+    def tensors(rows, padding, left=False):
+        T = max(map(len, rows))
+        padded = [[*[padding] * (T - len(row)), *row] if left else [*row, *[padding] * (T - len(row))] for row in rows]
+        return torch.tensor(padded, device=args.device)
+
+    def train(i):
+        sources, targets = zip(*batches[i], strict=True)
+        read = [s + t for s, t in batches[i]] if decoder_only else sources
+        labels = [[-100] * len(s) + t for s, t in batches[i]] if decoder_only else targets
+        model(input_ids=tensors(read, tokenizer.pad_id), attention_mask=tensors([[1] * len(row) for row in read], 0),
+              labels=tensors(labels, -100)).loss.backward()  # fmt: skip
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def write(i):
+        sources = [source + [tokenizer.end_id] * decoder_only for source, _ in batches[i]]
+        model.generate(
+            input_ids=tensors(sources, tokenizer.pad_id, left=decoder_only), num_beams=args.beams, do_sample=False,
+            attention_mask=tensors([[1] * len(source) for source in sources], 0, left=decoder_only),
+            min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens, pad_token_id=tokenizer.pad_id,
+        )  # fmt: skip
+
+    if args.what == "generate":
+        model.eval()
+        return write, facts
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-5)
+    return train, facts
+
+
+def shared(args):
+    """The model, the tokeniser, and batches of (source ids, target ids) of one round: the same for both contenders."""
+    model, tokenizer = load_model(args.model, args.device, DTYPES[args.dtype]), load_tokenizer(args.model)
+    examples = load_examples("e2e", "train" if args.what == "train" else "test", args.data)
+    examples = random.Random(0).sample(examples, min(len(examples), 20 * args.batch_size * args.steps))
+    pairs = encode_pairs(examples, tokenizer, model, what=None)
+    if args.source_length:
+        sources = torch.randint(5, min(tokenizer.vocab_size - 5, 4000), (len(pairs), args.source_length)).tolist()
+        pairs = [(source, target) for source, (_, target) in zip(sources, pairs, strict=True)]
+    return model, tokenizer, list(islice(batch_stream(pairs, args.batch_size, 0, 0), args.steps))
+
+
+def useful_tokens(args, batches):
+    """Tokens of a round: in training those read, the padding not counted; in generation those written."""
+    if args.what == "generate":
+        return args.steps * args.batch_size * args.new_tokens
+    return sum(sum(pair_lengths(pairs)) for pairs in batches)
+
+
+def useful_flop(args, batches, tokenizer):
+    """Floating-point operations of all matrix products that a round of training needs: each row by itself, unpadded.
+
+    As torch counts them, forward and backward, for a frozen model with a prefix; the prefix's MLP is left out.
+    """
+    model = load_model(args.model).to("meta")  # shapes alone, nothing is computed
+    prefix = {
+        site: torch.zeros(L, 2, H, args.prefix_length, D, device="meta", requires_grad=True)
+        for site, (L, H, D) in model.prefix_sites.items()
+    }
+    with FlopCounterMode(display=False) as counter:
+        for pair in chain(*batches):
+            target_loss(model, collate([pair], tokenizer, model).to("meta"), prefix).backward()
+    return counter.get_total_flops()
+
+
+def bytes_of_a_step(model):
+    """Bytes of the weights that decoding reads for each new token: the decoder's matrices and the head."""
+    layers = model.decoder.layers if model.encoder_decoder else model.h
+    matrices = {layer.weight for layer in layers.modules() if isinstance(layer, Linear)} | {model.head.weight}
+    return sum(w.numel() * w.itemsize for w in matrices)
+
+
+def machine(args):
+    """What this machine can do: operations per second of a large matrix product, bytes per second read."""
+    a = torch.randn(4096, 4096, device=args.device).to(DTYPES[args.dtype])
+    large = torch.empty(2**28, dtype=torch.uint8, device=args.device).fill_(1).view(torch.int64)
+    return 2 * 4096**3 / fastest(args, lambda: a @ a), 2**28 / fastest(args, large.sum)
+
+
+def fastest(args, function, times=5):
+    """The least seconds of several calls."""
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        function()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    run_main(main)
