@@ -1,0 +1,94 @@
+"""python -m minprefix.bench: that it measures the work it names, prints what it promises, and refuses nonsense."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minprefix import bench, load_model, load_tokenizer
+from minprefix.files import InputError
+from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
+
+MR = "name[The Golden Lantern], eatType[pub], food[Thai]"
+QUICK = ["--batch-size", "3", "--steps", "2", "--rounds", "1", "--hidden", "8", "--threads", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    write_tiny_model(folder / "gpt2")
+    write_tiny_bart(folder / "bart")
+    for name in ("trainset", "testset_w_refs"):
+        rows = "".join(f'"{MR}, near[Café {i}]","The Golden Lantern is a Thai pub {i}."\n' for i in range(12))
+        (folder / f"{name}.csv").write_text("mr,ref\n" + rows, encoding="utf-8")
+    return folder
+
+
+def run(world, *options):
+    command = [sys.executable, "-m", "minprefix.bench", *options, "--data", str(world), *QUICK]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+@pytest.mark.parametrize("what", ["train", "generate"])
+def test_one_json_line_with_the_figures(world, what, kind):
+    done = run(world, what, "--model", str(world / kind), "--json", "--new-tokens", "4", "--beams", "2")
+    assert done.returncode == 0, done.stderr
+    (row,) = map(json.loads, done.stdout.splitlines())
+    share = "share_of_matmul" if what == "train" else "share_of_bandwidth"
+    assert all(row[key] > 0 for key in ("examples_per_s", "median_s", "first_s", "tokens_per_s", "peak_GiB"))
+    assert 0 <= row[share] < 1 and row["who"] == "minprefix"
+    assert row["settings"]["batch_size"] == 3 and row["settings"]["dtype"] in ("bfloat16", "float32")
+
+
+def test_a_sweep_and_the_peer(world):
+    pytest.importorskip("peft", reason="the peer, PEFT, is not installed")
+    done = run(world, "train", "--model", str(world / "gpt2"), "--json", "--peer", "--sweep", "prefix-length", "1", "6")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [row["who"] for row in rows] == ["transformers + PEFT", "minprefix"] * 2
+    assert [row["settings"]["prefix_length"] for row in rows] == [1, 1, 6, 6]
+
+
+def test_useful_operations_are_those_of_rows_alone(world):
+    """6 products a layer and the head for the forward pass, as many for the gradient of what they are given."""
+    sys.argv = ["bench", "train", "--model", str(world / "gpt2"), "--prefix-length", "5"]
+    args, tokenizer, model = bench.parse_args(), load_tokenizer(world / "gpt2"), load_model(world / "gpt2")
+    pairs = [([5] * 9, [6] * 4), ([5] * 3, [6] * 8)]
+    C, P, layers, V, total = 32, 5, 2, model.config["vocab_size"], 0
+    for source, target in pairs:
+        T, N = len(source) + len(target), len(target)
+        weights = 2 * T * 12 * C * C
+        scores = 2 * 2 * T * (T + P) * C  # queries with keys, weights with values
+        # Backward: each score product twice; nothing flows into the first layer's input, so not through its c_attn.
+        total += layers * (2 * weights + 3 * scores) - 2 * T * 3 * C * C + 2 * 2 * N * V * C
+        total -= 2 * 2 * T * T * C + 2 * T * P * C  # in the first layer: no gradient of its keys, values and queries
+    assert bench.useful_flop(args, [pairs[:1], pairs[1:]], tokenizer) == pytest.approx(total, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--sweep", "beams"], "--sweep beams"),
+        (["--sweep", "model", "3"], "name one of"),
+        (["--sweep", "beams", "x"], "numbers above 0"),
+    ],
+)
+def test_nonsense_is_refused(monkeypatch, options, message):
+    monkeypatch.setattr(sys, "argv", ["bench", "train", *options])
+    with pytest.raises(InputError, match=message):
+        bench.sweep(bench.parse_args())
+
+
+def test_a_worker_that_cannot_work_says_why(world):
+    done = run(world, "train", "--model", "nowhere")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: no model 'nowhere'")
+
+
+def test_the_bandwidth_counts_what_a_step_reads(world):
+    gpt2, bart = (load_model(world / kind, dtype=torch.bfloat16) for kind in ("gpt2", "bart"))
+    assert bench.bytes_of_a_step(gpt2) == 2 * (2 * 12 * 32 * 32 + 4096 * 32)
+    assert bench.bytes_of_a_step(bart) == 2 * (8 * 32 * 32 + 2 * 32 * 48 + 4100 * 32)
