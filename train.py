@@ -27,7 +27,7 @@ from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pic
 from minprefix.prefix import parameter_shares, save_prefix
 from minprefix.training import train
 
-# The paper's settings for full-size models, and those that short runs on E2E's dev set favoured for the bundled.
+# The paper's settings for full-size models; for the bundled those that weights/README.md chose on dev sets.
 PAPER = {
     "gpt2": {"prefix_length": 5, "hidden": 512, "lr": 8e-5, "batch_size": 10, "epochs": 5},
     "bart": {"prefix_length": 200, "hidden": 800, "lr": 5e-5, "batch_size": 16, "epochs": 30, "eval_every": 1000},
@@ -51,7 +51,7 @@ def parse_args():
     add("--method", choices=["prefix", "finetune"], default="prefix", help="what is trained (%(default)s)")
     add("--max-source", type=int, help="cut sources to so many tokens (BART 512; GPT-2's are not cut)")
     add("--prefix-length", type=int, help="virtual tokens (5, BART 200; gpt2-mini 100, bart-mini 20)")
-    add("--hidden", type=int, help="width of the reparametrisation MLP, 0 for none (512, BART 800; bundled models 512)")
+    add("--hidden", type=int, help="width of the prefix's MLP, 0: none (512, BART 800; gpt2-mini 0, bart-mini 512)")
     add("--sites", nargs="+", metavar="SITE", help="BART: only some of encoder, decoder, cross (all)")
     add("--offset", type=int, help="position of the first token after the prefix (the prefix length; authors' BART 0)")
     add("--init", help='words whose activations start the prefix, e.g. "table to text :" (default: random)')
@@ -60,9 +60,9 @@ def parse_args():
     length.add_argument("--steps", type=int, help="steps, instead of --epochs (gpt2-mini 1500, bart-mini 750)")
     add("--limit", type=int, help="train on the first N pairs only")
     add("--batch-size", type=int, help="pairs in a step (10; BART and bundled models 16)")
-    add("--lr", type=float, help="peak learning rate (8e-5, BART 5e-5; bundled models 3e-3)")
+    add("--lr", type=float, help="learning rate (8e-5, BART, finetune 5e-5; bundled 0.1, BART 3e-3, finetune 1e-3)")
     add("--warmup", type=int, default=0, help="steps of linear warm-up (%(default)s)")
-    add("--eval-every", type=int, help="steps between dev losses and checkpoints (100, BART 1000)")
+    add("--eval-every", type=int, help="steps between dev losses and checkpoints (100; full-size BART 1000)")
     add("--eval-inputs", type=int, default=100, help="test inputs to write texts for at the end (%(default)s)")
     add("--beams", type=int, help="beams of those texts (5; summaries 6)")
     add("--seed", type=int, default=101)

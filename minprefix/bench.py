@@ -24,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minprefix.batches import collate, encode_pairs, pair_lengths, start_id
 from minprefix.checkpoint import resolve_model
-from minprefix.data import load_examples
+from minprefix.data import Example, load_examples
 from minprefix.files import InputError, run_main
 from minprefix.generate import generate_ids
-from minprefix.linear import Linear, packed_weights
+from minprefix.linear import Linear, pack_weights
 from minprefix.load import keep_freed_memory, load_model, pick_device, pick_dtype
 from minprefix.prefix import Prefix
 from minprefix.tokenizer import load_tokenizer
@@ -46,7 +46,7 @@ def parse_args():
     add("--data", help="E2E's folder (default: as train.py)")
     add("--batch-size", type=int, default=10)
     add("--prefix-length", type=int, default=5)
-    add("--hidden", type=int, default=512, help="width of the MLP in training (%(default)s)")
+    add("--hidden", type=int, default=512, help="width of the MLP in training, 0 for none (%(default)s)")
     add("--source-length", type=int, help="random sources of so many tokens instead of E2E's")
     add("--beams", type=int, default=5)
     add("--new-tokens", type=int, default=32, help="so many for every text, none ends before (%(default)s)")
@@ -59,9 +59,11 @@ def parse_args():
     add("--sweep", nargs="+", metavar=("OPTION", "VALUE"), help="measure for each value of an option: beams 1 5 10")
     add("--json", action="store_true", help="print JSON lines only, minprefix's own the last")
     args = parser.parse_args()
-    for key in ("batch_size", "prefix_length", "beams", "new_tokens", "steps", "rounds"):
-        if getattr(args, key) < 1:
+    for key in ("batch_size", "prefix_length", "beams", "new_tokens", "steps", "rounds", "threads", "source_length"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be above 0")
+    if args.hidden < 0:
+        raise InputError(f"--hidden is {args.hidden}: it must be at least 0")
     args.device = pick_device(args.device)
     args.dtype = str(pick_dtype(args.dtype, args.device)).removeprefix("torch.")
     return args
@@ -131,24 +133,27 @@ def work(pipe, contender, args):
     torch.manual_seed(0)
     try:
         do_batch, facts = contender(args)
+        pipe.send(True)
+        while pipe.recv() == "round":
+            pipe.send([seconds_of(args.device, lambda: do_batch(i)) for i in range(args.steps)])  # noqa: B023
     except InputError as error:
         pipe.send(str(error))
         return
-    pipe.send(True)
-    while pipe.recv() == "round":
-        times = []
-        for i in range(args.steps):
-            started = time.perf_counter()
-            do_batch(i)
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        pipe.send(times)
     facts["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if args.device == "cuda":
         facts["peak"] = torch.cuda.max_memory_allocated()
     facts["matmul"], facts["bandwidth"] = machine(args)
     pipe.send(facts)
+
+
+def seconds_of(device, function):
+    started = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter() - started
 
 
 def row(args, facts, first, *rounds):
@@ -186,47 +191,51 @@ def print_table(rows, args):
 
 
 def ours(args):
-    """minprefix, as train.py and sample.py run it."""
+    """minprefix: the steps and the search of train.py and sample.py; BART has a prefix at all three sites."""
     keep_freed_memory()
     model, tokenizer, batches = shared(args)
-    facts = {"tokens": useful_tokens(args, batches), "flop": 0, "bytes": bytes_of_a_step(model)}
+    facts = facts_of(args, model, tokenizer, batches, model.prefix_sites)
     prefix = Prefix(model, args.prefix_length, args.hidden).to(args.device)
-    if args.what == "train":
-        facts["flop"] = useful_flop(args, batches, tokenizer)
-        optimizer = make_optimizer(prefix, lr=8e-5)
-        return lambda i: training_step(
-            model, prefix, collate(batches[i], tokenizer, model).to(args.device), optimizer
-        ), facts
-    folded, start, count = prefix.fold(), start_id(model, tokenizer), args.new_tokens
-    packed_weights(model).__enter__()  # for good: sample.py, too, packs once for all of its texts
+    optimizer, folded = make_optimizer(prefix, lr=8e-5), prefix.fold()
+    start, count = start_id(model, tokenizer), args.new_tokens
+
+    def train(i):
+        training_step(model, prefix, collate(batches[i], tokenizer, model).to(args.device), optimizer)
 
     def write(i):
         generate_ids(model, [source for source, _ in batches[i]], start, tokenizer.end_id, folded, args.beams, count,
                      min_new_tokens=count, batch_size=args.batch_size)  # fmt: skip
 
+    if args.what == "train":
+        return train, facts
+    pack_weights(model)  # for good: sample.py, too, packs once for all of its texts
     return write, facts
 
 
 def peer(args):
-    """transformers + PEFT with the same pairs and MLP, in random batches; PEFT gives BART a decoder prefix only."""
+    """transformers + PEFT with the same pairs, the same MLP or none; BART has a prefix at the decoder only, PEFT's way.
+
+    The batches are random ones: to put rows of like length together is minprefix's doing.
+    """
     try:
         import transformers
         from peft import PrefixTuningConfig, get_peft_model
     except ImportError as error:
         raise InputError(f"--peer needs transformers and PEFT: pip install -e '.[parity]' ({error})") from error
     model, tokenizer, batches = shared(args)
-    facts = {"tokens": useful_tokens(args, batches), "flop": 0, "bytes": bytes_of_a_step(model)}
-    if args.what == "train":
-        facts["flop"] = useful_flop(args, batches, tokenizer)
+    facts = facts_of(args, model, tokenizer, batches, ["decoder"])
     decoder_only, folder = not model.encoder_decoder, resolve_model(args.model)
     del model
-    pairs = random.Random(0).sample(list(chain(*batches)), args.steps * args.batch_size)  # bucketing is minprefix's
+    pairs = list(chain(*batches))
+    random.Random(0).shuffle(pairs)
     batches = [pairs[i : i + args.batch_size] for i in range(0, len(pairs), args.batch_size)]
     kind = transformers.GPT2LMHeadModel if decoder_only else transformers.BartForConditionalGeneration
     model = kind.from_pretrained(folder, dtype=DTYPES[args.dtype])
     model.config.pad_token_id = tokenizer.pad_id
-    config = PrefixTuningConfig(task_type="CAUSAL_LM" if decoder_only else "SEQ_2_SEQ_LM", prefix_projection=True,
-                                num_virtual_tokens=args.prefix_length, encoder_hidden_size=args.hidden)  # fmt: skip
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM" if decoder_only else "SEQ_2_SEQ_LM", num_virtual_tokens=args.prefix_length,
+        prefix_projection=args.hidden > 0, encoder_hidden_size=args.hidden,
+    )  # fmt: skip
     model = get_peft_model(model, config).to(args.device)
 
     def tensors(rows, padding, left=False):
@@ -250,12 +259,13 @@ def peer(args):
             input_ids=tensors(sources, tokenizer.pad_id, left=decoder_only), num_beams=args.beams, do_sample=False,
             attention_mask=tensors([[1] * len(source) for source in sources], 0, left=decoder_only),
             min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens, pad_token_id=tokenizer.pad_id,
+            no_repeat_ngram_size=0, early_stopping=False, length_penalty=1.0,  # whatever the folder's config.json says
         )  # fmt: skip
 
     if args.what == "generate":
         model.eval()
         return write, facts
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-5, fused=True)
     return train, facts
 
 
@@ -264,33 +274,37 @@ def shared(args):
     model, tokenizer = load_model(args.model, args.device, DTYPES[args.dtype]), load_tokenizer(args.model)
     examples = load_examples("e2e", "train" if args.what == "train" else "test", args.data)
     examples = random.Random(0).sample(examples, min(len(examples), 20 * args.batch_size * args.steps))
-    pairs = encode_pairs(examples, tokenizer, model, what=None)
+    pairs = encode_pairs([Example(e.source, e.references[:1]) for e in examples], tokenizer, model, what=None)
+    pairs = pairs[: len(pairs) // args.batch_size * args.batch_size]  # full batches only
+    if not pairs:
+        raise InputError(f"there are {len(examples)} inputs, too few for --batch-size {args.batch_size}: lower it")
     if args.source_length:
         sources = torch.randint(5, min(tokenizer.vocab_size - 5, 4000), (len(pairs), args.source_length)).tolist()
         pairs = [(source, target) for source, (_, target) in zip(sources, pairs, strict=True)]
     return model, tokenizer, list(islice(batch_stream(pairs, args.batch_size, 0, 0), args.steps))
 
 
-def useful_tokens(args, batches):
-    """Tokens of a round: in training those read, the padding not counted; in generation those written."""
+def facts_of(args, model, tokenizer, batches, sites):
+    """What a round is: tokens (read in training, padding not counted; else written), and the work that they need."""
     if args.what == "generate":
-        return args.steps * args.batch_size * args.new_tokens
-    return sum(sum(pair_lengths(pairs)) for pairs in batches)
+        return {"tokens": args.steps * args.batch_size * args.new_tokens, "bytes": bytes_of_a_step(model)}
+    flop = useful_flop(model, tokenizer, chain(*batches), args.prefix_length, sites)
+    return {"tokens": sum(sum(pair_lengths(pairs)) for pairs in batches), "flop": flop}
 
 
-def useful_flop(args, batches, tokenizer):
-    """Floating-point operations of all matrix products that a round of training needs: each row by itself, unpadded.
+def useful_flop(model, tokenizer, pairs, length, sites):
+    """Floating-point operations of all matrix products that training on pairs needs: each row by itself, unpadded.
 
-    As torch counts them, forward and backward, for a frozen model with a prefix; the prefix's MLP is left out.
+    As torch counts them, forward and backward, for a frozen model with a prefix of this length at these sites; the
+    prefix's MLP is left out.
     """
-    model = load_model(args.model).to("meta")  # shapes alone, nothing is computed
-    prefix = {
-        site: torch.zeros(L, 2, H, args.prefix_length, D, device="meta", requires_grad=True)
-        for site, (L, H, D) in model.prefix_sites.items()
-    }
+    with torch.device("meta"):  # shapes alone, nothing is computed
+        shapes = type(model)(model.config).requires_grad_(False)
+        prefix = {site: torch.zeros(L, 2, H, length, D, requires_grad=True)
+                  for site, (L, H, D) in model.prefix_sites.items() if site in sites}  # fmt: skip
     with FlopCounterMode(display=False) as counter:
-        for pair in chain(*batches):
-            target_loss(model, collate([pair], tokenizer, model).to("meta"), prefix).backward()
+        for pair in pairs:
+            target_loss(shapes, collate([pair], tokenizer, shapes).to("meta"), prefix).backward()
     return counter.get_total_flops()
 
 
@@ -305,19 +319,8 @@ def machine(args):
     """What this machine can do: operations per second of a large matrix product, bytes per second read."""
     a = torch.randn(4096, 4096, device=args.device).to(DTYPES[args.dtype])
     large = torch.empty(2**28, dtype=torch.uint8, device=args.device).fill_(1).view(torch.int64)
-    return 2 * 4096**3 / fastest(args, lambda: a @ a), 2**28 / fastest(args, large.sum)
-
-
-def fastest(args, function, times=5):
-    """The least seconds of several calls."""
-    seconds = []
-    for _ in range(times):
-        started = time.perf_counter()
-        function()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    product, reading = (min(seconds_of(args.device, f) for _ in range(5)) for f in (lambda: a @ a, large.sum))
+    return 2 * 4096**3 / product, 2**28 / reading
 
 
 if __name__ == "__main__":

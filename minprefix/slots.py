@@ -20,17 +20,20 @@ HIGH_PRICE = (
 )
 LOW_RATING = (
     r"\blow(er|ly|est)?[- ](customer |rat|review)|(rat(ed|ing|ings)|review(s|ed)?|rank\w*|score)[^.,;]{0,20}\blow|"
-    r"poor|bad\b|not (well|highly|very) (rat|recommend|review)|\b(1|one)([- ]stars?| out of | of |/)"
+    r"poor|bad\b|not (well|highly|very) (rat|recommend|review)|\b(1|one)([- ]stars?| out of |/| of (5|five))"
 )
-AVERAGE_RATING = r"average|mediocre|decent|middling|\b(3|three)([- ]stars?| out of | of |/)"
+AVERAGE_RATING = (
+    r"average(?!(ly)?[- ](pric|cost))|mediocre|decent|middling|\b(3|three)([- ]stars?| out of |/| of (5|five))"
+)
 HIGH_RATING = (
     r"high(er|ly|est)?[- ](customer |rat|review|recommend|regard|class|quality)|"
     r"(rat(ed|ing|ings)|review(s|ed)?|rank\w*|score)[^.,;]{0,20}\b(high|good|excellent|great)|"
-    r"(well|top|good|great)[- ](customer |rat|review)|excellent|\b(5|five)([- ]stars?| out of | of |/)"
+    r"(well|top|good|great)[- ](customer |rat|review)|excellent|\b(5|five)([- ]stars?| out of |/| of (5|five))"
 )
 FAMILY = r"famil|child|kid"
 NOT_FOR_FAMILIES = (
-    rf"\b(not?|non|isn.?t|aren.?t|doesn.?t|never|without)\b[^.;]{{0,40}}({FAMILY})|({FAMILY})\w*[- ](un|free)|adult"
+    rf"\b(not?|non|isn.?t|aren.?t|doesn.?t|never|without)\b((?! and | but )[^.,;]){{0,40}}({FAMILY})|"
+    rf"({FAMILY})\w*[- ](un|free)|adult"
 )
 
 WORDS = {  # (slot, value) in lower case -> the pattern that must occur in the lower-cased text

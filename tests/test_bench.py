@@ -9,6 +9,7 @@ import torch
 
 from minprefix import bench, load_model, load_tokenizer
 from minprefix.files import InputError
+from minprefix.linear import packs_bfloat16
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 MR = "name[The Golden Lantern], eatType[pub], food[Thai]"
@@ -27,7 +28,7 @@ def world(tmp_path_factory):
 
 
 def run(world, *options):
-    command = [sys.executable, "-m", "minprefix.bench", *options, "--data", str(world), *QUICK]
+    command = [sys.executable, "-m", "minprefix.bench", "--data", str(world), *QUICK, *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
 
 
@@ -43,19 +44,30 @@ def test_one_json_line_with_the_figures(world, what, kind):
     assert row["settings"]["batch_size"] == 3 and row["settings"]["dtype"] in ("bfloat16", "float32")
 
 
-def test_a_sweep_and_the_peer(world):
+@pytest.mark.parametrize("what, kind", [("train", "gpt2"), ("generate", "bart")])
+def test_a_sweep_and_the_peer(world, what, kind):
     pytest.importorskip("peft", reason="the peer, PEFT, is not installed")
-    done = run(world, "train", "--model", str(world / "gpt2"), "--json", "--peer", "--sweep", "prefix-length", "1", "6")
+    done = run(world, what, "--model", str(world / kind), "--json", "--peer", "--sweep", "prefix-length", "1", "6")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [row["who"] for row in rows] == ["transformers + PEFT", "minprefix"] * 2
     assert [row["settings"]["prefix_length"] for row in rows] == [1, 1, 6, 6]
 
 
+@pytest.mark.skipif(not packs_bfloat16(), reason="oneDNN makes no bfloat16 products on this CPU")
+def test_texts_are_timed_with_packed_weights(world, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "generate", "--model", str(world / "gpt2"), "--data", str(world), *QUICK,
+                                      "--dtype", "bfloat16"])  # fmt: skip
+    seen = []
+    monkeypatch.setattr(bench, "generate_ids", lambda model, *args, **options: seen.append(model.head.weight.packed))
+    write, _ = bench.ours(bench.parse_args())
+    write(0)
+    assert len(seen) == 1
+
+
 def test_useful_operations_are_those_of_rows_alone(world):
     """6 products a layer and the head for the forward pass, as many for the gradient of what they are given."""
-    sys.argv = ["bench", "train", "--model", str(world / "gpt2"), "--prefix-length", "5"]
-    args, tokenizer, model = bench.parse_args(), load_tokenizer(world / "gpt2"), load_model(world / "gpt2")
+    tokenizer, model = load_tokenizer(world / "gpt2"), load_model(world / "gpt2")
     pairs = [([5] * 9, [6] * 4), ([5] * 3, [6] * 8)]
     C, P, layers, V, total = 32, 5, 2, model.config["vocab_size"], 0
     for source, target in pairs:
@@ -65,13 +77,15 @@ def test_useful_operations_are_those_of_rows_alone(world):
         # Backward: each score product twice; nothing flows into the first layer's input, so not through its c_attn.
         total += layers * (2 * weights + 3 * scores) - 2 * T * 3 * C * C + 2 * 2 * N * V * C
         total -= 2 * 2 * T * T * C + 2 * T * P * C  # in the first layer: no gradient of its keys, values and queries
-    assert bench.useful_flop(args, [pairs[:1], pairs[1:]], tokenizer) == pytest.approx(total, rel=0.02)
+    assert bench.useful_flop(model, tokenizer, pairs, P, ["decoder"]) == pytest.approx(total, rel=0.02)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--batch-size", "0"], "--batch-size is 0"),
+        (["--threads", "-1"], "--threads is -1"),
+        (["--hidden", "-1"], "--hidden is -1"),
         (["--sweep", "beams"], "--sweep beams"),
         (["--sweep", "model", "3"], "name one of"),
         (["--sweep", "beams", "x"], "numbers above 0"),
@@ -86,6 +100,10 @@ def test_nonsense_is_refused(monkeypatch, options, message):
 def test_a_worker_that_cannot_work_says_why(world):
     done = run(world, "train", "--model", "nowhere")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: no model 'nowhere'")
+    done = run(world, "generate", "--model", str(world / "gpt2"), "--new-tokens", "600")  # known in the first round
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "256" in done.stderr, done.stderr
+    done = run(world, "train", "--model", str(world / "gpt2"), "--batch-size", "500")
+    assert done.returncode == 2 and "too few for --batch-size 500" in done.stderr
 
 
 def test_the_bandwidth_counts_what_a_step_reads(world):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from minprefix import generate, load_model, load_tokenizer
-from minprefix.linear import Linear, linear, packed_weights
+from minprefix.linear import Linear, linear, packed_weights, packs_bfloat16
 from tests.tiny import write_tiny_bart, write_tiny_model
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not packs_bfloat16(), reason="oneDNN makes no bfloat16 products on this CPU")
 WRITERS = pytest.mark.parametrize("write", [write_tiny_model, write_tiny_bart])
 
 
@@ -42,10 +42,20 @@ def test_a_packed_product_is_as_exact_as_a_plain_one(rows, bias):
     x = torch.randn(*rows, 96).bfloat16()
     exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     plain = layer(x)
-    with packed_weights(layer):
+    with packed_weights(layer), torch.no_grad():
         packed = linear(x, layer.weight, layer.bias)
     assert packed.shape == plain.shape and packed.dtype == torch.bfloat16
     assert (packed - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@needs_onednn
+@WRITERS
+def test_gradients_go_through_the_weights_themselves(tmp_path, write):
+    model = load_model(write(tmp_path / "model"), dtype=torch.bfloat16)
+    states = torch.randn(3, 32, dtype=torch.bfloat16, requires_grad=True)
+    with packed_weights(model):
+        model.logits(states).sum().backward()
+    assert states.grad.abs().sum() > 0
 
 
 @needs_onednn

@@ -126,6 +126,17 @@ def test_a_small_run_learns_resumes_and_exports_what_loads(tmp_path, monkeypatch
     model, tokenizer = load_model(out), load_tokenizer(out)
     assert model.encoder_decoder == (what == "bart") and model.config["dtype"] == "float16"
     assert len(generate(model, tokenizer, ["It burnt down"], beams=2, max_new_tokens=5)) == 1
+    for option, value in (("--seed", 5), ("--batch-size", 8), ("--length", 16)):
+        with pytest.raises(SystemExit, match="2"):
+            run(monkeypatch, *args, "--tokens", 60 * 128, option, value)
+    state = (tmp_path / "s" / "state.pt").read_bytes()
+    (tmp_path / "s" / "state.pt").write_bytes(state[: len(state) // 2])
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, *args, "--tokens", 60 * 128)
+    # A finished model's folder is where another run may start from.
+    run(monkeypatch, *args, "--tokens", 10 * 128, "--init", out, "--state", tmp_path / "s2", "--lr", 1e-6)
+    again = json.loads((out / "pretraining.jsonl").read_text().splitlines()[-1])
+    assert again["tokens"] == 1280 and abs(again["heldout"] - log[-1]["heldout"]) < 0.1
 
 
 def test_copying_loss_is_of_the_second_copy():

@@ -43,8 +43,10 @@ def read_documents(path):
 
 def train_bpe(args):
     """`vocab.json` and `merges.txt` from the corpus; the end token gets the last id, as in GPT-2."""
-    from tokenizers import ByteLevelBPETokenizer
-
+    try:
+        from tokenizers import ByteLevelBPETokenizer
+    except ImportError as error:
+        raise InputError("training a BPE needs tokenizers: pip install -e '.[pretrain]'") from error
     bpe = ByteLevelBPETokenizer()
     documents = read_documents(args.corpus / "pretrain.txt.xz")
     bpe.train_from_iterator(documents, vocab_size=args.vocab_size - 1, min_frequency=2)
@@ -284,9 +286,7 @@ def train(args):
     optimizers = make_optimizers(masters, args)
     step, log = 0, []
     if (args.state / "state.pt").exists():
-        state = torch.load(args.state / "state.pt", map_location=device, weights_only=True)
-        if {n: p.shape for n, p in state["masters"].items()} != {n: p.shape for n, p in masters.items()}:
-            raise InputError(f"{args.state}/state.pt is of a model of another kind or shape: choose another --state")
+        state = load_state(args, device)
         step, log = state["step"], state["log"]
         with torch.no_grad():
             for name, p in masters.items():
@@ -341,8 +341,29 @@ def copy_weights(model, masters):
         p.copy_(masters[name])
 
 
+def settings(args):
+    """What a resumed run must share: `step` and the rows would mean something else otherwise."""
+    keys = ("what", "layers", "width", "heads", "positions", "length", "batch_size", "seed")
+    return {**{key: getattr(args, key) for key in keys}, "vocabulary": vocabulary_digest(args.out)}
+
+
+def load_state(args, device):
+    """The state of a run to go on with; InputError if it is damaged or of a run with other settings."""
+    path = args.state / "state.pt"
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        saved = dict(state["settings"])
+    except Exception as error:  # torch.load documents no closed list of errors for a damaged file
+        raise InputError(f"{path} cannot be resumed from, it is damaged: delete it to start again") from error
+    for key, value in settings(args).items():
+        if saved.get(key) != value:
+            raise InputError(f"{path} is of a run with {key} {saved.get(key)}, not {value}: choose another --state")
+    return state
+
+
 def save_state(args, step, log, masters, optimizers):
-    state = {"step": step, "log": log, "masters": {n: p.detach() for n, p in masters.items()},
+    state = {"settings": settings(args), "step": step, "log": log,
+             "masters": {n: p.detach() for n, p in masters.items()},
              "optimizers": [o.state_dict() for o in optimizers]}  # fmt: skip
     with atomic_write(args.state / "state.pt", "wb") as file:
         torch.save(state, file)
@@ -379,6 +400,10 @@ def main():
     parser.add_argument("--save-every", type=int, default=300, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for key in ("vocab_size", "width", "heads", "positions", "length", "batch_size", "tokens", "lr", "decay",
+                "eval_every"):  # fmt: skip
+        if not 0 < getattr(args, key) < float("inf"):
+            raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be above 0")
     args.layers = args.layers or {"gpt2": 6}.get(args.what, 4)
     args.state = args.state or Path("runs", f"pretrain-{args.out.name}")
     train_bpe(args) if args.what == "bpe" else train(args)
