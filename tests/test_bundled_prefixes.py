@@ -38,5 +38,6 @@ def test_it_says_what_the_input_says(path, capsys):
     code, out, err = call(sample, capsys, "--prefix", path, "--input", INPUTS[path.stem], "--dtype", "float32",
                           "--device", "cpu")  # fmt: skip
     assert code == 0, err
-    words = {"gpt2-mini-e2e": ["The Golden Lantern", "Thai", "riverside"], "bart-mini-scitldr": ["GreenNet"]}
+    # Not Thai: this model leaves out a kind of food that E2E's training set does not have.
+    words = {"gpt2-mini-e2e": ["The Golden Lantern", "riverside", "The Mill"], "bart-mini-scitldr": ["GreenNet"]}
     assert all(word in out for word in words[path.stem]), out
