@@ -17,7 +17,7 @@ import torch
 from minprefix import generate, load_model, load_prefix, load_tokenizer, metrics
 from minprefix.checkpoint import resolve_model
 from minprefix.data import SUMMARISATION, Example, format_source, load_examples
-from minprefix.files import InputError, atomic_write, read_text, run_main
+from minprefix.files import InputError, atomic_write, check_above_zero, read_text, run_main
 from minprefix.generate import recipe
 from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype
 from minprefix.prefix import check_fits
@@ -54,9 +54,7 @@ def parse_args():
     add("--evaluate", action="store_true", help="score the texts against the references, print and write the scores")
     args = parser.parse_args()
     args.split = args.split or ("all" if str(args.task).endswith(".jsonl") else "test")
-    for key in ("limit", "max_source"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be above 0")
+    check_above_zero(args, ("limit", "max_source"))
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed is {args.seed}: it must be at least 0")
     if args.evaluate:

@@ -21,7 +21,7 @@ from minprefix.baselines import Finetune
 from minprefix.batches import check_lengths, encode_pairs, encode_sources, sequence_form
 from minprefix.checkpoint import bundled_name, read_config, resolve_model
 from minprefix.data import SUMMARISATION, find_e2e, load_examples
-from minprefix.files import InputError, atomic_write, run_main
+from minprefix.files import InputError, atomic_write, check_above_zero, run_main
 from minprefix.generate import recipe
 from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype, save_model
 from minprefix.prefix import parameter_shares, save_prefix
@@ -98,9 +98,7 @@ def check(args):
     for key in PREFIX_OPTIONS if args.method == "finetune" else ():
         if getattr(args, key) is not None:
             raise InputError(f"--{key.replace('_', '-')} sets a prefix, --method finetune trains none: leave it out")
-    for key in ("epochs", "steps", "limit", "batch_size", "lr", "eval_every", "beams", "max_source"):
-        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
-            raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be above 0, and finite")
+    check_above_zero(args, ("epochs", "steps", "limit", "batch_size", "lr", "eval_every", "beams", "max_source"))
     for key in ("warmup", "eval_inputs", "seed", "offset"):
         if not 0 <= (getattr(args, key) or 0) < 2**63:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be at least 0")

@@ -22,10 +22,10 @@ from itertools import chain, islice
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minprefix.batches import collate, encode_pairs, pair_lengths, start_id
+from minprefix.batches import collate, encode_pairs, pad, pair_lengths, start_id
 from minprefix.checkpoint import resolve_model
 from minprefix.data import Example, load_examples
-from minprefix.files import InputError, run_main
+from minprefix.files import InputError, check_above_zero, run_main
 from minprefix.generate import generate_ids
 from minprefix.linear import Linear, pack_weights
 from minprefix.load import keep_freed_memory, load_model, pick_device, pick_dtype
@@ -33,8 +33,7 @@ from minprefix.prefix import Prefix
 from minprefix.tokenizer import load_tokenizer
 from minprefix.training import batch_stream, make_optimizer, target_loss, training_step
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-COLUMNS = ("what", "who", "examples_per_s", "median_s", "first_s", "tokens_per_s", "TFLOP_per_s", "share_of_matmul",
+FIGURES = ("who", "examples_per_s", "median_s", "first_s", "tokens_per_s", "TFLOP_per_s", "share_of_matmul",
            "share_of_bandwidth", "peak_GiB")  # fmt: skip
 
 
@@ -53,15 +52,14 @@ def parse_args():
     add("--steps", type=int, default=8, help="batches in a round (%(default)s)")
     add("--rounds", type=int, default=3, help="rounds after the first (%(default)s)")
     add("--threads", type=int, help="of the CPU (torch's default)")
-    add("--dtype", choices=["auto", *DTYPES], default="auto")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--peer", action="store_true", help="transformers + PEFT as well (pip install -e '.[parity]')")
     add("--sweep", nargs="+", metavar=("OPTION", "VALUE"), help="measure for each value of an option: beams 1 5 10")
     add("--json", action="store_true", help="print JSON lines only, minprefix's own the last")
     args = parser.parse_args()
-    for key in ("batch_size", "prefix_length", "beams", "new_tokens", "steps", "rounds", "threads", "source_length"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be above 0")
+    numbers = ("batch_size", "prefix_length", "beams", "new_tokens", "steps", "rounds", "threads", "source_length")
+    check_above_zero(args, numbers)
     if args.hidden < 0:
         raise InputError(f"--hidden is {args.hidden}: it must be at least 0")
     args.device = pick_device(args.device)
@@ -135,7 +133,7 @@ def work(pipe, contender, args):
         do_batch, facts = contender(args)
         pipe.send(True)
         while pipe.recv() == "round":
-            pipe.send([seconds_of(args.device, lambda: do_batch(i)) for i in range(args.steps)])  # noqa: B023
+            pipe.send([seconds_of(args.device, do_batch, i) for i in range(args.steps)])
     except InputError as error:
         pipe.send(str(error))
         return
@@ -146,9 +144,9 @@ def work(pipe, contender, args):
     pipe.send(facts)
 
 
-def seconds_of(device, function):
+def seconds_of(device, function, *args):
     started = time.perf_counter()
-    function()
+    function(*args)
     if device == "cuda":
         torch.cuda.synchronize()
     elif device == "mps":
@@ -179,7 +177,7 @@ def row(args, facts, first, *rounds):
 def print_table(rows, args):
     swept = f", {args.sweep[0]} {getattr(args, args.sweep[0].replace('-', '_'))}" if args.sweep else ""
     print(f"\n{args.what} {args.model}, {args.dtype} on {args.device}, batch {args.batch_size}{swept}")
-    for name in COLUMNS[1:]:
+    for name in FIGURES:
         if name in rows[0]:
             print(f"  {name:<20}" + "".join(f"{row[name]!s:>22}" for row in rows))
     if len(rows) > 1:
@@ -230,7 +228,7 @@ def peer(args):
     random.Random(0).shuffle(pairs)
     batches = [pairs[i : i + args.batch_size] for i in range(0, len(pairs), args.batch_size)]
     kind = transformers.GPT2LMHeadModel if decoder_only else transformers.BartForConditionalGeneration
-    model = kind.from_pretrained(folder, dtype=DTYPES[args.dtype])
+    model = kind.from_pretrained(folder, dtype=pick_dtype(args.dtype, args.device))
     model.config.pad_token_id = tokenizer.pad_id
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM" if decoder_only else "SEQ_2_SEQ_LM", num_virtual_tokens=args.prefix_length,
@@ -239,9 +237,8 @@ def peer(args):
     model = get_peft_model(model, config).to(args.device)
 
     def tensors(rows, padding, left=False):
-        T = max(map(len, rows))
-        padded = [[*[padding] * (T - len(row)), *row] if left else [*row, *[padding] * (T - len(row))] for row in rows]
-        return torch.tensor(padded, device=args.device)
+        padded = pad([row[::-1] for row in rows], padding).flip(1) if left else pad(rows, padding)
+        return padded.to(args.device)
 
     def train(i):
         sources, targets = zip(*batches[i], strict=True)
@@ -271,7 +268,8 @@ def peer(args):
 
 def shared(args):
     """The model, the tokeniser, and batches of (source ids, target ids) of one round: the same for both contenders."""
-    model, tokenizer = load_model(args.model, args.device, DTYPES[args.dtype]), load_tokenizer(args.model)
+    model = load_model(args.model, args.device, pick_dtype(args.dtype, args.device))
+    tokenizer = load_tokenizer(args.model)
     examples = load_examples("e2e", "train" if args.what == "train" else "test", args.data)
     examples = random.Random(0).sample(examples, min(len(examples), 20 * args.batch_size * args.steps))
     pairs = encode_pairs([Example(e.source, e.references[:1]) for e in examples], tokenizer, model, what=None)
@@ -317,9 +315,10 @@ def bytes_of_a_step(model):
 
 def machine(args):
     """What this machine can do: operations per second of a large matrix product, bytes per second read."""
-    a = torch.randn(4096, 4096, device=args.device).to(DTYPES[args.dtype])
+    a = torch.randn(4096, 4096, device=args.device).to(pick_dtype(args.dtype, args.device))
     large = torch.empty(2**28, dtype=torch.uint8, device=args.device).fill_(1).view(torch.int64)
-    product, reading = (min(seconds_of(args.device, f) for _ in range(5)) for f in (lambda: a @ a, large.sum))
+    product = min(seconds_of(args.device, torch.matmul, a, a) for _ in range(5))
+    reading = min(seconds_of(args.device, large.sum) for _ in range(5))
     return 2 * 4096**3 / product, 2**28 / reading
 
 

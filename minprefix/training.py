@@ -167,8 +167,8 @@ def save_checkpoint(out, settings, step, log, best, tuned, optimizer, schedule):
         torch.save(state, file)
 
 
-def load_checkpoint(path, settings, tuned, optimizer, schedule):
-    """Put a run's state back -> (step, log, best). InputError if it is damaged, or of a run with other settings."""
+def read_checkpoint(path, settings):
+    """The dict that a run saved; InputError if it is damaged, or its "settings" are not these."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = dict(state["settings"])
@@ -179,6 +179,12 @@ def load_checkpoint(path, settings, tuned, optimizer, schedule):
             hidden = key in ("model", "training data", "dev data")  # known by their digests only
             was = f"another {key}" if hidden else f"{key} = {saved.get(key)}, not {value}"
             raise InputError(f"{path} is of a run with {was}: resume with the same settings")
+    return state
+
+
+def load_checkpoint(path, settings, tuned, optimizer, schedule):
+    """Put a run's state back -> (step, log, best). InputError as in `read_checkpoint`."""
+    state = read_checkpoint(path, settings)
     try:
         tuned.load_state_dict(state["tuned"])
         optimizer.load_state_dict(state["optimizer"])

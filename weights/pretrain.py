@@ -26,9 +26,10 @@ from tqdm import tqdm
 from minprefix import bart, gpt2
 from minprefix.attention import real_tokens
 from minprefix.batches import pad
-from minprefix.files import InputError, atomic_write, read_json, run_main
+from minprefix.files import InputError, atomic_write, check_above_zero, read_json, run_main
 from minprefix.load import check_state, keep_freed_memory, load_model, save_model
 from minprefix.tokenizer import load_tokenizer
+from minprefix.training import read_checkpoint
 
 IGNORE = -100  # the label of padding
 END = "<|endoftext|>"
@@ -286,7 +287,7 @@ def train(args):
     optimizers = make_optimizers(masters, args)
     step, log = 0, []
     if (args.state / "state.pt").exists():
-        state = load_state(args, device)
+        state = read_checkpoint(args.state / "state.pt", settings(args))
         step, log = state["step"], state["log"]
         with torch.no_grad():
             for name, p in masters.items():
@@ -347,20 +348,6 @@ def settings(args):
     return {**{key: getattr(args, key) for key in keys}, "vocabulary": vocabulary_digest(args.out)}
 
 
-def load_state(args, device):
-    """The state of a run to go on with; InputError if it is damaged or of a run with other settings."""
-    path = args.state / "state.pt"
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        saved = dict(state["settings"])
-    except Exception as error:  # torch.load documents no closed list of errors for a damaged file
-        raise InputError(f"{path} cannot be resumed from, it is damaged: delete it to start again") from error
-    for key, value in settings(args).items():
-        if saved.get(key) != value:
-            raise InputError(f"{path} is of a run with {key} {saved.get(key)}, not {value}: choose another --state")
-    return state
-
-
 def save_state(args, step, log, masters, optimizers):
     state = {"settings": settings(args), "step": step, "log": log,
              "masters": {n: p.detach() for n, p in masters.items()},
@@ -400,10 +387,8 @@ def main():
     parser.add_argument("--save-every", type=int, default=300, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for key in ("vocab_size", "width", "heads", "positions", "length", "batch_size", "tokens", "lr", "decay",
-                "eval_every"):  # fmt: skip
-        if not 0 < getattr(args, key) < float("inf"):
-            raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be above 0")
+    sizes = ("vocab_size", "width", "heads", "positions", "length")
+    check_above_zero(args, (*sizes, "batch_size", "tokens", "lr", "decay", "eval_every"))
     args.layers = args.layers or {"gpt2": 6}.get(args.what, 4)
     args.state = args.state or Path("runs", f"pretrain-{args.out.name}")
     train_bpe(args) if args.what == "bpe" else train(args)
