@@ -1,0 +1,278 @@
+"""The paper's studies by one command each: training and scoring side by side, a table, a figure.
+
+    python -m minprefix.experiments full --data e2e/              every method on all of the data (tables 1 and 2)
+    python -m minprefix.experiments low-data --data e2e/          prefix-tuning and fine-tuning on 50 to 500 examples
+    python -m minprefix.experiments length --data e2e/ --dry-run  what would be run, and how long it would take here
+
+Each run is a call of train.py and of sample.py, in a folder OUT/STUDY/RUN; a row of OUT/STUDY/rows.jsonl says that it
+is done. The same command again goes on where it stopped, and writes OUT/STUDY/table.md.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minprefix.batches import collate, encode_pairs
+from minprefix.checkpoint import bundled_name, read_config, resolve_model
+from minprefix.data import GET_E2E, find_e2e, json_rows, load_examples
+from minprefix.files import InputError, atomic_write, check_above_zero, read_json, run_main
+from minprefix.generate import generate, recipe
+from minprefix.load import keep_freed_memory, load_model, pick_device, pick_dtype
+from minprefix.prefix import Prefix
+from minprefix.report import draw, table
+from minprefix.studies import STUDIES, TUNED, tuning
+from minprefix.tokenizer import load_tokenizer
+from minprefix.training import batch_stream, make_optimizer, training_step
+
+SCRIPTS = Path(__file__).resolve().parent.parent  # the repository, where train.py and sample.py are
+STEPS = {"gpt2-mini": 1000, "bart-mini": 500}  # of 16 examples; of other models the paper's epochs:
+EPOCHS = {"e2e": 5, "xsum": 30, "scitldr": 30}
+START = 15  # seconds that the two programs take to start and to read the data
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("study", choices=STUDIES)
+    add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 or BART folder, or a bundled name (%(default)s)")
+    add("--task", choices=EPOCHS, help="what is learned (e2e; BART scitldr)")
+    add("--data", help="folder with the task's files")
+    add("--steps", type=int, help="of a run on all data (gpt2-mini 1000, bart-mini 500, else the paper's epochs)")
+    add("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each (101 102 103; in low data 101)")
+    add("--samplings", type=int, default=5, help="in low data: samples of each size, runs for each (%(default)s)")
+    add("--limit-test", type=int, help="score the first N test inputs only")
+    add("--out", type=Path, help="folder for all that is written (runs/studies-MODEL)")
+    add("--jobs", type=int, help="runs at a time (one for each CPU core; 1 on a GPU)")
+    add("--dry-run", action="store_true", help="print the commands and the time that they would take, then stop")
+    args = parser.parse_args()
+    check_above_zero(args, ("steps", "samplings", "limit_test", "jobs"))
+    fill(args)
+    return args
+
+
+def fill(args):
+    """What the command line leaves open."""
+    folder = resolve_model(args.model)
+    args.model = bundled_name(folder) or args.model
+    args.task = args.task or ("scitldr" if read_config(folder).get("model_type") == "bart" else "e2e")
+    if args.task == "e2e":
+        args.data = find_e2e(args.data)
+    if args.data is None:
+        get = f": {GET_E2E}" if args.task == "e2e" else ""
+        raise InputError(f"the studies need the real data of {args.task}: give --data{get}")
+    args.data = str(args.data)
+    args.seeds = args.seeds or ([101] if TUNED[args.study][0] == "low-data" else [101, 102, 103])
+    args.out = args.out or Path("runs", f"studies-{folder.resolve().name}")
+    args.batch_size = 10 if args.task == "e2e" and args.model not in STEPS else 16
+    train = load_examples(args.task, "train", args.data)
+    args.pairs = sum(len(example.references) for example in train)
+    args.tests = len(load_examples(args.task, "test", args.data)[: args.limit_test])
+    epochs = EPOCHS[args.task]
+    args.steps = args.steps or STEPS.get(args.model) or math.ceil(epochs * args.pairs / args.batch_size)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    args.device = pick_device("auto")
+    args.jobs = args.jobs or (cores if args.device == "cpu" else 1)
+    args.threads = max(1, cores // args.jobs)  # runs of a thread each are faster than one with all threads
+
+
+def main():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs stop, too
+    args = parse_args()
+    for script in ("train.py", "sample.py"):
+        if not (SCRIPTS / script).is_file():
+            raise InputError(f"{SCRIPTS / script} is missing: the studies run it, work in a clone of the repository")
+    study, (data, methods) = STUDIES[args.study], TUNED[args.study]
+    known = learning_rates(args, data)
+    untuned = [run for method in methods if method not in known for run in tuning(args, data, method)]
+    args.lr = {method: best(known[method]) if method in known else "TUNED" for method in methods}
+    if args.dry_run:
+        speed = measure(args)
+        show(untuned, args.out / f"tune-{data}", args, speed)
+        show(study(args), args.out / args.study, args, speed)
+        times = ", ".join(f"{1000 * seconds:.1f} ms for a {what}" for what, seconds in speed.items())
+        print(f"estimated from what was measured just now on {args.device}, {args.threads} thread(s): {times}")
+        return
+    for row in execute(untuned, args.out / f"tune-{data}", args):
+        known.setdefault(row["what"]["method"], {})[row["what"]["lr"]] = row["dev_loss"]
+    args.lr = {method: best(known[method]) for method in methods}
+    rows = execute(study(args), args.out / args.study, args)
+    text = table(rows, {method: known[method] for method in methods}, args)
+    with atomic_write(args.out / args.study / "table.md") as file:
+        file.write(text)
+    print("\n" + text)
+    draw(rows, args.out / args.study / "figure.png")
+
+
+# ---- learning rates ----
+
+
+def learning_rates(args, data):
+    """method -> {learning rate: dev loss}, as far as they stand beside the model, in its learning-rates.json."""
+    path = resolve_model(args.model) / "learning-rates.json"
+    return read_json(path).get(args.task, {}).get(data, {}) if path.is_file() else {}
+
+
+def best(losses):
+    """The learning rate (a string) with the lowest dev loss; None stands for a run that diverged."""
+    finite = [lr for lr in losses if losses[lr] is not None]
+    if not finite:
+        raise InputError(f"training diverged with each of the learning rates {', '.join(losses)}")
+    return min(finite, key=losses.get)
+
+
+# ---- the plan and its time ----
+
+
+def measure(args):
+    """Seconds here of a prefix's training on an example, and of a text, with as many threads as a run will have."""
+    keep_freed_memory()
+    torch.set_num_threads(args.threads)
+    model = load_model(args.model, args.device, pick_dtype("auto", args.device))
+    tokenizer = load_tokenizer(resolve_model(args.model))
+    examples = load_examples(args.task, "dev", args.data)[:64]
+    prefix = Prefix(model, length=10).to(args.device)
+    optimizer, seconds = make_optimizer(prefix, lr=0.0), []
+    for pairs in islice(batch_stream(encode_pairs(examples, tokenizer, model, what=None), 16, 0, 0), 4):
+        started = time.perf_counter()
+        training_step(model, prefix, collate(pairs, tokenizer, model).to(args.device), optimizer).item()
+        seconds.append((time.perf_counter() - started) / len(pairs))
+    sources = [example.source for example in examples[:16]]
+    started = time.perf_counter()
+    generate(model, tokenizer, sources, prefix.fold(), what=None, **recipe(args.task))
+    return {"training example": statistics.median(seconds), "text": (time.perf_counter() - started) / len(sources)}
+
+
+def estimate(run, args, speed):
+    """A run's seconds. Training all weights was measured to take 1.5 times as long as a prefix, a dev loss half."""
+    trained = run.examples * (1.5 if "finetune" in run.train else 1) + run.dev_examples / 2
+    texts = args.tests if run.samples else 0
+    return START + trained * speed["training example"] + texts * speed["text"]
+
+
+def show(runs, folder, args, speed):
+    """Print the runs that are not done yet, with their commands, and what all of it comes to."""
+    done = read_rows(folder, runs)
+    left = [run for run in runs if run.name not in done]
+    for run in left:
+        print(f"\n{run.name}: {run.examples:,} training examples, {minutes(estimate(run, args, speed))}")
+        for command in commands(run, folder):
+            print("  " + shlex.join(["python", *command]))
+    examples, texts = sum(run.examples for run in left), sum(args.tests for run in left if run.samples)
+    total = minutes(sum(estimate(run, args, speed) for run in left) / args.jobs)
+    print(f"\n{folder}: {len(left)} of {len(runs)} runs to do, {args.jobs} at a time: {examples:,} training examples, "
+          f"{texts:,} texts, {total}")  # fmt: skip
+
+
+def minutes(seconds):
+    return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"
+
+
+# ---- the runs ----
+
+
+def commands(run, folder):
+    """A run's command lines, without Python's: train.py, then sample.py for each set of inputs."""
+    out, train, sample = folder / run.name, *(os.path.relpath(SCRIPTS / name) for name in ("train.py", "sample.py"))
+    yield [train, *run.train, "--resume", "--out", str(out)]
+    for name, arguments in run.samples.items():
+        trained = ["--model", str(out / "model")] if "finetune" in run.train else ["--prefix", str(out)]
+        yield [sample, *trained, *arguments, "--evaluate", "--output", str(out / f"{name}.txt")]
+
+
+def execute(runs, folder, args):
+    """Do the runs that have no row yet, args.jobs at a time -> the rows of all. InputError when one fails.
+
+    However it ends, no process is left, and what was trained up to the last evaluation is there to go on from.
+    """
+    rows = read_rows(folder, runs)
+    waiting, running = [run for run in runs if run.name not in rows], {}
+    if not waiting:
+        return [rows[run.name] for run in runs]
+    speed = measure(args)
+    total = sum(estimate(run, args, speed) for run in waiting)
+    print(f"{folder}: {len(waiting)} of {len(runs)} runs to do, {args.jobs} at a time, {minutes(total / args.jobs)}")
+    bar = tqdm(total=total, smoothing=0, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
+    bar.set_description_str(f"0/{len(waiting)} runs")
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                run = waiting.pop(0)
+                left = list(commands(run, folder))
+                running[start(left.pop(0), folder / run.name, args)] = run, left
+            time.sleep(0.1)
+            bar.refresh()
+            for process in [process for process in running if process.poll() is not None]:
+                run, left = running.pop(process)
+                out = folder / run.name
+                diverged = process.returncode != 0 and not run.samples and "the loss became" in last_line(out)
+                if process.returncode != 0 and not diverged:
+                    raise InputError(f"{run.name} failed: {last_line(out)} (all that it said: {out}/output.txt)")
+                if left and not diverged:
+                    running[start(left.pop(0), out, args)] = run, left
+                    continue
+                rows[run.name] = make_row(run, out, diverged)
+                with atomic_write(folder / "rows.jsonl") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows.values())
+                (out / "checkpoint.pt").unlink()  # fine-tuning's is four times as large as the model
+                bar.update(estimate(run, args, speed))
+                bar.set_description_str(f"{sum(run.name in rows for run in runs)}/{len(runs)} runs")
+    finally:
+        bar.close()
+        for process in running:
+            process.send_signal(signal.SIGINT)  # train.py and sample.py tidy up
+        for process in running:
+            process.wait()
+    return [rows[run.name] for run in runs]
+
+
+def start(command, out, args):
+    """A command as a process that writes to OUT/output.txt."""
+    out.mkdir(parents=True, exist_ok=True)
+    threads = {"OMP_NUM_THREADS": str(args.threads)} if args.device == "cpu" else {}
+    with open(out / "output.txt", "ab") as log:
+        return subprocess.Popen([sys.executable, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                env={**os.environ, **threads})  # fmt: skip
+
+
+def last_line(out):
+    lines = (out / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def make_row(run, out, diverged):
+    """What there is to know of a run that is done; one that diverged has no dev loss."""
+    row = {"run": run.name, "what": run.what, "train": run.train, "samples": run.samples, "dev_loss": None}
+    if not diverged:
+        result = read_json(out / "result.json")
+        row |= {key: result.get(key) for key in ("dev_loss", "best_step", "share", "seconds")}
+        row["scores"] = {name: read_json(out / f"{name}.json")["scores"] for name in run.samples}
+    return row
+
+
+def read_rows(folder, runs):
+    """name -> row for all rows of FOLDER/rows.jsonl; InputError if one of these runs was done with other settings."""
+    path = folder / "rows.jsonl"
+    rows = {row["run"]: row for _, row in json_rows(path)} if path.is_file() else {}
+    for run in runs:
+        row = rows.get(run.name)
+        if row and (row["train"], row["samples"]) != (run.train, run.samples):
+            was, now = ([*map(str, x["train"]), *map(str, x["samples"].items())] for x in (row, vars(run)))
+            old, new = next((a, b) for a, b in zip(was, now, strict=False) if a != b)
+            raise InputError(f"{path} has {run.name} with {old}, not {new}: give the same settings, or another --out")
+    return rows
+
+
+if __name__ == "__main__":
+    run_main(main)

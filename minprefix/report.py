@@ -1,0 +1,110 @@
+"""What came out of a study: its rows as a Markdown table, the paper's numbers beside them, and as a figure."""
+
+import statistics
+
+from minprefix.files import atomic_write
+
+METRICS = {  # as the paper prints them: times what, decimals
+    "BLEU": (100, 1), "NIST": (1, 2), "METEOR": (100, 1), "ROUGE-1": (100, 1), "ROUGE-2": (100, 1),
+    "ROUGE-L": (100, 1), "CIDEr": (1, 2), "TER": (1, 2), "slots": (100, 1),
+}  # fmt: skip
+E2E = "the paper's GPT-2 medium: BLEU, NIST, METEOR, ROUGE-L, CIDEr"
+XSUM = "the paper's BART-large on XSum: ROUGE-1, 2, L"
+WEBNLG = "the paper's GPT-2 medium, official test set: BLEU seen, unseen, all"
+PAPER = {  # (study, task) -> what the numbers are, and for each line of the table its numbers
+    ("full", "e2e"): (E2E, {
+        ("prefix",): "69.7 / 8.81 / 46.1 / 71.4 / 2.49",
+        ("finetune",): "68.2 / 8.62 / 46.2 / 71.0 / 2.47",
+        ("top2",): "68.1 / 8.59 / 46.0 / 70.8 / 2.41",
+        ("adapter 3%",): "68.9 / 8.71 / 46.1 / 71.3 / 2.47",
+        ("adapter 0.1%",): "66.3 / 8.41 / 45.0 / 69.8 / 2.40",
+    }),
+    ("full", "xsum"): (XSUM, {("prefix",): "43.80 / 20.93 / 36.05", ("finetune",): "45.14 / 22.27 / 37.25"}),
+    ("extrapolation", "webnlg"): (WEBNLG, {
+        ("prefix",): "62.9 / 45.6 / 55.1",
+        ("finetune",): "64.2 / 27.7 / 46.5",
+        ("adapter 3%",): "60.4 / 48.3 / 54.9",
+    }),
+    ("ablation", "e2e"): ("the paper's GPT-2 medium: BLEU", {
+        ("embedding", 1): "48.1", ("embedding", 10): "62.2", ("embedding", 20): "61.9",
+        ("infix", 1): "67.9", ("infix", 10): "67.2", ("infix", 20): "66.7",
+    }),
+}  # fmt: skip
+
+
+def grouped(rows):
+    """Rows that differ in their seeds only, together: what they have in common (values of `what`) -> rows."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row["what"].values()), []).append(row)
+    return groups
+
+
+def values(group, name, metric):
+    """A metric in a set of scores, as the paper prints it, for each row of a group."""
+    return [METRICS[metric][0] * row["scores"][name][metric] for row in group]
+
+
+def spread(numbers, decimals):
+    """Their mean, and half their range."""
+    mean, half = statistics.mean(numbers), (max(numbers) - min(numbers)) / 2
+    return f"{mean:.{decimals}f}" + (f" ± {half:.{decimals}f}" if len(numbers) > 1 else "")
+
+
+def table(rows, losses, args):
+    """A study as Markdown: a line for each group of rows, the learning rates tried (method -> {rate: dev loss})."""
+    paper, numbers = PAPER.get((args.study, args.task), ("", {}))
+    lines = []
+    for what, group in grouped(rows).items():
+        line = {**group[0]["what"], "runs": len(group), "trained": f"{group[0]['share'] or 0:.2%}",
+                "dev loss": spread([row["dev_loss"] for row in group], 3)}  # fmt: skip
+        for name, scores in group[0]["scores"].items():
+            for metric in [metric for metric in METRICS if metric in scores]:
+                column = metric if len(group[0]["scores"]) == 1 else f"{name}: {metric}"
+                line[column] = spread(values(group, name, metric), METRICS[metric][1])
+        lines.append(line | ({paper: numbers.get(what, "")} if paper else {}))
+    over = f"seeds {', '.join(map(str, args.seeds))}"
+    if "--low-data" in rows[0]["train"]:
+        over = f"{args.samplings} samplings of the training data and {over}"
+    text = [
+        f"{args.model} on {args.task}, {args.tests} test inputs; mean ± half the range over {over}.\n",
+        f"| {' | '.join(lines[0])} |",
+        f"|{' --- |' * len(lines[0])}",
+        *[f"| {' | '.join(map(str, line.values()))} |" for line in lines],
+        "\nLearning rates and their dev losses, the lowest was taken:\n",
+    ]
+    for method, tried in losses.items():
+        shown = ", ".join(f"{lr}: {'diverged' if loss is None else f'{loss:.3f}'}" for lr, loss in tried.items())
+        text.append(f"- {method}: {shown}")
+    return "\n".join(text) + "\n"
+
+
+def draw(rows, path):
+    """A PNG of a study's main metric, as the paper's figures are; a line that says so if matplotlib is not there."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: it needs pip install -e '.[plot]'")
+        return
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    metric = next(metric for metric in METRICS if metric in next(iter(rows[0]["scores"].values())))
+    lines = {}  # label -> [(x, values)]: x is the last thing that the study varies
+    for what, group in grouped(rows).items():
+        for name in group[0]["scores"]:
+            label = " ".join([*map(str, what[:-1]), *([name] if len(group[0]["scores"]) > 1 else [])])
+            lines.setdefault(label, []).append((what[-1], values(group, name, metric)))
+    for label, points in lines.items():
+        means = [statistics.mean(numbers) for _, numbers in points]
+        bars = [[mean - min(numbers) for mean, (_, numbers) in zip(means, points, strict=True)],
+                [max(numbers) - mean for mean, (_, numbers) in zip(means, points, strict=True)]]  # fmt: skip
+        ordered = isinstance(points[0][0], int)
+        axes.errorbar([x for x, _ in points], means, bars, fmt="o-" if ordered else "o", capsize=3, label=label)
+    axes.set(xlabel=list(rows[0]["what"])[-1], ylabel=metric)
+    if any(lines):
+        axes.legend()
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, dpi=150)
+    pyplot.close(figure)
