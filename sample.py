@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from minprefix import generate, load_model, load_prefix, load_tokenizer, metrics
-from minprefix.checkpoint import resolve_model
 from minprefix.data import SUMMARISATION, Example, format_source, load_examples
 from minprefix.files import InputError, atomic_write, check_above_zero, read_text, run_main
 from minprefix.generate import recipe
+from minprefix.hub import resolve_model
 from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype
 from minprefix.prefix import check_fits
 from minprefix.slots import slot_accuracy
@@ -28,7 +28,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--prefix", type=Path, help="a prefix.safetensors of train.py; without one the frozen model writes alone")
-    add("--model", help="a model's folder or bundled name (default: the one the prefix was trained on)")
+    add("--model", help="a model's folder or name (default: the one the prefix was trained on)")
     inputs = parser.add_mutually_exclusive_group()
     inputs.add_argument("--input", nargs="+", metavar="TEXT", help="inputs, in the task's form")
     inputs.add_argument("--file", help='a text file with one input a line, or a .jsonl file with rows {"source": ...}')

@@ -19,10 +19,11 @@ import torch
 from minprefix import Prefix, generate, load_model, load_prefix, load_tokenizer, metrics
 from minprefix.baselines import Finetune
 from minprefix.batches import check_lengths, encode_pairs, encode_sources, sequence_form
-from minprefix.checkpoint import bundled_name, read_config, resolve_model
+from minprefix.checkpoint import read_config
 from minprefix.data import SUMMARISATION, find_e2e, load_examples
 from minprefix.files import InputError, atomic_write, check_above_zero, run_main
 from minprefix.generate import recipe
+from minprefix.hub import model_name, resolve_model
 from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype, save_model
 from minprefix.prefix import parameter_shares, save_prefix
 from minprefix.training import train
@@ -45,7 +46,7 @@ EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 or BART folder, or a bundled name (%(default)s)")
+    add("--model", default="gpt2-mini", help="a GPT-2 or BART folder, or a name, bundled or of the hub (%(default)s)")
     add("--task", default="e2e", help='e2e, xsum, scitldr or FILE.jsonl of {"source": x, "target": y} (%(default)s)')
     add("--data", help="folder with the task's files; E2E: else data/e2e, else a download, else the bundled sample")
     add("--method", choices=["prefix", "finetune"], default="prefix", help="what is trained (%(default)s)")
@@ -80,7 +81,7 @@ def parse_args():
 
 def fill_defaults(args):
     """What the command line leaves open, for this model and task."""
-    bundled = BUNDLED.get(bundled_name(args.model))
+    bundled = BUNDLED.get(model_name(args.model))
     settings = bundled or PAPER.get(str(read_config(args.model).get("model_type")), {})
     defaults = {"eval_every": 100, "beams": recipe(args.task)["beams"], **settings}
     if args.method == "finetune":
@@ -110,7 +111,8 @@ def run_folder(args):
         raise InputError(f"{args.out} holds a run already: add --resume to go on with it, or choose another --out")
     if args.out:
         return args.out
-    first, number = Path("runs", f"{Path(args.task).stem}-{args.model.resolve().name}"), 1
+    model = Path(model_name(args.model) or args.model.resolve()).name
+    first, number = Path("runs", f"{Path(args.task).stem}-{model}"), 1
     folder, last = first, first
     while folder.exists():
         number += 1
@@ -187,7 +189,7 @@ def save(args, tuned, model):
         save_model(model, path, args.model, minprefix=info)
         return path
     path = args.out / "prefix.safetensors"
-    base = bundled_name(args.model) or str(args.model.resolve())
+    base = model_name(args.model) or str(args.model.resolve())
     save_prefix(path, tuned.fold(), model, {"base_model": base, **info})
     return path
 

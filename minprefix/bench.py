@@ -23,10 +23,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from minprefix.batches import collate, encode_pairs, pad, pair_lengths, start_id
-from minprefix.checkpoint import resolve_model
 from minprefix.data import Example, load_examples
 from minprefix.files import InputError, check_above_zero, run_main
 from minprefix.generate import generate_ids
+from minprefix.hub import resolve_model
 from minprefix.linear import Linear, pack_weights
 from minprefix.load import keep_freed_memory, load_model, pick_device, pick_dtype
 from minprefix.prefix import Prefix
@@ -41,7 +41,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=["train", "generate"])
-    add("--model", default="gpt2-mini", help="a HuggingFace folder or a bundled name (%(default)s)")
+    add("--model", default="gpt2-mini", help="a HuggingFace folder or a model's name (%(default)s)")
     add("--data", help="E2E's folder (default: as train.py)")
     add("--batch-size", type=int, default=10)
     add("--prefix-length", type=int, default=5)

@@ -22,24 +22,6 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-
-
-def resolve_model(name):
-    """The folder of a model: `name` is a path to one, or the name of one in the repository's `weights/`."""
-    if os.path.isfile(name):
-        raise InputError(f"{name} is a file: give the model's folder instead")
-    for folder in (Path(name), WEIGHTS / name):
-        if name and os.path.isdir(folder):
-            return folder
-    bundled = ", ".join(sorted(config.parent.name for config in WEIGHTS.glob("*/config.json"))) or "none"
-    raise InputError(f"no model {name!r}: there is neither such a folder nor one in {WEIGHTS} (which has: {bundled})")
-
-
-def bundled_name(folder):
-    """The name of a bundled model's folder, None for a folder elsewhere."""
-    folder = Path(folder).resolve()
-    return folder.name if folder.parent == WEIGHTS else None
 
 
 def read_config(folder):
@@ -118,14 +100,8 @@ def refuse_lfs_pointer(path):
 
 
 def read_shards(index_path, read):
-    """The tensors of all shards that an index file lists in its `weight_map` (tensor name -> shard's file name)."""
-    index = read_json(index_path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index_path} has no `weight_map` from tensor names to file names: download it again")
-    for name, shard in weight_map.items():
-        check_shard_name(shard, name, index_path)
-
+    """The tensors of all shards that an index file lists."""
+    weight_map = read_index(index_path)
     tensors, stored_in = {}, {}
     for shard in sorted(set(weight_map.values())):
         path = index_path.parent / shard
@@ -139,6 +115,17 @@ def read_shards(index_path, read):
         if stored_in.get(name) != shard:
             raise InputError(f"{index_path.parent / shard} lacks tensor {name!r:.200}, listed in {index_path.name}")
     return tensors
+
+
+def read_index(index_path):
+    """The `weight_map` of an index file, tensor name -> shard's file name; InputError unless all are plain names."""
+    index = read_object(index_path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index_path} has no `weight_map` from tensor names to file names: download it again")
+    for name, shard in weight_map.items():
+        check_shard_name(shard, name, index_path)
+    return weight_map
 
 
 def check_shard_name(shard, name, index_path):

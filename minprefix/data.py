@@ -7,15 +7,14 @@ import io
 import json
 import re
 import sys
-import threading
 import time
-import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from minprefix.download import open_url
 from minprefix.files import InputError, atomic_write, read_text
 from minprefix.sample_e2e import sample_rows
 
@@ -206,7 +205,7 @@ def download_e2e():
 def download(url):
     """The bytes at a URL. Some exception if the server is not there, errs, stalls, dawdles or sends too much."""
     deadline, content = time.monotonic() + DEADLINE, bytearray()
-    with open_url(url) as response:
+    with open_url(url, TIMEOUT)[0] as response:
         total = response.length
         with tqdm(total=total, unit="B", unit_scale=True, desc="E2E data", leave=False, disable=None) as bar:
             while chunk := response.read1(2**16):  # read1 returns what has arrived, read waits for all of it
@@ -217,26 +216,6 @@ def download(url):
     if total and len(content) < total:
         raise OSError(f"broke off after {len(content)} of {total} bytes")
     return bytes(content)
-
-
-def open_url(url):
-    """urlopen in a thread that is given up if need be: its timeout bounds neither name look-up nor slow headers."""
-    result = []
-
-    def work():
-        try:
-            result.append(urllib.request.urlopen(url, timeout=TIMEOUT))
-        except Exception as error:
-            result.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(2 * TIMEOUT)
-    if not result:
-        raise TimeoutError(f"timed out, no answer within {2 * TIMEOUT} s")
-    if isinstance(result[0], Exception):
-        raise result[0]
-    return result[0]
 
 
 # ---- own data ----

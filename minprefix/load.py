@@ -8,15 +8,16 @@ import sys
 import torch
 
 from minprefix import bart, gpt2
-from minprefix.checkpoint import read_config, read_tensors, resolve_model, write_safetensors
+from minprefix.checkpoint import read_config, read_tensors, write_safetensors
 from minprefix.files import InputError, atomic_write
+from minprefix.hub import resolve_model
 
 KINDS = {"gpt2": (gpt2.GPT2, gpt2.from_huggingface), "bart": (bart.BART, bart.from_huggingface)}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def load_model(name, device="cpu", dtype=torch.float32):
-    """The model in a folder (or bundled under that name): frozen, in eval mode, on a device, in a dtype.
+    """The model in a folder, or of a name (see `resolve_model`): frozen, in eval mode, on a device, in a dtype.
 
     InputError when the folder, its config.json or its tensors are missing, malformed or of an unsupported kind.
     """

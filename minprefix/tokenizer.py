@@ -4,8 +4,8 @@ import functools
 
 import tiktoken
 
-from minprefix.checkpoint import resolve_model
 from minprefix.files import InputError, read_json, read_text
+from minprefix.hub import resolve_model
 
 # GPT-2's pre-tokenisation (Radford et al. 2019), written with possessive quantifiers so that no text, however long,
 # makes the regex engine backtrack. White space before a word, all but its last character, goes in strides of 256: the
@@ -61,7 +61,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder):
-    """The Tokenizer of a HuggingFace folder, or of a bundled model's name.
+    """The Tokenizer of a HuggingFace folder, or of a model's name.
 
     InputError when its files are missing, malformed or of another kind.
     """

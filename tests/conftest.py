@@ -1,7 +1,12 @@
 """Fixtures of several test modules."""
 
+import os
+
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub, nor depends on what its user's cache has
+os.environ["HF_HOME"] = os.devnull
 
 
 @pytest.fixture(scope="module")

