@@ -25,10 +25,11 @@ import torch
 from tqdm import tqdm
 
 from minprefix.batches import collate, encode_pairs
-from minprefix.checkpoint import bundled_name, read_config, resolve_model
+from minprefix.checkpoint import read_config
 from minprefix.data import GET_E2E, find_e2e, json_rows, load_examples
 from minprefix.files import InputError, atomic_write, check_above_zero, read_json, run_main
 from minprefix.generate import generate, recipe
+from minprefix.hub import model_name, resolve_model
 from minprefix.load import keep_freed_memory, load_model, pick_device, pick_dtype
 from minprefix.prefix import Prefix
 from minprefix.report import draw, table
@@ -65,7 +66,7 @@ def parse_args():
 def fill(args):
     """What the command line leaves open."""
     folder = resolve_model(args.model)
-    args.model = bundled_name(folder) or args.model
+    args.model = model_name(folder) or args.model
     args.task = args.task or ("scitldr" if read_config(folder).get("model_type") == "bart" else "e2e")
     if args.task == "e2e":
         args.data = find_e2e(args.data)
