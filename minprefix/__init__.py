@@ -2,7 +2,7 @@
 
 from minprefix.generate import generate
 from minprefix.load import load_model
-from minprefix.prefix import Prefix, load_prefix
+from minprefix.prefix import Prefix, load_prefix, stack_prefixes
 from minprefix.tokenizer import load_tokenizer
 
-__all__ = ["Prefix", "generate", "load_model", "load_prefix", "load_tokenizer"]
+__all__ = ["Prefix", "generate", "load_model", "load_prefix", "load_tokenizer", "stack_prefixes"]

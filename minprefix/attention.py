@@ -60,15 +60,18 @@ def padding_mask(real, like):
 def prefix_segments(prefix, site, n_layer, like):
     """What each layer sees of a prefix at one site: for each layer a list with one segment for `attend`, or none.
 
-    prefix: None, or a dict site -> (L, 2, H, P, D) for the whole batch, or (L, 2, b, H, P, D) for b rows.
+    prefix: None, or a dict site -> (L, 2, H, P, D) for the whole batch, or (L, 2, b, H, P, D) for b rows, or a stack
+    of several prefixes (see prefix.py) of which each row takes one.
     The segments have the dtype and device of the tensor `like`.
     """
     if prefix_length(prefix, site) == 0:
         return [[]] * n_layer
-    kv = prefix[site].to(like)
+    kv, mask = prefix[site].to(like), None
     if kv.dim() == 5:
         kv = kv.unsqueeze(2)
-    return [[(k, v, None)] for k, v in kv.unbind(0)]
+    if (rows := getattr(prefix, "rows", None)) is not None:
+        kv, mask = kv[:, :, rows], padding_mask(real_tokens(prefix.lengths[site][rows], kv.size(-2)), like)
+    return [[(k, v, mask)] for k, v in kv.unbind(0)]
 
 
 def check_prefix(prefix, sites, B):
@@ -77,11 +80,18 @@ def check_prefix(prefix, sites, B):
         if site not in sites:
             raise InputError(f"the prefix is for a site {site!r}, this model has {', '.join(sites)}")
         L, H, D = sites[site]
-        rows = kv.size(2) if kv.dim() == 6 else 1
+        rows = row_count(prefix, kv)
         if (kv.dim() not in (5, 6) or kv.shape[:2] != (L, 2) or (kv.size(-3), kv.size(-1)) != (H, D)
                 or rows not in (1, B)):  # fmt: skip
             shape = f"({L}, 2, {H}, length, {D}), or ({L}, 2, {B}, {H}, length, {D}) for {B} rows"
             raise InputError(f"the prefix for {site!r} has shape {tuple(kv.shape)}, needed is {shape}")
+
+
+def row_count(prefix, kv):
+    """How many rows a prefix's tensor kv is for, 1 for the whole batch."""
+    if getattr(prefix, "rows", None) is not None:
+        return len(prefix.rows)
+    return kv.size(2) if kv.dim() == 6 else 1
 
 
 def prefix_length(prefix, site):
@@ -90,20 +100,26 @@ def prefix_length(prefix, site):
 
 
 def first_position(prefix):
-    """Position id of the (decoder's) first token: what the prefix was trained with, by default its length."""
-    offset = getattr(prefix, "position_offset", None)
-    return prefix_length(prefix, "decoder") if offset is None else offset
+    """Position id of the (decoder's) first token: what the prefix was trained with, by default its length.
+
+    Of a stack of prefixes (B,), one for each row, on the CPU.
+    """
+    offset, rows = getattr(prefix, "position_offset", None), getattr(prefix, "rows", None)
+    if offset is None:
+        return prefix_length(prefix, "decoder")
+    return offset if rows is None else offset[rows]
 
 
 def position_ids(ids, start, n_positions):
-    """(T,) for tokens ids (B, T), the first at `start`; InputError if the model has too few positions."""
-    T = ids.size(1)
-    if start + T > n_positions:
+    """(T,) for tokens ids (B, T), the first at `start`, or (B, T) for starts (B,); InputError if they are too many."""
+    T, last = ids.size(1), int(max(start)) if torch.is_tensor(start) else start
+    if last + T > n_positions:
         raise InputError(
-            f"{T} tokens from position {start} on do not fit the model's {n_positions} positions: "
+            f"{T} tokens from position {last} on do not fit the model's {n_positions} positions: "
             "shorten the text (--max-source cuts sources) or the prefix"
         )
-    return torch.arange(start, start + T, device=ids.device)
+    positions = torch.arange(T, device=ids.device)
+    return positions + (start.to(ids.device)[:, None] if torch.is_tensor(start) else start)
 
 
 @dataclass

@@ -161,7 +161,7 @@ class BART(nn.Module):
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`: the encoder runs once."""
         source_mask = real_tokens(lengths, source_ids.size(1))
         cross = self._cross(source_ids, source_mask, prefix)
-        position = torch.full_like(lengths, first_position(prefix))
+        position = torch.as_tensor(first_position(prefix)).to(lengths).expand_as(lengths)
         return Cache(self._prefix(prefix, "decoder"), cross, [None] * len(self.decoder.layers), position)
 
     def step(self, ids, cache):

@@ -9,6 +9,7 @@ import copy
 import torch
 from tqdm import tqdm
 
+from minprefix.attention import row_count
 from minprefix.batches import encode_sources, start_id
 from minprefix.data import SUMMARISATION
 from minprefix.files import InputError
@@ -213,9 +214,12 @@ def _prefill(model, sources, batch, prefix, max_new_tokens, device):
 
 def _rows(prefix, batch):
     """The rows `batch` of a prefix whose rows differ; else the prefix as it is."""
-    if prefix is None or all(kv.dim() == 5 or kv.size(2) == 1 for kv in prefix.values()):
+    if prefix is None or all(row_count(prefix, kv) == 1 for kv in prefix.values()):
         return prefix
     part = copy.copy(prefix)  # keeps what else a prefix may carry: position_offset
+    if getattr(prefix, "rows", None) is not None:
+        part.rows = prefix.rows[batch]
+        return part
     for site, kv in prefix.items():
         if kv.dim() == 6 and kv.size(2) > 1:
             part[site] = kv[:, :, batch]
@@ -226,7 +230,7 @@ def _check(model, sources, prefix, beams, max_new_tokens, min_new_tokens, length
            temperature, top_k, top_p, forbidden, batch_size):  # fmt: skip
     """InputError where the options of `generate_ids` make no sense."""
     allowed = model.config["vocab_size"] - len(set(forbidden))
-    rows = {kv.size(2) for kv in (prefix or {}).values() if kv.dim() == 6} - {1, len(sources)}
+    rows = {row_count(prefix, kv) for kv in (prefix or {}).values()} - {1, len(sources)}
     for wrong, complaint in (
         (beams < 1, f"beams is {beams}, at least 1 is needed"),
         (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, at least 1 is needed"),

@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, C model dimension, H heads, D head dimension, V vocabulary, L layers, P prefix length.
 """
 
+import torch
 from torch import nn
 
 from minprefix.attention import (
@@ -111,7 +112,7 @@ class GPT2(nn.Module):
         _, source = self._run(ids, prefix, start)
         mask = padding_mask(real_tokens(lengths, ids.size(1)), self.wte.weight)
         fixed = [[*context, (*kv, mask)] for context, kv in zip(self._prefix(prefix), source, strict=True)]
-        return Cache(fixed, None, [None] * len(self.h), start + lengths)
+        return Cache(fixed, None, [None] * len(self.h), lengths + torch.as_tensor(start).to(lengths))
 
     def step(self, ids, cache):
         """One more token for each row (R,) -> states (R, C) for `logits`; the cache takes it in."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minprefix.attention import first_position
 from minprefix.checkpoint import read_safetensors, write_safetensors
 from minprefix.files import InputError
 
@@ -20,12 +21,39 @@ class FoldedPrefix(dict):
     """What `model(..., prefix=)` takes: site -> (L, 2, H, P, D), keys and values.
 
     position_offset: position id of the first real token. info: what the prefix file says of itself (base model, task).
+    rows: None, or of a stack (`stack_prefixes`) which of its prefixes each row takes.
     """
+
+    rows = None
 
     def __init__(self, kv, position_offset, info=None):
         super().__init__(kv)
         self.position_offset = position_offset
         self.info = info or {}
+
+
+def stack_prefixes(prefixes, rows):
+    """Several FoldedPrefix for one batch, row i taking prefixes[rows[i]]: what `model` and `generate` take (section 8).
+
+    They may have different lengths, sites and position offsets. Each is stored once, (L, 2, N, H, P, D) for N prefixes
+    at each site, P being the longest one's length; no row sees the columns that a shorter one is filled up with.
+    """
+    if not prefixes or not all(0 <= row < len(prefixes) for row in rows):
+        raise InputError(f"the rows name prefixes 0 to {max(rows, default=0)}, there are {len(prefixes)}")
+    stack, stacked_lengths = {}, {}
+    for site in {site: None for prefix in prefixes for site in prefix}:
+        parts = [prefix.get(site) for prefix in prefixes]
+        some = next(kv for kv in parts if kv is not None)
+        parts = [some[:, :, :, :0] if kv is None else kv for kv in parts]
+        shapes = {(*kv.shape[:3], *kv.shape[4:]) for kv in parts}
+        if len(shapes) > 1:
+            raise InputError(f"the prefixes' {site!r} parts are of different models: {' and '.join(map(str, shapes))}")
+        lengths = [kv.size(3) for kv in parts]
+        stack[site] = torch.stack([F.pad(kv, (0, 0, 0, max(lengths) - kv.size(3))) for kv in parts], dim=2)
+        stacked_lengths[site] = torch.tensor(lengths)
+    stacked = FoldedPrefix(stack, torch.tensor([first_position(prefix) for prefix in prefixes]))
+    stacked.rows, stacked.lengths = torch.tensor(rows, dtype=torch.long), stacked_lengths
+    return stacked
 
 
 class Prefix(nn.Module):

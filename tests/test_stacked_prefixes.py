@@ -1,0 +1,119 @@
+"""Several prefixes in one batch (section 8 of the paper): each row as if it were alone, at every site."""
+
+import pytest
+import torch
+
+from minprefix import stack_prefixes
+from minprefix.bart import BART
+from minprefix.files import InputError
+from minprefix.generate import generate_ids
+from minprefix.gpt2 import GPT2
+from minprefix.prefix import FoldedPrefix
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+V, END = 60, 7
+SHAPES = {
+    "gpt2": {"vocab_size": V, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2},
+    "bart": {"vocab_size": V, "max_position_embeddings": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3,
+             "encoder_attention_heads": 4, "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40},
+}  # fmt: skip
+LENGTHS, OFFSETS = (3, 1, 8, 5), (3, 0, 8, 11)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def model(request):
+    torch.manual_seed(5)
+    model = (GPT2 if request.param == "gpt2" else BART)(SHAPES[request.param])
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=float("weight" in name and p.dim() == 1), std=0.4)
+    if model.encoder_decoder:
+        model.final_logits_bias[:, END] = 4  # some texts end early
+    return model.requires_grad_(False).double()
+
+
+@pytest.fixture(scope="module")
+def prefixes(model):
+    """Of four lengths and offsets; where the model has several sites, the second and third lack some."""
+    torch.manual_seed(6)
+    kept = [set(model.prefix_sites), {"decoder"}, set(model.prefix_sites) - {"cross"}, set(model.prefix_sites)]
+    return [
+        FoldedPrefix({site: torch.randn(L, 2, H, P, D, dtype=torch.double) * 2
+                      for site, (L, H, D) in model.prefix_sites.items() if site in sites}, offset)
+        for P, offset, sites in zip(LENGTHS, OFFSETS, kept, strict=True)
+    ]  # fmt: skip
+
+
+def inputs(model, B):
+    ids = torch.randint(V, (B, 9), generator=torch.Generator().manual_seed(1))
+    if not model.encoder_decoder:
+        return (ids,)
+    mask = torch.arange(9) < torch.tensor([9, 4, 1, 7, 9, 2, 5])[:B, None]
+    return ids, ids.flip(1)[:, :6], mask
+
+
+def test_logits_are_those_of_each_row_alone(model, prefixes):
+    rows = [2, 0, 1, 3, 1, 2, 0]
+    batch = inputs(model, len(rows))
+    together = model(*batch, prefix=stack_prefixes(prefixes, rows))
+    for i, row in enumerate(rows):
+        alone = model(*(x[i : i + 1] for x in batch), prefix=prefixes[row])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-12)
+        other = model(*(x[i : i + 1] for x in batch), prefix=prefixes[row - 1])
+        assert (together[i : i + 1] - other).abs().max() > 0.1
+
+
+def test_gradients_reach_each_prefix_and_no_filling(model, prefixes):
+    leaves = [FoldedPrefix({site: kv.clone().requires_grad_() for site, kv in p.items()}, p.position_offset)
+              for p in prefixes[:3]]  # fmt: skip
+    rows = [2, 0, 1, 0]
+    batch = inputs(model, len(rows))
+    model(*batch, prefix=stack_prefixes(leaves, rows)).square().sum().backward()
+    together = [{site: kv.grad.clone() for site, kv in p.items()} for p in leaves]
+    for kv in (kv for prefix in leaves for kv in prefix.values()):
+        kv.grad = None
+    for i, row in enumerate(rows):
+        model(*(x[i : i + 1] for x in batch), prefix=leaves[row]).square().sum().backward()
+    for prefix, grads in zip(leaves, together, strict=True):
+        for site, kv in prefix.items():
+            torch.testing.assert_close(grads[site], kv.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_64_requests_over_4_prefixes_are_the_single_runs(model, prefixes, beams):
+    generator = torch.Generator().manual_seed(2)
+    sources = [torch.randint(8, V, (n,), generator=generator).tolist()
+               for n in torch.randint(1, 12, (64,), generator=generator).tolist()]  # fmt: skip
+    rows = torch.randint(4, (64,), generator=generator).tolist()
+    options = {"beams": beams, "max_new_tokens": 10, "batch_size": 13}
+    together = generate_ids(model, sources, 2, END, stack_prefixes(prefixes, rows), **options)
+    alone = [generate_ids(model, [source], 2, END, prefixes[row], **options)[0]
+             for source, row in zip(sources, rows, strict=True)]  # fmt: skip
+    assert together == alone
+    assert len({len(text) for text in together}) > 1 and len({tuple(text) for text in together}) > 15
+    assert together != generate_ids(model, sources, 2, END, prefixes[0], **options)
+
+
+def test_one_row_and_one_prefix(model, prefixes):
+    batch = inputs(model, 3)
+    alone = model(*batch, prefix=prefixes[1])
+    for rows in ([1], [1, 1, 1]):  # for the whole batch, for each row
+        torch.testing.assert_close(model(*batch, prefix=stack_prefixes(prefixes, rows)), alone, rtol=0, atol=1e-12)
+
+
+def test_what_does_not_fit_is_refused(model, prefixes):
+    stack = stack_prefixes(prefixes, [0, 1])
+    with pytest.raises(InputError, match="3 rows"):
+        model(*inputs(model, 3), prefix=stack)
+    with pytest.raises(InputError, match=r"\{2\} rows for 3 sources"):
+        generate_ids(model, [[8], [9], [10]], 2, END, stack, beams=1)
+    for rows in ([0, 4], [-1]):
+        with pytest.raises(InputError, match="there are 4"):
+            stack_prefixes(prefixes, rows)
+    with pytest.raises(InputError, match="there are 0"):
+        stack_prefixes([], [0])
+    other = FoldedPrefix({"decoder": torch.zeros(9, 2, 1, 4, 5)}, 4)
+    with pytest.raises(InputError, match="different models"):
+        stack_prefixes([prefixes[0], other], [0, 1])
+    too_long = FoldedPrefix(prefixes[0], 60)
+    with pytest.raises(InputError, match="from position 60 on"):
+        model(*inputs(model, 2), prefix=stack_prefixes([prefixes[0], too_long], [0, 1]))
