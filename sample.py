@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from minprefix import generate, load_model, load_prefix, load_tokenizer, metrics
-from minprefix.data import SUMMARISATION, Example, format_source, load_examples
+from minprefix.data import SUMMARISATION, WEBNLG_SPLITS, Example, format_source, load_examples
+from minprefix.examples import on_topics
 from minprefix.files import InputError, atomic_write, check_above_zero, read_text, run_main
 from minprefix.generate import recipe
 from minprefix.hub import resolve_model
@@ -32,9 +33,11 @@ def parse_args():
     inputs = parser.add_mutually_exclusive_group()
     inputs.add_argument("--input", nargs="+", metavar="TEXT", help="inputs, in the task's form")
     inputs.add_argument("--file", help='a text file with one input a line, or a .jsonl file with rows {"source": ...}')
-    inputs.add_argument("--task", help="e2e, xsum, scitldr, FILE.jsonl: its --split's inputs (default: from stdin)")
-    add("--split", choices=["train", "dev", "test", "all"], help="of --task (test; all rows of a FILE.jsonl)")
+    inputs.add_argument("--task", help="e2e, webnlg, dart, xsum, scitldr, FILE.jsonl: its inputs (default: from stdin)")
+    add("--split", choices=[*WEBNLG_SPLITS, "all"], help="of --task (test; all rows of a FILE.jsonl)")
     add("--data", help="folder with the task's files")
+    add("--topics", nargs="+", metavar="TOPIC", help="the inputs of --task on these topics only (WebNLG: categories)")
+    add("--topic-field", default="topic", metavar="NAME", help="the key of a JSONL row's topic (%(default)s)")
     add("--limit", type=int, help="the first N inputs only")
     add("--max-source", type=int, help="cut sources to so many tokens (as in training; BART 512)")
     add("--beams", type=int, help="beam search with K beams, 1 is greedy (5; summaries 6; 1 with --sample)")
@@ -57,6 +60,8 @@ def parse_args():
     check_above_zero(args, ("limit", "max_source"))
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed is {args.seed}: it must be at least 0")
+    if args.topics and not args.task:
+        raise InputError("--topics chooses among the inputs of --task: give that, too")
     if args.evaluate:
         inputs = args.split if args.task else Path(args.file or "input").stem
         args.output = args.output or default_folder(args) / f"texts-{inputs}.txt"
@@ -146,8 +151,9 @@ def evaluate(output, task, lines, examples, settings):
         scores, intervals = metrics.summary_score(lines, references)
     else:
         scores, intervals = metrics.score(lines, references), {}
-        if "METEOR" not in scores:
-            print("METEOR left out: it needs pip install -e '.[eval]' and Java", file=sys.stderr)
+        for metric, needs in (("METEOR", "pip install -e '.[eval]' and Java"), ("TER", "pip install -e '.[eval]'")):
+            if metric not in scores:
+                print(f"{metric} left out: it needs {needs}", file=sys.stderr)
         if task == "e2e":
             scores.update(slot_accuracy([example.source for example in examples], lines))
     bounds = {metric: f" [{low:.4f}, {high:.4f}]" for metric, (low, high) in intervals.items()}
@@ -160,10 +166,12 @@ def evaluate(output, task, lines, examples, settings):
 def read_examples(args, trained_task):
     """The inputs from wherever the command line says, in the form that the prefix was trained on."""
     rows = args.task or args.file
-    if args.task and not rows.endswith(".jsonl"):
-        return load_examples(args.task, args.split, args.data)
-    if rows and rows.endswith(".jsonl"):
-        examples = load_examples(rows, args.split if args.task else "all", args.data)
+    if rows and (args.task or rows.endswith(".jsonl")):
+        examples = load_examples(rows, args.split if args.task else "all", args.data, args.topic_field)
+        if args.topics:
+            examples = on_topics(examples, args.topics, f"{args.task}, {args.split} split")
+        if not rows.endswith(".jsonl"):
+            return examples
         return [Example(format_source(trained_task, e.source), e.references) for e in examples]
     lines = args.input or read_text(args.file or "-").split("\n")
     if lines[-1:] == [""]:

@@ -21,6 +21,7 @@ from minprefix.baselines import Finetune
 from minprefix.batches import check_lengths, encode_pairs, encode_sources, sequence_form
 from minprefix.checkpoint import read_config
 from minprefix.data import SUMMARISATION, find_e2e, load_examples
+from minprefix.examples import draw_pairs, on_topics
 from minprefix.files import InputError, atomic_write, check_above_zero, run_main
 from minprefix.generate import recipe
 from minprefix.hub import model_name, resolve_model
@@ -32,6 +33,10 @@ from minprefix.training import train
 PAPER = {
     "gpt2": {"prefix_length": 5, "hidden": 512, "lr": 8e-5, "batch_size": 10, "epochs": 5},
     "bart": {"prefix_length": 200, "hidden": 800, "lr": 5e-5, "batch_size": 16, "epochs": 30, "eval_every": 1000},
+}
+PAPER_TASK = {  # what the paper sets otherwise for these, for GPT-2
+    "webnlg": {"lr": 5e-5, "batch_size": 5},
+    "dart": {"lr": 5e-5, "batch_size": 5, "epochs": 10, "prefix_length": 10},
 }
 BUNDLED = {
     "gpt2-mini": {"prefix_length": 100, "hidden": 0, "lr": 0.1, "batch_size": 16, "steps": 1500},
@@ -47,8 +52,10 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="gpt2-mini", help="a GPT-2 or BART folder, or a name, bundled or of the hub (%(default)s)")
-    add("--task", default="e2e", help='e2e, xsum, scitldr or FILE.jsonl of {"source": x, "target": y} (%(default)s)')
+    add("--task", default="e2e", help="e2e, webnlg, dart, xsum, scitldr or FILE.jsonl of sources and targets (e2e)")
     add("--data", help="folder with the task's files; E2E: else data/e2e, else a download, else the bundled sample")
+    add("--topics", nargs="+", metavar="TOPIC", help="train and take dev losses on these only (WebNLG: categories)")
+    add("--topic-field", default="topic", metavar="NAME", help="the key of a JSONL row's topic (%(default)s)")
     add("--method", choices=["prefix", "finetune"], default="prefix", help="what is trained (%(default)s)")
     add("--max-source", type=int, help="cut sources to so many tokens (BART 512; GPT-2's are not cut)")
     add("--prefix-length", type=int, help="virtual tokens (5, BART 200; gpt2-mini 100, bart-mini 20)")
@@ -59,7 +66,10 @@ def parse_args():
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, help="passes over the training pairs (5, BART 30)")
     length.add_argument("--steps", type=int, help="steps, instead of --epochs (gpt2-mini 1500, bart-mini 750)")
-    add("--limit", type=int, help="train on the first N pairs only")
+    subset = parser.add_mutually_exclusive_group()
+    subset.add_argument("--limit", type=int, help="train on the first N pairs only")
+    subset.add_argument("--low-data", type=int, metavar="N", help="train on N pairs drawn at random, 30%% of N for dev")
+    add("--low-data-seed", type=int, default=0, help="draws those pairs, whatever --seed is (%(default)s)")
     add("--batch-size", type=int, help="pairs in a step (10; BART and bundled models 16)")
     add("--lr", type=float, help="learning rate (8e-5, BART, finetune 5e-5; bundled 0.1, BART 3e-3, finetune 1e-3)")
     add("--warmup", type=int, default=0, help="steps of linear warm-up (%(default)s)")
@@ -82,7 +92,8 @@ def parse_args():
 def fill_defaults(args):
     """What the command line leaves open, for this model and task."""
     bundled = BUNDLED.get(model_name(args.model))
-    settings = bundled or PAPER.get(str(read_config(args.model).get("model_type")), {})
+    kind = str(read_config(args.model).get("model_type"))
+    settings = bundled or {**PAPER.get(kind, {}), **(PAPER_TASK.get(args.task, {}) if kind == "gpt2" else {})}
     defaults = {"eval_every": 100, "beams": recipe(args.task)["beams"], **settings}
     if args.method == "finetune":
         defaults.update(BUNDLED_FINETUNE if bundled else FINETUNE)
@@ -99,8 +110,9 @@ def check(args):
     for key in PREFIX_OPTIONS if args.method == "finetune" else ():
         if getattr(args, key) is not None:
             raise InputError(f"--{key.replace('_', '-')} sets a prefix, --method finetune trains none: leave it out")
-    check_above_zero(args, ("epochs", "steps", "limit", "batch_size", "lr", "eval_every", "beams", "max_source"))
-    for key in ("warmup", "eval_inputs", "seed", "offset"):
+    above_zero = ("epochs", "steps", "limit", "low_data", "batch_size", "lr", "eval_every", "beams", "max_source")
+    check_above_zero(args, above_zero)
+    for key in ("warmup", "eval_inputs", "seed", "low_data_seed", "offset"):
         if not 0 <= (getattr(args, key) or 0) < 2**63:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be at least 0")
 
@@ -215,9 +227,16 @@ def load_data(args, model, tokenizer, start):
     """
     pairs = {}
     for split in ("train", "dev"):
-        examples = load_examples(args.task, split, args.data)[: args.limit if split == "train" else None]
+        examples = load_examples(args.task, split, args.data, args.topic_field)
+        where = f"{args.task}, {split} split"
+        if args.topics:
+            examples = on_topics(examples, args.topics, where)
+        if args.low_data:
+            count = args.low_data if split == "train" else math.ceil(3 * args.low_data / 10)  # the paper's share
+            examples = draw_pairs(examples, count, args.low_data_seed, where)
+        examples = examples[: args.limit if split == "train" else None]
         pairs[split] = encode_pairs(examples, tokenizer, model, args.max_source, f"{split} sources")
-        check_lengths(pairs[split], model, start, f"{args.task}, {split} split")
+        check_lengths(pairs[split], model, start, where)
     test = spread(load_examples(args.task, "test", args.data), args.eval_inputs) if args.eval_inputs else []
     new_tokens = recipe(args.task)["max_new_tokens"]
     sources = encode_sources([example.source for example in test], tokenizer, model, args.max_source, what=None)

@@ -1,4 +1,4 @@
-"""Tasks as examples: E2E, XSum, SciTLDR, a user's own JSONL."""
+"""Tasks as examples: E2E, WebNLG, DART (both read in triples.py), XSum, SciTLDR, a user's own JSONL."""
 
 import csv
 import functools
@@ -9,14 +9,15 @@ import re
 import sys
 import time
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from minprefix.download import open_url
+from minprefix.examples import EmptyText, Example, check_text, collapse, grouped
 from minprefix.files import InputError, atomic_write, read_text
 from minprefix.sample_e2e import sample_rows
+from minprefix.triples import DART_LAYOUT, WEBNLG_LAYOUT, linearise_triples, load_dart, load_webnlg, split_triples
 
 E2E_URL = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
 E2E_FOLDER = Path("data/e2e")
@@ -33,6 +34,8 @@ MAX_BYTES = 32 * 2**20  # of the zip and of each file in it; the largest has 9 M
 
 SLOT_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}  # the others keep theirs
 SPLITS = ("train", "dev", "test")
+WEBNLG_SPLITS = (*SPLITS, "test_seen", "test_unseen")
+TRIPLES = ("webnlg", "dart")
 SUMMARISATION = ("xsum", "scitldr")  # decoded and scored otherwise than table-to-text
 XSUM_NAMES = {"train": ["train"], "dev": ["val", "validation", "dev"], "test": ["test"]}  # their files' names
 XSUM_LAYOUT = (
@@ -44,24 +47,19 @@ SCITLDR_LAYOUT = 'expected {train,dev,test}.jsonl of rows {"source": [sentences]
 PAIR = r"([^\[\],:|]+)\[([^\[\]]+)\]\s*"  # no two neighbours match the same character: linear time
 
 
-@dataclass
-class Example:
-    source: str  # the linearised text x
-    references: list[str]  # the texts y; none if the input is unlabelled
-
-
-class EmptyText(InputError):
-    """A text of the input is empty. Its own class, for XSum has such rows and goes on without them."""
-
-
 # ---- tasks -> examples ----
 
 
-def load_examples(task, split, data=None):
+def load_examples(task, split, data=None, topic_field="topic"):
     """The list of Examples of a task's split; `data` is the folder to look in.
+
+    topic_field: the key of a JSONL row, of any task that is read from rows, whose value is the Example's topic.
 
     "e2e": split train, dev or test, one Example for each distinct mr, in the file's order. Where the files come from:
     see `find_e2e`.
+
+    "webnlg" and "dart": one Example for each distinct set of triples, WebNLG's with the category as topic. Splits,
+    files and what is left out: see `load_webnlg` and `load_dart`.
 
     "xsum" and "scitldr": split train, dev or test, one Example for each row, in the file's order, white space
     collapsed to single blanks; nothing is downloaded, so `data` is needed. XSum is either the line files NAME.source
@@ -72,47 +70,41 @@ def load_examples(task, split, data=None):
 
     "FILE.jsonl", rows {"source": x, "target": y} or {"source": x, "references": [y, ...]}, or as in the two above (see
     `parse_row`): split "all" is every row, references or not. For the others each row needs a reference, and rows with
-    one source become one Example. "train" is the file less a held-out tail, "dev" that tail (a tenth of the sources, at
-    least 1, at most 500), and "test" the same as "dev". But beside a file that is called train.jsonl, dev.jsonl takes
-    the place of the tail (nothing is held out then) and test.jsonl that of "test".
+    one source (and topic) become one Example. "train" is the file less a held-out tail, "dev" that tail (a tenth of the
+    sources, at least 1, at most 500), and "test" the same as "dev". But beside a file that is called train.jsonl,
+    dev.jsonl takes the place of the tail (nothing is held out then) and test.jsonl that of "test".
     """
     if task == "e2e" and split in SPLITS:
         return load_e2e(split, find_e2e(data))
+    if task == "webnlg" and split in WEBNLG_SPLITS:
+        return load_webnlg(split, given_folder(task, data, WEBNLG_LAYOUT))
+    if task == "dart" and split in SPLITS:
+        return load_dart(split, given_folder(task, data, DART_LAYOUT))
     if task == "xsum" and split in SPLITS:
-        return load_xsum(split, given_folder(task, data, XSUM_LAYOUT))
+        return load_xsum(split, given_folder(task, data, XSUM_LAYOUT), topic_field)
     if task == "scitldr" and split in SPLITS:
-        return load_scitldr(split, given_folder(task, data, SCITLDR_LAYOUT))
+        return load_scitldr(split, given_folder(task, data, SCITLDR_LAYOUT), topic_field)
     if task.endswith(".jsonl") and split in ("all", *SPLITS):
-        return load_jsonl(Path(data or "", task), split)
-    known = "e2e, xsum and scitldr (train, dev, test) and FILE.jsonl (train, dev, test, all)"
+        return load_jsonl(Path(data or "", task), split, topic_field)
+    known = (
+        "e2e, dart, xsum and scitldr (train, dev, test), webnlg (also test_seen, test_unseen) and FILE.jsonl (train, "
+        "dev, test, all)"
+    )
     raise InputError(f"there is no split {split!r} of a task {task!r}: known are {known}")
 
 
 def format_source(task, text):
     """A user's input as the text x that the task's examples have: E2E's mr or linearised text, else the text itself.
 
+    WebNLG and DART: triples, `Alan_Bean : occupation : Test_pilot | Alan_Bean : nationality : United_States`.
     The summarisation tasks' documents have all white space collapsed, a user's own JSONL keeps what is inside a text.
     """
     text = check_text(text, "the input")
     if task == "e2e" and ("[" in text or " : " not in text):
         return linearise_e2e(text)
+    if task in TRIPLES:
+        return linearise_triples(split_triples(text))
     return collapse(text) if task in SUMMARISATION else text
-
-
-def collapse(text):
-    """A text with each run of white space, line ends included, as one blank."""
-    return " ".join(text.split())
-
-
-def check_text(text, where):
-    """A text without the blanks around it; InputError if it is none, empty, or not fit to be written to a file."""
-    if not isinstance(text, str):
-        raise InputError(f"{where} is a JSON {type(text).__name__}, a string is needed")
-    if re.search("[\0\ud800-\udfff]", text):
-        raise InputError(f"{where} holds a NUL character or half a character (a lone surrogate): remove it")
-    if not text.strip():
-        raise EmptyText(f"{where} is empty")
-    return text.strip()
 
 
 def linearise_e2e(mr, where="the input"):
@@ -221,17 +213,17 @@ def download(url):
 # ---- own data ----
 
 
-def load_jsonl(path, split):
+def load_jsonl(path, split, topic_field):
     """The Examples of a user's file; `load_examples` says what the splits are."""
     if split == "all":
-        return read_jsonl(path)
+        return read_jsonl(path, topic_field)
     dev, test = path.with_name("dev.jsonl"), path.with_name("test.jsonl")
     has_dev, has_test = (path.name == "train.jsonl" and file.is_file() for file in (dev, test))
     if split == "test" and has_test:
-        return grouped(read_jsonl(test, labelled=True))
+        return grouped(read_jsonl(test, topic_field, labelled=True))
     if split != "train" and has_dev:
-        return grouped(read_jsonl(dev, labelled=True))
-    examples = grouped(read_jsonl(path, labelled=True))  # before the cut: no source on both sides of it
+        return grouped(read_jsonl(dev, topic_field, labelled=True))
+    examples = grouped(read_jsonl(path, topic_field, labelled=True))  # before the cut: no source on both sides of it
     if has_dev:
         return examples
     if len(examples) < 2:
@@ -240,19 +232,11 @@ def load_jsonl(path, split):
     return examples[:-held_out] if split == "train" else examples[-held_out:]
 
 
-def grouped(examples):
-    """One Example for each distinct source, in the order of the first, with all of its references."""
-    by_source = {}
-    for example in examples:
-        by_source.setdefault(example.source, Example(example.source, [])).references.extend(example.references)
-    return list(by_source.values())
-
-
-def read_jsonl(path, labelled=False):
+def read_jsonl(path, topic_field, labelled=False):
     """The Examples of a JSONL file's rows, in order; InputError if `labelled` and one has no reference."""
     if not path.is_file():
         raise InputError(f'{path} is missing: expected a file of rows like {{"source": "...", "target": "..."}}')
-    examples = [parse_row(row, f"{path}:{number}", labelled) for number, row in json_rows(path)]
+    examples = [parse_row(row, f"{path}:{number}", topic_field, labelled) for number, row in json_rows(path)]
     if not examples:
         raise InputError(f"{path} is empty: expected a JSON object on each line")
     return examples
@@ -273,12 +257,12 @@ def json_rows(path):
         yield number, row
 
 
-def parse_row(row, where, labelled=False):
+def parse_row(row, where, topic_field, labelled=False):
     """A JSONL row as an Example, for all tasks; `labelled` if it must have a reference.
 
     x is "source" or else "document": a string, or a list of sentences, which are joined by blanks. The texts y are
-    "target" or else "summary": a string, or a list of references; or they are the list "references". Other keys are
-    ignored.
+    "target" or else "summary": a string, or a list of references; or they are the list "references". The topic is
+    the value of topic_field, if that is a string or a number. Other keys are ignored.
     """
     x = next((key for key in ("source", "document") if key in row), None)
     y = next((key for key in ("target", "references", "summary") if key in row), None)
@@ -299,7 +283,9 @@ def parse_row(row, where, labelled=False):
     if labelled and not references:
         raise InputError(f'{where}: a JSONL row without a target: add "target" or "references"')
     references = [check_text(reference, f"{where}: {kind}") for reference in references]
-    return Example(check_text(source, f"{where}: {x}"), references)
+    topic = row.get(topic_field)
+    topic = str(topic) if isinstance(topic, (str, int)) else None
+    return Example(check_text(source, f"{where}: {x}"), references, topic)
 
 
 # ---- summarisation ----
@@ -314,15 +300,15 @@ def given_folder(task, data, layout):
     return Path(data)
 
 
-def load_scitldr(split, folder):
+def load_scitldr(split, folder, topic_field):
     """The Examples of a SciTLDR split: an abstract with its summaries, one in train, up to four in dev and test."""
     path = folder / f"{split}.jsonl"
     if not path.is_file():
         raise InputError(f"{path} is missing: {SCITLDR_LAYOUT}")
-    return [collapse_example(example) for example in read_jsonl(path, labelled=True)]
+    return [collapse_example(example) for example in read_jsonl(path, topic_field, labelled=True)]
 
 
-def load_xsum(split, folder):
+def load_xsum(split, folder, topic_field):
     """The Examples of an XSum split, whichever its layout, without the rows that lack a document or a summary."""
     path = find_xsum(split, folder)
     if path.suffix == ".source":
@@ -333,7 +319,7 @@ def load_xsum(split, folder):
     examples, empty = [], []
     for number, row in rows:
         try:
-            examples.append(collapse_example(parse_row(row, f"{path}:{number}", labelled=True)))
+            examples.append(collapse_example(parse_row(row, f"{path}:{number}", topic_field, labelled=True)))
         except EmptyText:  # the official release has a few
             empty.append(number)
     if not examples:
@@ -384,4 +370,4 @@ def read_lines(path):
 
 def collapse_example(example):
     """An Example with the white space in its texts collapsed."""
-    return Example(collapse(example.source), [collapse(reference) for reference in example.references])
+    return Example(collapse(example.source), [collapse(y) for y in example.references], example.topic)

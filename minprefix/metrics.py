@@ -1,4 +1,5 @@
-"""BLEU, NIST, ROUGE-L and CIDEr, equal to the E2E challenge's scorer (tuetschek/e2e-metrics); METEOR through Java.
+"""BLEU, NIST, ROUGE-L and CIDEr, equal to the E2E challenge's scorer (tuetschek/e2e-metrics); METEOR through Java, TER
+through the package sacrebleu.
 
 BLEU and NIST see mteval-13a tokens; ROUGE-L, CIDEr and METEOR see what COCO's caption evaluation sees: lower-cased
 Penn Treebank tokens from Stanford's PTBTokenizer 3.4.1 (read as UTF-8), most punctuation removed.
@@ -13,6 +14,7 @@ import math
 import re
 import shutil
 from collections import Counter
+from itertools import zip_longest
 
 import numpy as np
 
@@ -21,7 +23,7 @@ from minprefix.ptb import ptb_tokens
 
 
 def score(hypotheses, references):
-    """All scores of a corpus as a dict: BLEU, NIST, ROUGE-L, CIDEr, and METEOR when its extra and Java are there.
+    """All scores of a corpus as a dict: BLEU, NIST, ROUGE-L, CIDEr, and METEOR and TER when what they need is there.
 
     hypotheses: N strings; references: N lists of at least one string each. Raises InputError where they are not.
     """
@@ -31,8 +33,9 @@ def score(hypotheses, references):
         "ROUGE-L": rouge_l(hypotheses, references),
         "CIDEr": cider(hypotheses, references),
     }
-    with contextlib.suppress(InputError):
-        scores["METEOR"] = meteor(hypotheses, references)
+    for name, function in (("METEOR", meteor), ("TER", ter)):
+        with contextlib.suppress(InputError):
+            scores[name] = function(hypotheses, references)
     return scores
 
 
@@ -187,6 +190,22 @@ def meteor(hypotheses, references):
     finally:
         if program.lock.locked():  # a failed call keeps the lock, and the destructor would wait for it for ever
             program.lock.release()
+
+
+def ter(hypotheses, references):
+    """Corpus TER, 0 and up, lower is better (Snover et al. 2006), by the package sacrebleu; punctuation apart, no case.
+
+    The fewest edits that make a text one of its references, over the mean length of its references; summed over the
+    corpus. Raises InputError if the package is missing.
+    """
+    check(hypotheses, references)
+    try:
+        from sacrebleu import TER
+    except ImportError as error:
+        raise InputError("TER needs sacrebleu: pip install 'minprefix[eval]'") from error
+    # sacrebleu wants the first references of all texts, then the second, ...: None where a text has no more.
+    streams = list(zip_longest(*references))
+    return TER(normalized=True).corpus_score(hypotheses, streams).score / 100
 
 
 def summary_score(hypotheses, references):

@@ -5,6 +5,7 @@ pycocoevalcap for ROUGE-L and CIDEr) and Stanford's PTBTokenizer 3.4.1 say of th
 """
 
 import json
+import math
 import random
 import shutil
 import sys
@@ -111,7 +112,7 @@ def test_long_text_takes_no_quadratic_time(text):
 
 
 @pytest.mark.parametrize(
-    "function", [*SCORES.values(), metrics.meteor, metrics.score, metrics.rouge, metrics.summary_score]
+    "function", [*SCORES.values(), metrics.meteor, metrics.ter, metrics.score, metrics.rouge, metrics.summary_score]
 )
 @pytest.mark.parametrize(("hypotheses", "references", "message"), [
     ([], [], "no hypotheses"),
@@ -124,10 +125,11 @@ def test_bad_input(function, hypotheses, references, message):
         function(hypotheses, references)
 
 
-def test_meteor_says_what_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor.meteor", None)  # makes the import fail
-    with pytest.raises(InputError, match=r"pip install 'minprefix\[eval\]'"):
-        metrics.meteor(HYPOTHESES, REFERENCES)
+def test_meteor_and_ter_say_what_is_missing(monkeypatch):
+    for function, module in ((metrics.meteor, "pycocoevalcap.meteor.meteor"), (metrics.ter, "sacrebleu")):
+        monkeypatch.setitem(sys.modules, module, None)  # makes the import fail
+        with pytest.raises(InputError, match=r"pip install 'minprefix\[eval\]'"):
+            function(HYPOTHESES, REFERENCES)
     assert metrics.score(HYPOTHESES, REFERENCES) == {name: f(HYPOTHESES, REFERENCES) for name, f in SCORES.items()}
 
 
@@ -149,3 +151,30 @@ def test_bleu_equals_sacrebleu():
         expected = scorer.corpus_score(texts, streams).score / 100
         assert 0 < expected
         assert metrics.bleu(texts, references) == pytest.approx(expected, abs=1e-9)
+
+
+def test_ter_by_hand(monkeypatch):
+    pytest.importorskip("sacrebleu", reason="TER is computed by the optional package sacrebleu")
+    assert metrics.ter(["a b c d e"], [["a b c d e"]]) == 0
+    assert metrics.ter(["d e a b c"], [["a b c d e"]]) == pytest.approx(1 / 5)  # one shift of a phrase
+    assert metrics.ter(["a x c d"], [["a b c d e"]]) == pytest.approx(2 / 5)  # a substitution and an insertion
+    # the fewest edits over the mean length, then summed over the corpus: 1 / 3.5 and 3 / 3
+    assert metrics.ter(["a b c"], [["A b c d", "x y z"]]) == pytest.approx(1 / 3.5)
+    assert metrics.ter(["a b c", "q"], [["a b c d", "x y z"], ["u v w"]]) == pytest.approx((1 + 3) / (3.5 + 3))
+    assert metrics.ter(["Yes, a b."], [["yes , a b ."]]) == 0  # punctuation is words of its own
+    assert metrics.ter(["a b"], [["a"]]) == 1 and metrics.ter([""], [["a b"]]) == 1
+    monkeypatch.setattr(metrics, "meteor", metrics.bleu)  # Java takes its time
+    assert metrics.score(HYPOTHESES, REFERENCES)["TER"] == metrics.ter(HYPOTHESES, REFERENCES)
+
+
+def test_bleu_differs_from_sacrebleu_in_two_known_ways():
+    """Short texts count less than no n-grams in the official scorer; sacrebleu takes no match at an order as 0."""
+    sacrebleu = pytest.importorskip("sacrebleu", reason="a live comparison with the optional package sacrebleu")
+    scorer = sacrebleu.BLEU(tokenize="13a", lowercase=True, smooth_method="none")
+    assert 0 < metrics.bleu(["a b c x"], [["a b c d"]]) < 1e-3
+    assert scorer.corpus_score(["a b c x"], [["a b c d"]]).score == 0
+    hypotheses, reference = ["a b c d e x", "a"], ["a b c d e f", "a"]
+    expected = math.prod((6 / 7, 4 / 5, 3 / (4 - 1), 2 / (3 - 2))) ** 0.25
+    assert metrics.bleu(hypotheses, [[text] for text in reference]) == pytest.approx(expected)
+    expected = math.prod((6 / 7, 4 / 5, 3 / 4, 2 / 3)) ** 0.25
+    assert scorer.corpus_score(hypotheses, [reference]).score / 100 == pytest.approx(expected)

@@ -9,9 +9,11 @@ import torch
 
 import sample
 import train
-from minprefix import load_model, load_prefix
+from minprefix import load_model, load_prefix, load_tokenizer, metrics
 from minprefix.checkpoint import read_safetensors
 from minprefix.files import run_main
+from minprefix.training import train as train_loop
+from tests.test_triples import entry, write_xml
 from tests.tiny import write_tiny_model
 
 ROWS = [{"source": f"item {i} of the list", "target": f"This is item number {i}."} for i in range(40)]
@@ -136,6 +138,44 @@ def test_resume_of_a_finished_run_changes_nothing(prefix_file, world, capsys):
     assert code == 0 and prefix_file.read_bytes() == before
 
 
+def test_webnlg_by_topic_from_training_to_scores(world, capsys, monkeypatch):
+    monkeypatch.chdir(world)
+    for name, split in (("train", "train"), ("dev", "dev"), ("testdata_with_lex", "test")):
+        entries = [entry(topic, f"{topic}_{i} | is | {split}", good=[f"{topic} {i}.", f"{split}."])
+                   for topic in ("Food", "City", "Artist") for i in range(20)]  # fmt: skip
+        write_xml(world / "webnlg" / split / f"{name}.xml", *entries)
+    common = ("--model", "model", "--task", "webnlg", "--data", "webnlg")
+    train_common = (*common, "--topics", "Food", "City", "--low-data", 20, "--steps", 4, "--eval-every", 2,
+                    "--eval-inputs", 0)  # fmt: skip
+    seen = []  # by training: (training pairs, dev pairs)
+    monkeypatch.setattr(train, "train", lambda *args, **kw: seen.append(args[3:5]) or train_loop(*args, **kw))
+    for out, options in (("a", ()), ("b", ("--seed", 7)), ("c", ("--low-data-seed", 1))):
+        code, text, _ = call(train, capsys, *train_common, "--out", f"topics-{out}", *options)
+        assert code == 0 and "20 training pairs, 4 steps of 5," in text
+    assert [(len(x), len(y)) for x, y in seen] == [(20, 6)] * 3 and seen[0] == seen[1] != seen[2]
+    tokenizer = load_tokenizer("model")
+    sources = [tokenizer.decode(source) for x, y in seen for source, _ in (*x, *y)]
+    assert all(source.startswith((" | Food_", " | City_")) for source in sources)
+    result = json.loads((world / "topics-a" / "result.json").read_text())["settings"]
+    assert (result["lr"], result["prefix_length"], result["topics"]) == (5e-5, 5, ["Food", "City"])
+
+    prefix = ("--prefix", "topics-a/prefix.safetensors")
+    options = ("--beams", 1, "--max-new-tokens", 4, "--evaluate", "--output", "topics.txt")
+    monkeypatch.setattr(metrics, "meteor", metrics.bleu)  # Java takes its time
+    for topics, split, n in ((("Artist",), "dev", 20), (("Food", "Artist"), "test", 40), ((), "test_unseen", 20)):
+        chosen = ("--topics", *topics) if topics else ()
+        code, _, err = call(sample, capsys, *prefix, *common, "--split", split, *chosen, *options)
+        assert code == 0 and f"wrote {n} texts" in err
+    code, _, err = call(sample, capsys, *prefix, "--input", "Alan_Bean : occupation : Test_pilot", "--beams", 1)
+    assert code == 0
+    unknown = "nothing on the topic 'Sport': the topics there are Artist, City, Food"
+    assert_one_clear_line(train, "--model model --task webnlg --data webnlg --topics Sport", unknown, capsys, world)
+    arguments = f"{' '.join(prefix)} --task webnlg --data webnlg --topics City Sport"
+    assert_one_clear_line(sample, arguments, unknown, capsys, world)
+    arguments = "--model model --task webnlg --data webnlg --low-data 999 --eval-inputs 0"
+    assert_one_clear_line(train, arguments, "999 cannot be drawn", capsys, world)
+
+
 def break_prefix(source, target, **metadata):
     """A copy of a prefix file with other metadata."""
     raw = source.read_bytes()
@@ -166,6 +206,8 @@ BAD = {
     "scores over texts": (sample, "--prefix run/prefix.safetensors --input x --evaluate --output a.json", "a.json"),
     "another model's tokeniser": (train, "--model mixed --task rows.jsonl", "different models"),
     "resume elsewhere": (train, "--model twin --task rows.jsonl --out run --steps 6 --eval-every 2 --resume", "model"),
+    "topics of nothing": (sample, "--prefix run/prefix.safetensors --input x --topics A", "--task"),
+    "low data of nothing": (train, "--model model --low-data 0", "--low-data is 0"),
     "no such prefix": (sample, "--prefix nowhere.safetensors --input x", "nowhere.safetensors"),
     "not a prefix": (sample, "--prefix model/model.safetensors --input x", "model/model.safetensors"),
     "pickle for a prefix": (sample, "--prefix run/checkpoint.pt --input x", "run/checkpoint.pt"),

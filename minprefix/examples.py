@@ -1,0 +1,64 @@
+"""What an example of a task is: texts that are fit to be used, grouped by source, chosen by topic or by lot."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from minprefix.files import InputError
+
+
+@dataclass
+class Example:
+    source: str  # the linearised text x
+    references: list[str]  # the texts y; none if the input is unlabelled
+    topic: str | None = None  # what the input is about, where the data say so
+
+
+class EmptyText(InputError):
+    """A text of the input is empty. Its own class, for XSum has such rows and goes on without them."""
+
+
+def collapse(text):
+    """A text with each run of white space, line ends included, as one blank."""
+    return " ".join(text.split())
+
+
+def check_text(text, where):
+    """A text without the blanks around it; InputError if it is none, empty, or not fit to be written to a file."""
+    if not isinstance(text, str):
+        raise InputError(f"{where} is a JSON {type(text).__name__}, a string is needed")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise InputError(f"{where} holds a NUL character or half a character (a lone surrogate): remove it")
+    if not text.strip():
+        raise EmptyText(f"{where} is empty")
+    return text.strip()
+
+
+def grouped(examples):
+    """One Example for each distinct source and topic, in the order of the first, with all of its references."""
+    by_source = {}
+    for example in examples:
+        first = by_source.setdefault((example.source, example.topic), Example(example.source, [], example.topic))
+        first.references.extend(example.references)
+    return list(by_source.values())
+
+
+def on_topics(examples, topics, where):
+    """The Examples on one of these topics, in order; InputError if none is on one of them. where: for the message."""
+    there = {example.topic for example in examples} - {None}
+    if missing := [topic for topic in topics if topic not in there]:
+        known = f"the topics there are {', '.join(sorted(there))}" if there else "the examples there have no topics"
+        raise InputError(f"{where} has nothing on the topic {missing[0]!r}: {known:.500}")
+    return [example for example in examples if example.topic in topics]
+
+
+def draw_pairs(examples, count, seed, where):
+    """`count` of the examples' (source, reference) pairs, drawn at random from `seed` alone: Examples of one reference.
+
+    A smaller draw from the same seed is the beginning of a larger one. InputError if there are too few pairs.
+    """
+    pairs = [Example(example.source, [y], example.topic) for example in examples for y in example.references]
+    if count > len(pairs):
+        raise InputError(f"{where} has {len(pairs):,} pairs of a source and a reference: {count:,} cannot be drawn")
+    return [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[:count]]
