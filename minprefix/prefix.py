@@ -4,6 +4,7 @@ Shapes: P prefix length, L layers, H heads, D head dimension, C = H * D model di
 """
 
 import json
+import runpy
 from importlib import metadata
 from itertools import cycle, islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from minprefix.attention import first_position
 from minprefix.checkpoint import read_safetensors, write_safetensors
 from minprefix.files import InputError
+from minprefix.peft_format import read_adapter
 
 
 class FoldedPrefix(dict):
@@ -166,30 +168,26 @@ def fingerprint(model):
 def save_prefix(path, folded, model, info):
     """Write a folded prefix as one safetensors file; info: base_model (name or folder), task, ... (strings)."""
     info = {
+        **info,
         "format": "minprefix",
         "version": version(),
         "prefix_length": str(next(iter(folded.values())).size(-2)),
         "position_offset": str(folded.position_offset),
         "base_shape": json.dumps(model.prefix_sites),  # site -> layers, heads, head dimension
         "base_fingerprint": json.dumps(fingerprint(model)),
-        **info,
     }
     write_safetensors(path, {site: kv.float().contiguous() for site, kv in folded.items()}, info)
 
 
 def load_prefix(path, model=None):
-    """A FoldedPrefix from a file of `save_prefix`, or the folder of the run that wrote it.
+    """A FoldedPrefix from a file of `save_prefix`, the folder of the run that wrote it, or a PEFT folder.
 
     InputError if it is no such file, or made for another model than the one that is given.
     """
     if (Path(path) / "prefix.safetensors").is_file():
         path = Path(path) / "prefix.safetensors"
-    if not Path(path).is_file():
-        raise InputError(f"no prefix file at {path}: train one with train.py, or check the path")
-    tensors, info = read_safetensors(path)
-    offset = info.get("position_offset", "")
-    if info.get("format") != "minprefix" or not (offset.isascii() and offset.isdigit() and len(offset) < 8):
-        raise InputError(f"{path} is not a minprefix prefix: its metadata does not say so")
+    adapter = (Path(path) / "adapter_config.json").is_file()
+    tensors, offset, info = read_adapter(path) if adapter else read_prefix_file(path)
     if not tensors:
         raise InputError(f"{path} holds no prefix: there is no tensor in it")
     for site, kv in tensors.items():
@@ -199,10 +197,21 @@ def load_prefix(path, model=None):
         if not kv.isfinite().all():
             raise InputError(f"{path}: {site!r} holds numbers that are not finite")
     # Copies, not views of the file: aligned as any tensor is, so that products come out the same to the last bit.
-    prefix = FoldedPrefix({site: kv.clone() for site, kv in tensors.items()}, int(offset), info)
+    prefix = FoldedPrefix({site: kv.clone() for site, kv in tensors.items()}, offset, info)
     if model is not None:
         check_fits(prefix, model, path)
     return prefix
+
+
+def read_prefix_file(path):
+    """A file of `save_prefix` as (tensors, position offset, metadata)."""
+    if not Path(path).is_file():
+        raise InputError(f"no prefix file at {path}: train one with train.py, or check the path")
+    tensors, info = read_safetensors(path)
+    offset = info.get("position_offset", "")
+    if info.get("format") != "minprefix" or not (offset.isascii() and offset.isdigit() and len(offset) < 8):
+        raise InputError(f"{path} is not a minprefix prefix: its metadata does not say so")
+    return tensors, int(offset), info
 
 
 def check_fits(prefix, model, path):
@@ -216,6 +225,8 @@ def check_fits(prefix, model, path):
         if sites[site] != (L, H, D):
             shapes = f"{(L, H, D)}, this model {sites[site]}"
             raise InputError(f"{path} was made for {base}: its {site} prefix has (layers, heads, dim) {shapes}")
+    if prefix.info.get("format") == "peft" and "base_fingerprint" not in prefix.info:
+        return  # PEFT notes no more of its base model than a name
     try:
         norms = [float(norm) for norm in json.loads(prefix.info.get("base_fingerprint", ""))]
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
@@ -230,3 +241,7 @@ def version():
         return metadata.version("minprefix")
     except metadata.PackageNotFoundError:  # run from a checkout that was not installed
         return "unknown"
+
+
+if __name__ == "__main__":
+    runpy.run_module("minprefix.prefix_tool", run_name="__main__")  # the command, which needs files below this one

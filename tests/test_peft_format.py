@@ -1,0 +1,167 @@
+"""PEFT adapters in and out, against PEFT itself; and adapters that are damaged, hostile or of another kind."""
+
+import json
+
+import pytest
+import torch
+
+import sample
+from minprefix import Prefix, load_model, load_prefix, prefix_tool
+from minprefix.checkpoint import read_safetensors, write_safetensors
+from minprefix.files import InputError
+from minprefix.prefix import save_prefix
+from tests.test_scripts import call
+from tests.tiny import write_tiny_bart, write_tiny_model
+
+IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+BART_LAYERS = {"encoder_layers": 4, "decoder_layers": 4, "decoder_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("peft")
+    write_tiny_model(folder / "gpt2")
+    write_tiny_bart(folder / "bart", **BART_LAYERS)
+    write_tiny_bart(folder / "bart3", **BART_LAYERS | {"encoder_layers": 3, "decoder_layers": 3})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_world(world, monkeypatch):
+    monkeypatch.chdir(world)
+
+
+def trained(name, path, **options):
+    """A random prefix for a model's folder, saved -> (model, prefix)."""
+    torch.manual_seed(1)
+    model = load_model(name)
+    prefix = Prefix(model, 5, 16, sites="decoder", **options).fold()
+    save_prefix(path, prefix, model, {"base_model": name, "task": "e2e"})
+    return model, prefix
+
+
+def inputs(model):
+    return (IDS, IDS.flip(0)) if model.encoder_decoder else (IDS,)
+
+
+def peft_logits(name, adapter):
+    """What transformers and PEFT make of a model's folder, alone (adapter None) or with an adapter's."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    kind = transformers.GPT2LMHeadModel if name == "gpt2" else transformers.BartForConditionalGeneration
+    model = peft.PeftModel.from_pretrained(kind.from_pretrained(name), adapter).eval()
+    with torch.no_grad():
+        return model(input_ids=IDS, **({} if name == "gpt2" else {"decoder_input_ids": IDS.flip(0)})).logits
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bart", "bart3"])
+def test_export_gives_peft_the_same_logits_and_import_the_same_file(name, world, capsys):
+    model, prefix = trained(name, "ours.safetensors")
+    assert call(prefix_tool, capsys, "export", "--prefix", "ours.safetensors", "--to", f"to-{name}")[0] == 0
+    expected = model(*inputs(model), prefix=prefix)
+    torch.testing.assert_close(peft_logits(name, f"to-{name}"), expected, rtol=0, atol=1e-5)
+    assert (expected - model(*inputs(model))).abs().max() > 0.01
+    assert call(prefix_tool, capsys, "import", "--prefix", f"to-{name}", "--to", "back.safetensors")[0] == 0
+    ours, back = read_safetensors("ours.safetensors"), read_safetensors("back.safetensors")
+    assert torch.equal(ours[0]["decoder"], back[0]["decoder"])
+    assert {**ours[1], "base_model": ""} == {**back[1], "base_model": ""}  # a name, a path
+
+
+@pytest.mark.parametrize(
+    "name, projection, bin_file",
+    [("gpt2", False, False), ("gpt2", True, True), ("bart", True, False), ("bart3", False, False)],
+)
+def test_an_adapter_of_peft_gives_its_logits(name, projection, bin_file, tmp_path, capsys):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    task = "CAUSAL_LM" if name == "gpt2" else "SEQ_2_SEQ_LM"
+    kind = transformers.GPT2LMHeadModel if name == "gpt2" else transformers.BartForConditionalGeneration
+    torch.manual_seed(2)
+    config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3, prefix_projection=projection)
+    adapted = peft.get_peft_model(kind.from_pretrained(name), config)
+    torch.nn.init.normal_(adapted.prompt_encoder["default"].embedding.weight)
+    adapter = tmp_path / "adapter"
+    adapted.save_pretrained(adapter, safe_serialization=not bin_file)
+    assert (adapter / "adapter_model.bin").exists() == bin_file
+    model = load_model(name)
+    prefix, expected = load_prefix(adapter, model), peft_logits(name, adapter)
+    torch.testing.assert_close(model(*inputs(model), prefix=prefix), expected, rtol=0, atol=1e-5)
+    assert (expected - model(*inputs(model))).abs().max() > 0.01
+    call(prefix_tool, capsys, "import", "--prefix", adapter, "--to", tmp_path / "p", "--model", name)
+    imported = load_prefix(tmp_path / "p", model)
+    assert torch.equal(imported["decoder"], prefix["decoder"]) and imported.position_offset == 3
+
+
+def test_sample_takes_an_adapter_as_it_takes_the_file(world, capsys):
+    trained("gpt2", "ours.safetensors")
+    call(prefix_tool, capsys, "export", "--prefix", "ours.safetensors", "--to", "adapter")
+    texts = [call(sample, capsys, "--prefix", prefix, "--input", "name[The Mill]", "--max-new-tokens", 5)
+             for prefix in ("ours.safetensors", "adapter")]  # fmt: skip
+    assert texts[0][0] == 0 and texts[0][:2] == texts[1][:2], texts
+
+
+def test_what_peft_cannot_express_is_refused(world, capsys):
+    trained("gpt2", "offset.safetensors", position_offset=0)
+    model = load_model("bart")
+    save_prefix("sites.safetensors", Prefix(model, 5).fold(), model, {"base_model": "bart"})
+    for path, message in (("offset", "start at position 0, PEFT's at the prefix length"), ("sites", "decoder's only")):
+        code, _, err = call(prefix_tool, capsys, "export", "--prefix", f"{path}.safetensors", "--to", "never")
+        assert code == 2 and message in err and len(err.splitlines()) == 1, err
+    assert not (world / "never").exists()
+
+
+CONFIG = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "num_layers": 2,
+          "num_attention_heads": 4, "token_dim": 32, "base_model_name_or_path": "gpt2"}  # fmt: skip
+GOOD = torch.zeros(3, 128)
+
+
+@pytest.mark.parametrize(
+    "config, tensors, info, message",
+    [
+        ({"peft_type": "LORA"}, None, {}, "'LORA'"),
+        ({"peft_type": ["PREFIX_TUNING"]}, None, {}, "peft_type"),
+        ({"num_virtual_tokens": 4}, None, {}, r"\(3, 128\).* asks for \(4, 128\)"),
+        ({"num_virtual_tokens": 2**40}, None, {}, "num_virtual_tokens is 1099511627776"),
+        ({"num_virtual_tokens": True}, None, {}, "num_virtual_tokens is True"),
+        ({"num_layers": "2"}, None, {}, "num_layers is '2'"),
+        ({"num_layers": 0}, None, {}, "num_layers is 0"),
+        ({"token_dim": None}, None, {}, "token_dim is None"),
+        ({"num_attention_heads": 5}, None, {}, "no multiple"),
+        ({"num_attention_heads": 8}, None, {}, r"\(layers, heads, dim\) \(2, 8, 4\), this model \(2, 4, 8\)"),
+        ({"num_transformer_submodules": 2}, None, {}, "num_transformer_submodules is 2"),
+        ({"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 1}, None, {}, "num_transformer_submodules is 1"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, None, {"decoder_layers": "3"}, "decoder_layers is '3'"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, None, {"decoder_layers": "0000000000001"}, "decoder_layers"),
+        ({}, {"prompt_embeddings": GOOD, "score.weight": GOOD}, {}, "prompt_embeddings, score.weight"),
+        ({}, {}, {}, "holds none"),
+        ({}, {"prompt_embeddings": GOOD.long()}, {}, "torch.int64"),
+        ({}, {"prompt_embeddings": GOOD + float("nan")}, {}, "not finite"),
+        ({}, None, {"base_fingerprint": "[1.0]"}, "other weights"),
+        ({}, None, {"base_fingerprint": "x"}, "fingerprint"),
+    ],
+)  # fmt: skip
+def test_adapters_that_do_not_fit(config, tensors, info, message, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}))
+    tensors = {"prompt_embeddings": GOOD} if tensors is None else tensors
+    write_safetensors(tmp_path / "adapter_model.safetensors", tensors, info)
+    with pytest.raises(InputError, match=message):
+        load_prefix(tmp_path, load_model("gpt2"))
+
+
+def test_folders_that_are_no_adapter(tmp_path, world, capsys):
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(CONFIG))
+    with pytest.raises(InputError, match="neither adapter_model.safetensors nor"):
+        load_prefix(tmp_path)
+    torch.save({"prompt_embeddings": torch.zeros(1).expand(3, 128)}, tmp_path / "adapter_model.bin")
+    config.write_text(json.dumps({**CONFIG, "num_virtual_tokens": 2**19, "token_dim": 2**19}))
+    torch.save({"prompt_embeddings": torch.zeros(1).expand(2**19, 2**21)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(InputError, match="larger than its file"):
+        load_prefix(tmp_path)
+    torch.save({"prompt_embeddings": print}, tmp_path / "adapter_model.bin")
+    with pytest.raises(InputError, match="can run code"):
+        load_prefix(tmp_path)
+    for text in ("[]", "{", ""):
+        config.write_text(text)
+        with pytest.raises(InputError):
+            load_prefix(tmp_path)
+    code, _, err = call(prefix_tool, capsys, "import", "--prefix", "gpt2", "--to", "never")
+    assert code == 2 and "no adapter_config.json" in err
