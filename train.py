@@ -25,6 +25,7 @@ from minprefix.examples import draw_pairs, on_topics
 from minprefix.files import InputError, atomic_write, check_above_zero, run_main
 from minprefix.generate import recipe
 from minprefix.hub import model_name, resolve_model
+from minprefix.linear import packed_weights
 from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype, save_model
 from minprefix.prefix import parameter_shares, save_prefix
 from minprefix.training import train
@@ -163,7 +164,8 @@ def main():
     if args.resume and not resuming:
         print(f"nothing to resume in {args.out}: starting")
     mixed = finetune and dtype != torch.float32
-    with torch.autocast(device, dtype, enabled=mixed, cache_enabled=False):  # no cache: the weights change
+    autocast = torch.autocast(device, dtype, enabled=mixed, cache_enabled=False)  # no cache: the weights change
+    with autocast, packed_weights(model, training=True):
         log, best_step = train(
             model, tuned, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
             lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, init=args.init,

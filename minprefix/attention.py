@@ -16,9 +16,29 @@ def attend(q, segments):
     A segment is (k, v, mask): k and v (b, H, S, D); mask None, or (T, S) or (b, 1, 1, S) to be added to the scores, 0
     where a query may look and -inf where not. b divides B, and row i of a segment serves the B/b consecutive query
     rows from i*B/b on: a prefix for the whole batch has b = 1, the source of an example serves all of its beams.
-    Concatenating the scores instead of the keys is what keeps such a segment stored once.
     """
     q = q * q.size(-1) ** -0.5
+    if q.size(2) > 1 and all(len(k) in (1, len(q)) for k, _, _ in segments):
+        return _attend_joined(q, segments)
+    return _attend_apart(q, segments)
+
+
+def _attend_joined(q, segments):
+    """Training, and reading of sources: few products of many rows each, for which the keys are put side by side."""
+    B, _, T, _ = q.shape
+    k = torch.cat([k.expand(B, -1, -1, -1) for k, _, _ in segments], dim=2)
+    v = torch.cat([v.expand(B, -1, -1, -1) for _, v, _ in segments], dim=2)
+    scores = q @ k.transpose(-1, -2)
+    if any(mask is not None for _, _, mask in segments):
+        masks = [q.new_zeros(1, 1, 1, k.size(2)) if mask is None else mask for k, _, mask in segments]
+        masks = [mask.expand(1, 1, -1, -1) if mask.dim() == 2 else mask for mask in masks]
+        rows, queries = max(map(len, masks)), max(mask.size(2) for mask in masks)
+        scores = scores + torch.cat([mask.expand(rows, 1, queries, -1) for mask in masks], dim=3)
+    return scores.softmax(dim=-1) @ v
+
+
+def _attend_apart(q, segments):
+    """A step of generation: scores are put side by side instead of keys, and no segment is ever copied."""
     scores = []
     for k, _, mask in segments:
         score = _shared_matmul(q, k.transpose(-1, -2))

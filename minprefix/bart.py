@@ -19,7 +19,7 @@ from minprefix.attention import (
     real_tokens,
 )
 from minprefix.checkpoint import bare_names
-from minprefix.config import ACTIVATIONS, check_activation, check_booleans, check_heads, check_sizes, check_switches
+from minprefix.config import check_activation, check_booleans, check_heads, check_sizes, check_switches
 from minprefix.files import InputError
 from minprefix.linear import Linear, linear
 
@@ -59,7 +59,7 @@ class EncoderLayer(nn.Module):
         """x (B, S, C); context: segments before the tokens' own -> x (B, S, C), the tokens' (k, v) (B, H, S, D)."""
         kv = self.self_attn.kv(x)
         x = self.self_attn_layer_norm(x + self.self_attn(x, [*context, (*kv, mask)]))
-        return self.final_layer_norm(x + self.fc2(self.activation(self.fc1(x)))), kv
+        return self.final_layer_norm(x + self.fc2(self.fc1(x, self.activation))), kv
 
 
 class DecoderLayer(nn.Module):
@@ -79,7 +79,7 @@ class DecoderLayer(nn.Module):
         kv = self.self_attn.kv(x)
         x = self.self_attn_layer_norm(x + self.self_attn(x, [*context, (*kv, mask)]))
         x = self.encoder_attn_layer_norm(x + self.encoder_attn(x, cross))
-        return self.final_layer_norm(x + self.fc2(self.activation(self.fc1(x)))), kv
+        return self.final_layer_norm(x + self.fc2(self.fc1(x, self.activation))), kv
 
 
 class Stack(nn.Module):
@@ -87,7 +87,7 @@ class Stack(nn.Module):
 
     def __init__(self, layer, config, side):
         super().__init__()
-        C, activation = config["d_model"], ACTIVATIONS[config["activation_function"]]
+        C, activation = config["d_model"], config["activation_function"]
         H, inner = config[f"{side}_attention_heads"], config[f"{side}_ffn_dim"]
         if not config["tie_word_embeddings"]:
             self.embed_tokens = nn.Embedding(config["vocab_size"], C)
@@ -130,7 +130,7 @@ class BART(nn.Module):
 
     def logits(self, states):
         """Decoder states (..., C) -> logits (..., V)."""
-        return linear(states, self.head.weight) + self.final_logits_bias[0]
+        return linear(states, self.head.weight, self.final_logits_bias[0])
 
     @property
     def head(self):

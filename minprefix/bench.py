@@ -29,9 +29,10 @@ from minprefix.generate import generate_ids
 from minprefix.hub import resolve_model
 from minprefix.linear import Linear, pack_weights
 from minprefix.load import keep_freed_memory, load_model, pick_device, pick_dtype
+from minprefix.loss import target_loss
 from minprefix.prefix import Prefix
 from minprefix.tokenizer import load_tokenizer
-from minprefix.training import batch_stream, make_optimizer, target_loss, training_step
+from minprefix.training import batch_stream, make_optimizer, training_step
 
 FIGURES = ("who", "examples_per_s", "median_s", "first_s", "tokens_per_s", "TFLOP_per_s", "share_of_matmul",
            "share_of_bandwidth", "peak_GiB")  # fmt: skip
@@ -195,6 +196,7 @@ def ours(args):
     facts = facts_of(args, model, tokenizer, batches, model.prefix_sites)
     prefix = Prefix(model, args.prefix_length, args.hidden).to(args.device)
     optimizer, folded = make_optimizer(prefix, lr=8e-5), prefix.fold()
+    pack_weights(model, training=args.what == "train")  # for good: the scripts, too, pack once for all of their work
     start, count = start_id(model, tokenizer), args.new_tokens
 
     def train(i):
@@ -206,7 +208,6 @@ def ours(args):
 
     if args.what == "train":
         return train, facts
-    pack_weights(model)  # for good: sample.py, too, packs once for all of its texts
     return write, facts
 
 

@@ -1,19 +1,7 @@
 """What both models ask of a HuggingFace `config.json`: sizes that make sense, an activation that is known."""
 
-import torch
-from torch.nn import functional as F
-
 from minprefix.files import InputError
-
-
-def gelu_new(x):
-    """GPT-2's GELU, by the tanh approximation."""
-    if torch.compiler.is_compiling():  # the same by tanh(u) = 2 sigmoid(2u) - 1, twice as fast in inductor's CPU code
-        return x * torch.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_new, "relu": F.relu}
+from minprefix.linear import ACTIVATIONS
 
 
 def check_sizes(config, keys, kind):

@@ -18,7 +18,7 @@ from minprefix.attention import (
     real_tokens,
 )
 from minprefix.checkpoint import bare_names
-from minprefix.config import ACTIVATIONS, check_activation, check_booleans, check_heads, check_sizes, check_switches
+from minprefix.config import check_activation, check_booleans, check_heads, check_sizes, check_switches
 from minprefix.files import InputError
 from minprefix.linear import Linear, linear
 
@@ -47,7 +47,7 @@ class MLP(nn.Module):
         self.activation = activation
 
     def forward(self, x):
-        return self.c_proj(self.activation(self.c_fc(x)))
+        return self.c_proj(self.c_fc(x, self.activation))
 
 
 class Block(nn.Module):
@@ -74,13 +74,11 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config = check_config(config)
         C, H, L, V = config["n_embd"], config["n_head"], config["n_layer"], config["vocab_size"]
-        activation = ACTIVATIONS[config["activation_function"]]
         self.n_positions = config["n_positions"]
         self.wte = nn.Embedding(V, C)
         self.wpe = nn.Embedding(self.n_positions, C)
-        self.h = nn.ModuleList(
-            Block(C, H, config["n_inner"], config["layer_norm_epsilon"], activation) for _ in range(L)
-        )
+        eps, activation = config["layer_norm_epsilon"], config["activation_function"]
+        self.h = nn.ModuleList(Block(C, H, config["n_inner"], eps, activation) for _ in range(L))
         self.ln_f = nn.LayerNorm(C, eps=config["layer_norm_epsilon"])
         if not config["tie_word_embeddings"]:
             self.lm_head = Linear(C, V, bias=False)

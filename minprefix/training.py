@@ -8,18 +8,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from minprefix.batches import bucket_batches, collate, pair_lengths, sorted_batches
 from minprefix.files import InputError, atomic_write
+from minprefix.loss import target_loss
 from minprefix.prefix import fingerprint
-
-
-def target_loss(model, batch, prefix):
-    """Negative log-likelihood of all target tokens of a batch, summed (nats)."""
-    states = model.hidden(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.index]
-    return F.cross_entropy(model.logits(states).float(), batch.labels, reduction="sum")
 
 
 def make_optimizer(tuned, lr):

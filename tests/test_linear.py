@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minprefix import generate, load_model, load_tokenizer
-from minprefix.linear import Linear, linear, packed_weights, packs_bfloat16
+from minprefix.linear import ACTIVATIONS, Linear, gelu_new, linear, packed_weights, packs_bfloat16
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 needs_onednn = pytest.mark.skipif(not packs_bfloat16(), reason="oneDNN makes no bfloat16 products on this CPU")
@@ -49,13 +49,79 @@ def test_a_packed_product_is_as_exact_as_a_plain_one(rows, bias):
 
 
 @needs_onednn
+@pytest.mark.parametrize("rows", [1, 40, 700])
+@pytest.mark.parametrize("C, N", [(96, 200), (96, 96), (200, 96)])
+def test_a_packed_product_in_training_is_as_exact_and_so_is_its_gradient(rows, C, N):
+    torch.manual_seed(0)
+    layer = Linear(C, N).bfloat16().requires_grad_(False)
+    layer.head = layer
+    x, upstream = torch.randn(rows, C).bfloat16(), torch.randn(rows, N).bfloat16()
+    exact = [torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()),
+             upstream.double() @ layer.weight.double()]  # fmt: skip
+
+    def product():
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(upstream)
+        return [y, leaf.grad]
+
+    plain = product()
+    with packed_weights(layer, training=True):
+        packed = product()
+        assert "FrozenProduct" in type(layer(x.clone().requires_grad_()).grad_fn).__name__
+    for a, b, true in zip(packed, plain, exact, strict=True):
+        assert a.shape == b.shape and a.dtype == torch.bfloat16
+        assert (a - true).abs().max() <= 2 * (b - true).abs().max()
+
+
+@needs_onednn
 @WRITERS
-def test_gradients_go_through_the_weights_themselves(tmp_path, write):
+def test_without_training_gradients_go_through_the_weights_themselves(tmp_path, write):
     model = load_model(write(tmp_path / "model"), dtype=torch.bfloat16)
     states = torch.randn(3, 32, dtype=torch.bfloat16, requires_grad=True)
     with packed_weights(model):
         model.logits(states).sum().backward()
     assert states.grad.abs().sum() > 0
+
+
+@needs_onednn
+@WRITERS
+def test_weights_under_training_are_not_packed(tmp_path, write):
+    model = load_model(write(tmp_path / "model"), dtype=torch.bfloat16)
+    model.head.weight.requires_grad_(True)
+    with packed_weights(model, training=True):
+        assert not hasattr(model.head.weight, "packed") and packed_names(model)
+        with packed_weights(model):  # as generate() does
+            pass
+        assert packed_names(model)
+    assert not packed_names(model)
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_after_a_product_agree(name):
+    torch.manual_seed(0)
+    layer = Linear(64, 96).bfloat16().requires_grad_(False)
+    layer.head = layer
+    x = 3 * torch.randn(50, 64).bfloat16()
+    with torch.no_grad(), packed_weights(layer):
+        fused = layer(x, name)
+    exact = ACTIVATIONS[name](torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()))
+    assert (fused - exact).abs().max() <= 2**-7 * exact.abs().max()
+
+
+@pytest.mark.parametrize("size", [100, 2**20])
+def test_gelu_new_and_its_gradient_in_bfloat16(size):
+    torch.manual_seed(0)
+    x, upstream = 3 * torch.randn(size), torch.randn(size)
+    results = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        leaf = x.bfloat16().to(dtype).requires_grad_()
+        y = gelu_new(leaf)
+        y.backward(upstream.bfloat16().to(dtype))
+        results[dtype] = y.detach().double(), leaf.grad.double()
+    for rounded, exact in zip(*results.values(), strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=2**-5, atol=2**-6)
 
 
 @needs_onednn

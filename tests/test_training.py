@@ -13,7 +13,8 @@ from minprefix import Prefix, load_model, load_tokenizer
 from minprefix.batches import collate, encode_pairs
 from minprefix.data import Example
 from minprefix.files import InputError
-from minprefix.training import batch_stream, dev_loss, linear_schedule, target_loss, train
+from minprefix.loss import target_loss
+from minprefix.training import batch_stream, dev_loss, linear_schedule, train
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 PAIRS = [([5 + i, 6, 7 + i], [40 + i, 50, 60, 4095]) for i in range(12)] + [([9], [8, 4095])]
