@@ -20,7 +20,7 @@ from minprefix import Prefix, generate, load_model, load_prefix, load_tokenizer,
 from minprefix.baselines import Finetune
 from minprefix.batches import check_lengths, encode_pairs, encode_sources, sequence_form
 from minprefix.checkpoint import read_config
-from minprefix.data import SUMMARISATION, find_e2e, load_examples
+from minprefix.data import SUMMARISATION, TRIPLES, find_e2e, load_examples
 from minprefix.examples import draw_pairs, on_topics
 from minprefix.files import InputError, atomic_write, check_above_zero, run_main
 from minprefix.generate import recipe
@@ -213,9 +213,10 @@ def disk_size(path):
 
 
 def suggestion(args, test):
-    """What to give sample.py first: an input, or the test split where an input is a page long."""
-    if args.task in SUMMARISATION:
-        return f"--task {args.task} --split test --data {shlex.quote(args.data)} --limit 10"
+    """What to give sample.py first: an input, or a split where an input is a page long or a set of triples."""
+    if args.task in (*SUMMARISATION, *TRIPLES):
+        split = "test" if test else "dev"
+        return f"--task {args.task} --split {split} --data {shlex.quote(args.data)} --limit 10"
     example = EXAMPLE if args.task == "e2e" else test[0].source if test else "..."
     if len(example) > 200:
         return f"--task {shlex.quote(args.task)} --split test --limit 10"

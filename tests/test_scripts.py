@@ -152,6 +152,7 @@ def test_webnlg_by_topic_from_training_to_scores(world, capsys, monkeypatch):
     for out, options in (("a", ()), ("b", ("--seed", 7)), ("c", ("--low-data-seed", 1))):
         code, text, _ = call(train, capsys, *train_common, "--out", f"topics-{out}", *options)
         assert code == 0 and "20 training pairs, 4 steps of 5," in text
+        assert text.splitlines()[-1].endswith("--task webnlg --split dev --data webnlg --limit 10")
     assert [(len(x), len(y)) for x, y in seen] == [(20, 6)] * 3 and seen[0] == seen[1] != seen[2]
     tokenizer = load_tokenizer("model")
     sources = [tokenizer.decode(source) for x, y in seen for source, _ in (*x, *y)]
