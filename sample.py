@@ -3,6 +3,7 @@
     python sample.py --prefix runs/e2e-gpt2-mini/prefix.safetensors --input "name[The Mill], food[Thai]"
     python sample.py --prefix ... --file inputs.txt --output texts.txt      one input a line, or a .jsonl file
     python sample.py --prefix ... --task e2e --split test --data e2e/ --evaluate
+    python sample.py --prefix a.safetensors --prefix b.safetensors --file requests.jsonl      each row by its own
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from minprefix import generate, load_model, load_prefix, load_tokenizer, metrics
+from minprefix import generate, load_model, load_prefix, load_tokenizer, metrics, stack_prefixes
 from minprefix.data import SUMMARISATION, WEBNLG_SPLITS, Example, format_source, load_examples
 from minprefix.examples import on_topics
 from minprefix.files import InputError, atomic_write, check_above_zero, read_text, run_main
@@ -28,7 +29,9 @@ from minprefix.slots import slot_accuracy
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--prefix", type=Path, help="a prefix.safetensors of train.py; without one the frozen model writes alone")
+    add("--prefix", type=Path, action="append", default=[],
+        help="a prefix.safetensors of train.py, or a PEFT folder; without, the frozen model writes alone. "
+             'Several: a .jsonl --file says which, {"source": ..., "prefix": file or folder name}')  # fmt: skip
     add("--model", help="a model's folder or name (default: the one the prefix was trained on)")
     inputs = parser.add_mutually_exclusive_group()
     inputs.add_argument("--input", nargs="+", metavar="TEXT", help="inputs, in the task's form")
@@ -56,12 +59,15 @@ def parse_args():
     add("--output", type=Path, help="write the texts there, one a line, and the scores to a .json file beside")
     add("--evaluate", action="store_true", help="score the texts against the references, print and write the scores")
     args = parser.parse_args()
+    args.prefixes, args.prefix = args.prefix, next(iter(args.prefix), None)  # all of them, the first
     args.split = args.split or ("all" if str(args.task).endswith(".jsonl") else "test")
     check_above_zero(args, ("limit", "max_source"))
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed is {args.seed}: it must be at least 0")
     if args.topics and not args.task:
         raise InputError("--topics chooses among the inputs of --task: give that, too")
+    if len(args.prefixes) > 1 and (args.evaluate or not str(args.file).endswith(".jsonl")):
+        raise InputError('several --prefix need --file FILE.jsonl with rows {"source": ..., "prefix": name}, unscored')
     if args.evaluate:
         inputs = args.split if args.task else Path(args.file or "input").stem
         args.output = args.output or default_folder(args) / f"texts-{inputs}.txt"
@@ -94,6 +100,13 @@ def main():
     check_vocabulary(tokenizer, model, folder)
     if prefix:
         check_fits(prefix, model, args.prefix)
+    drawing = {
+        "sample": args.sample, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
+        "generator": torch.Generator(device).manual_seed(args.seed), "batch_size": args.batch_size,
+    }  # fmt: skip
+    if len(args.prefixes) > 1:
+        put(write_requests(args, model, tokenizer, drawing), args.output)
+        return
     info = prefix.info if prefix else trained_info(model)
     trained_task = info.get("task", "")
     # Decides how texts are searched for and scored; a file of rows is only where the inputs come from.
@@ -107,21 +120,62 @@ def main():
 
     texts = generate(
         model, tokenizer, [example.source for example in examples], prefix=prefix,
-        max_source=max_source, **search, sample=args.sample,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-        generator=torch.Generator(device).manual_seed(args.seed), batch_size=args.batch_size,
-        progress=len(examples) > 1,
+        max_source=max_source, **search, **drawing, progress=len(examples) > 1,
     )  # fmt: skip
-    lines = [" ".join(text.splitlines()) for text in texts]  # one text is one line, whatever characters it has
-    if args.output:
-        with atomic_write(args.output) as file:
-            file.writelines(line + "\n" for line in lines)
-        print(f"wrote {len(lines)} texts to {args.output}", file=sys.stderr)
-    else:
-        print(*lines, sep="\n")
+    lines = put(texts, args.output)
     if args.evaluate:
         settings = {**vars(args), **search, "max_source": max_source}
         evaluate(args.output, task, lines, examples, settings)
+
+
+def put(texts, output):
+    """Print the texts, or write them to the file `output`, one a line -> the lines."""
+    lines = [" ".join(text.splitlines()) for text in texts]  # one text is one line, whatever characters it has
+    if output:
+        with atomic_write(output) as file:
+            file.writelines(line + "\n" for line in lines)
+        print(f"wrote {len(lines)} texts to {output}", file=sys.stderr)
+    else:
+        print(*lines, sep="\n")
+    return lines
+
+
+def write_requests(args, model, tokenizer, drawing):
+    """The texts for the rows of --file, each with the prefix that it names, in its task's form, by its task's search.
+
+    Rows that are searched for alike share their batches.
+    """
+    prefixes = load_named(args.prefixes, model)
+    names, requests = list(prefixes), load_examples(args.file, "all", topic_field="prefix")[: args.limit]
+    groups = {}
+    for i, request in enumerate(requests):
+        if request.topic not in prefixes:
+            known = f"the prefixes are {', '.join(names)}"
+            raise InputError(f'{args.file}: request {i + 1} has "prefix": {request.topic!r:.80}, {known}')
+        info = prefixes[request.topic].info
+        search = search_options(args, info.get("task", ""))
+        search["max_source"] = args.max_source or trained_max_source(info)
+        groups.setdefault(tuple(search.items()), []).append(i)
+    texts = [None] * len(requests)
+    for search, group in groups.items():
+        rows = [names.index(requests[i].topic) for i in group]
+        sources = [format_source(prefixes[requests[i].topic].info.get("task", ""), requests[i].source) for i in group]
+        stacked = stack_prefixes(list(prefixes.values()), rows)
+        written = generate(model, tokenizer, sources, stacked, **dict(search), **drawing, progress=len(group) > 1)
+        for i, text in zip(group, written, strict=True):
+            texts[i] = text
+    return texts
+
+
+def load_named(paths, model):
+    """{name: prefix} of prefix files and folders, by the file's name without its ending or the folder's."""
+    prefixes = {}
+    for path in paths:
+        name = path.resolve().name if path.is_dir() else path.stem
+        if name in prefixes:
+            raise InputError(f"two --prefix are called {name!r}: rename one, or give the folders of their runs instead")
+        prefixes[name] = load_prefix(path, model)
+    return prefixes
 
 
 def search_options(args, task):

@@ -1,14 +1,19 @@
 """Several prefixes in one batch (section 8 of the paper): each row as if it were alone, at every site."""
 
+import json
+
 import pytest
 import torch
 
-from minprefix import stack_prefixes
+import sample
+from minprefix import Prefix, load_model, stack_prefixes
 from minprefix.bart import BART
 from minprefix.files import InputError
 from minprefix.generate import generate_ids
 from minprefix.gpt2 import GPT2
-from minprefix.prefix import FoldedPrefix
+from minprefix.prefix import FoldedPrefix, save_prefix
+from tests.test_scripts import call
+from tests.tiny import write_tiny_bart, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 V, END = 60, 7
@@ -25,7 +30,7 @@ def model(request):
     torch.manual_seed(5)
     model = (GPT2 if request.param == "gpt2" else BART)(SHAPES[request.param])
     for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, mean=float("weight" in name and p.dim() == 1), std=0.4)
+        torch.nn.init.normal_(p, mean=float("weight" in name and p.dim() == 1), std=0.3)
     if model.encoder_decoder:
         model.final_logits_bias[:, END] = 4  # some texts end early
     return model.requires_grad_(False).double()
@@ -117,3 +122,62 @@ def test_what_does_not_fit_is_refused(model, prefixes):
     too_long = FoldedPrefix(prefixes[0], 60)
     with pytest.raises(InputError, match="from position 60 on"):
         model(*inputs(model, 2), prefix=stack_prefixes([prefixes[0], too_long], [0, 1]))
+
+
+# ---- sample.py ----
+
+
+@pytest.fixture(scope="module", params=["gpt2", "bart"])
+def world(request, tmp_path_factory):
+    """A tiny model; prefixes of three tasks, of which b and c are searched for alike, a otherwise; ten requests."""
+    folder = tmp_path_factory.mktemp("world")
+    (write_tiny_model if request.param == "gpt2" else write_tiny_bart)(folder / "model")
+    model = load_model(folder / "model")
+    for name, length, offset, task in (("a", 7, None, "scitldr"), ("b", 2, 0, "e2e"), ("c", 4, None, "rows.jsonl")):
+        torch.manual_seed(length)
+        prefix = Prefix(model, length, 0, offset).fold()
+        save_prefix(folder / f"{name}.safetensors", prefix, model, {"base_model": str(folder / "model"), "task": task})
+    (folder / "run").mkdir()
+    (folder / "c.safetensors").rename(folder / "run" / "prefix.safetensors")
+    sources = {"a": "many   blanks {}", "b": "name[Inn {}], food[Thai]", "run": "item   {}"}
+    names = 3 * ("b", "run", "a") + ("b",)
+    rows = [{"source": sources[name].format(i), "prefix": name} for i, name in enumerate(names)]
+    (folder / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder, rows
+
+
+PREFIXES = ("--prefix", "a.safetensors", "--prefix", "b.safetensors", "--prefix", "run")
+FEW = ("--max-new-tokens", 12, "--no-repeat-ngram", 1, "--dtype", "float32", "--device", "cpu")
+
+
+@pytest.mark.parametrize("search", [(), ("--beams", 1)])
+def test_sample_writes_each_request_as_it_does_alone(world, capsys, monkeypatch, search):
+    folder, rows = world
+    monkeypatch.chdir(folder)
+    code, out, err = call(sample, capsys, *PREFIXES, "--file", "requests.jsonl", *FEW, *search)
+    assert code == 0, err
+    texts = out.split("\n")[:-1]
+    assert len(texts) == len(rows) and len(set(texts)) > 2  # at least one for each prefix
+    for name, path in (("a", "a.safetensors"), ("b", "b.safetensors"), ("run", "run")):
+        own = [i for i, row in enumerate(rows) if row["prefix"] == name]
+        alone = call(sample, capsys, "--prefix", path, "--input", *(rows[i]["source"] for i in own), *FEW, *search)
+        assert alone[1].split("\n")[:-1] == [texts[i] for i in own], name
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--prefix a.safetensors --prefix a.safetensors --file requests.jsonl", "two --prefix are called 'a'"),
+        ("--prefix a.safetensors --prefix b.safetensors --file requests.jsonl",
+         "request 2 has \"prefix\": 'run', the prefixes are a, b"),
+        ("--prefix a.safetensors --prefix run --file bare.jsonl", 'request 1 has "prefix": None'),
+        ("--prefix a.safetensors --prefix run --input x", "several --prefix need --file FILE.jsonl"),
+        ("--prefix a.safetensors --prefix run --file requests.jsonl --evaluate", "unscored"),
+        ("--prefix a.safetensors --prefix none --file requests.jsonl", "no prefix file at none"),
+    ],
+)  # fmt: skip
+def test_requests_that_make_no_sense(world, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(world[0])
+    (world[0] / "bare.jsonl").write_text('{"source": "x"}\n')
+    code, _, err = call(sample, capsys, *arguments.split())
+    assert code == 2 and message in err and len(err.splitlines()) == 1, err
