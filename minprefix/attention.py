@@ -3,62 +3,42 @@
 Shapes: B rows of queries, H heads, T query tokens, S keys of a segment, D head dimension, L layers, P prefix length.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from minprefix.files import InputError
+
+ROOM = 64  # slots that a cache grows by
+FEW_QUERIES = 16  # at most so many look at keys where they lie: for more, products of one long matrix win
 
 
 def attend(q, segments):
     """Scaled dot-product attention of q (B, H, T, D) over all keys of all segments at once -> (B, H, T, D).
 
-    A segment is (k, v, mask): k and v (b, H, S, D); mask None, or (T, S) or (b, 1, 1, S) to be added to the scores, 0
-    where a query may look and -inf where not. b divides B, and row i of a segment serves the B/b consecutive query
-    rows from i*B/b on: a prefix for the whole batch has b = 1, the source of an example serves all of its beams.
+    A segment is (k, v, mask): k and v (b, H, S, D), b = B or, for what all rows share, 1; mask None, or (T, S) or
+    (b, 1, 1 or T, S) to be added to the scores, 0 where a query may look and -inf where not.
     """
     q = q * q.size(-1) ** -0.5
-    if q.size(2) > 1 and all(len(k) in (1, len(q)) for k, _, _ in segments):
-        return _attend_joined(q, segments)
-    return _attend_apart(q, segments)
-
-
-def _attend_joined(q, segments):
-    """Training, and reading of sources: few products of many rows each, for which the keys are put side by side."""
-    B, _, T, _ = q.shape
-    k = torch.cat([k.expand(B, -1, -1, -1) for k, _, _ in segments], dim=2)
-    v = torch.cat([v.expand(B, -1, -1, -1) for _, v, _ in segments], dim=2)
-    scores = q @ k.transpose(-1, -2)
-    if any(mask is not None for _, _, mask in segments):
-        masks = [q.new_zeros(1, 1, 1, k.size(2)) if mask is None else mask for k, _, mask in segments]
-        masks = [mask.expand(1, 1, -1, -1) if mask.dim() == 2 else mask for mask in masks]
-        rows, queries = max(map(len, masks)), max(mask.size(2) for mask in masks)
-        scores = scores + torch.cat([mask.expand(rows, 1, queries, -1) for mask in masks], dim=3)
-    return scores.softmax(dim=-1) @ v
-
-
-def _attend_apart(q, segments):
-    """A step of generation: scores are put side by side instead of keys, and no segment is ever copied."""
-    scores = []
-    for k, _, mask in segments:
-        score = _shared_matmul(q, k.transpose(-1, -2))
-        if mask is not None:
-            score = score + (mask if mask.dim() == 2 else mask.repeat_interleave(q.size(0) // k.size(0), dim=0))
-        scores.append(score)
+    if q.size(2) > FEW_QUERIES:
+        segments = [join(segments, len(q))]
+    # Of few queries the scores are put side by side instead: a step of generation must not copy all keys.
+    scores = [q @ k.mT if mask is None else q @ k.mT + mask for k, _, mask in segments]
     if len(segments) == 1:
-        return _shared_matmul(scores[0].softmax(dim=-1), segments[0][1])
-    weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([k.size(-2) for k, _, _ in segments], dim=-1)
-    return sum(_shared_matmul(w, v) for w, (_, v, _) in zip(weights, segments, strict=True))
+        return scores[0].softmax(dim=-1) @ segments[0][1]
+    weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([score.size(-1) for score in scores], dim=-1)
+    return sum(w @ v for w, (_, v, _) in zip(weights, segments, strict=True))
 
 
-def _shared_matmul(x, matrix):
-    """x (B, H, T, X) @ matrix (b, H, X, Y) -> (B, H, T, Y); row i of `matrix` serves B/b consecutive rows of x."""
-    B, H, T, X = x.shape
-    b, _, _, Y = matrix.shape
-    if b == B:
-        return x @ matrix
-    x = x.view(b, B // b, H, T, X).transpose(1, 2).reshape(b, H, B // b * T, X)  # fold the rows, copy no keys
-    return (x @ matrix).view(b, H, B // b, T, Y).transpose(1, 2).reshape(B, H, T, Y)
+def join(segments, B):
+    """Segments side by side as one, for B rows."""
+    if len(segments) == 1 and len(segments[0][0]) == B:
+        return segments[0]
+    k, v = (torch.cat([segment[i].expand(B, -1, -1, -1) for segment in segments], dim=2) for i in (0, 1))
+    if all(mask is None for _, _, mask in segments):
+        return k, v, None
+    masks = [k.new_zeros(1, 1, 1, k.size(2)) if mask is None else mask for k, _, mask in segments]
+    masks = [mask[None, None] if mask.dim() == 2 else mask for mask in masks]
+    rows, queries = max(map(len, masks)), max(mask.size(2) for mask in masks)
+    return k, v, torch.cat([mask.expand(rows, 1, queries, -1) for mask in masks], dim=3)
 
 
 def causal_mask(T, like):
@@ -142,32 +122,68 @@ def position_ids(ids, start, n_positions):
     return positions + (start.to(ids.device)[:, None] if torch.is_tensor(start) else start)
 
 
-@dataclass
 class Cache:
     """Keys and values of a generation under way: B examples, R = B * beams rows, the rows of an example adjacent.
 
-    fixed: per layer the segments of self-attention that no step changes, with 1 or B rows: the prefix, GPT-2's source.
-    cross: likewise of cross-attention: BART's prefix and source; None for GPT-2.
-    suffix: per layer (k, v) (R, H, t, D) of the tokens generated so far, None before the first.
+    All rows of an example look at the same keys, as further queries; a mask says which of them each may see. So no key
+    is ever copied or moved, whatever beams survive.
+
+    own: per layer (k, v) (B, H, M, D) of self-attention: the prefix, GPT-2's source, then at each step a token of each
+    row, `filled` in all; the other slots are room for more. None before the first.
+    mask: (B, R/B, M), 0 or -inf: padding, other beams' tokens and empty slots are hidden.
+    cross: per layer the segments of cross-attention, BART's prefix and source side by side; None for GPT-2.
     position: (R,) position ids of the next token.
     """
 
-    fixed: list
-    cross: list | None
-    suffix: list
-    position: torch.Tensor
+    def __init__(self, fixed, cross, position, dtype):
+        """fixed, cross: per layer the segments that are there before the first step, on `position`'s device."""
+        B = len(position)
+        fixed = [join(segments, B) if segments else None for segments in fixed]
+        self.own = [segment and segment[:2] for segment in fixed]
+        self.filled = fixed[0][0].size(2) if fixed and fixed[0] else 0
+        self.mask = torch.zeros(B, 1, self.filled, dtype=dtype, device=position.device)
+        if self.filled and fixed[0][2] is not None:
+            self.mask = self.mask + fixed[0][2][:, 0]
+        self.cross = cross and [[join(segments, B)] for segments in cross]
+        self.position = position
 
     def segments(self, layer):
-        """What self-attention sees before the next token."""
-        suffix = self.suffix[layer]
-        return [*self.fixed[layer], *([(*suffix, None)] if suffix else [])]
+        """What self-attention of a step's tokens sees before them."""
+        return [(*self.own[layer], self.mask[:, None])] if self.own[layer] else []
+
+    def mask_of_step(self):
+        """(R/B, R/B): of the tokens of a step each row sees its own."""
+        beams = self.mask.size(1)
+        return self.mask.new_full((beams, beams), float("-inf")).fill_diagonal_(0)
 
     def append(self, layer, k, v):
-        """Take in one token's keys and values (R, H, 1, D)."""
-        past = self.suffix[layer]
-        self.suffix[layer] = (torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)) if past else (k, v)
+        """Take in keys and values (B, H, R/B, D) of a step's tokens; `advance` once all layers have."""
+        own, end = self.own[layer] or (k[:, :, :0], v[:, :, :0]), self.filled + k.size(2)
+        if own[0].size(2) < end:
+            own = [torch.cat([x, x.new_zeros(*x.shape[:2], ROOM + k.size(2), x.size(3))], dim=2) for x in own]
+        for buffer, x in zip(own, (k, v), strict=True):
+            buffer[:, :, self.filled : end] = x
+        self.own[layer] = own
+
+    def advance(self):
+        step, end = self.mask_of_step(), self.filled + self.mask.size(1)
+        if self.own and self.own[0][0].size(2) > self.mask.size(2):
+            more = self.own[0][0].size(2) - self.mask.size(2)
+            self.mask = torch.cat([self.mask, self.mask.new_full((*self.mask.shape[:2], more), float("-inf"))], dim=2)
+        self.mask[:, :, self.filled : end] = step
+        self.filled, self.position = end, self.position + 1
 
     def select(self, rows):
         """Go on from these rows (R',), still the same number for every example: surviving beams, or copies."""
-        self.suffix = [kv and (kv[0][rows], kv[1][rows]) for kv in self.suffix]
+        self.mask = self.mask.flatten(0, 1)[rows].unflatten(0, (len(self.mask), -1))
         self.position = self.position[rows]
+
+    def keep(self, examples):
+        """Go on with these examples (B',) alone: the texts of the others are finished."""
+        self.own = [kv and [x[examples] for x in kv] for kv in self.own]
+        self.cross = self.cross and [
+            [(k[examples], v[examples], mask if mask is None or len(mask) == 1 else mask[examples])]
+            for ((k, v, mask),) in self.cross
+        ]
+        self.position = self.position.unflatten(0, (len(self.mask), -1))[examples].flatten()
+        self.mask = self.mask[examples]

@@ -162,16 +162,17 @@ class BART(nn.Module):
         source_mask = real_tokens(lengths, source_ids.size(1))
         cross = self._cross(source_ids, source_mask, prefix)
         position = torch.as_tensor(first_position(prefix)).to(lengths).expand_as(lengths)
-        return Cache(self._prefix(prefix, "decoder"), cross, [None] * len(self.decoder.layers), position)
+        return Cache(self._prefix(prefix, "decoder"), cross, position, self.decoder.embed_positions.weight.dtype)
 
     def step(self, ids, cache):
         """One more token for each row (R,) -> states (R, C) for `logits`; the cache takes it in."""
-        x = self._embed(self.decoder, ids[:, None], cache.position[:, None])
+        x = self._embed(self.decoder, ids, cache.position).unflatten(0, (len(cache.mask), -1))  # (B, R/B, C)
+        mask = cache.mask_of_step()
         for n, layer in enumerate(self.decoder.layers):
-            x, (k, v) = layer(x, cache.segments(n), None, cache.cross[n])
+            x, (k, v) = layer(x, cache.segments(n), mask, cache.cross[n])
             cache.append(n, k, v)
-        cache.position = cache.position + 1
-        return x[:, 0]
+        cache.advance()
+        return x.flatten(0, 1)
 
     def activations(self, ids):
         """Keys and values that the model computes for tokens ids (1, T), as source and target -> {site: [(k, v)]}."""

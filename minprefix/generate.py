@@ -16,6 +16,8 @@ from minprefix.files import InputError
 from minprefix.linear import packed_weights
 from minprefix.load import check_vocabulary
 
+LEAVE = 0.75  # finished texts leave a batch as soon as no more than this share of it is unfinished
+
 
 def recipe(task):
     """How a task's texts are usually searched for: options of `generate`.
@@ -110,17 +112,19 @@ def generate_ids(
 
 
 def _one_by_one(model, cache, ids, end_id, max_new_tokens, constrain, choose):
-    """From the start tokens ids (B,), the token that `choose` picks at each step -> (B, <= N), running past the end."""
-    done = torch.zeros_like(ids, dtype=torch.bool)
-    tokens = ids[:, None][:, :0]
-    for _ in range(max_new_tokens):
+    """From the start tokens ids (B,), the token that `choose` picks at each step -> (B, N), end_id after its end."""
+    tokens = torch.full((len(ids), max_new_tokens), end_id, device=ids.device)
+    place = torch.arange(len(ids), device=ids.device)  # of the running rows in `tokens`
+    for t in range(max_new_tokens):
         logits = model.logits(model.step(ids, cache)).float()
-        constrain(logits, tokens)
-        ids = choose(logits)
-        tokens = torch.cat([tokens, ids[:, None]], dim=1)
-        done |= ids == end_id
-        if done.all():
+        constrain(logits, tokens[place, :t])
+        ids = tokens[place, t] = choose(logits)
+        running = (ids != end_id).nonzero()[:, 0]
+        if len(running) == 0:
             break
+        if len(running) <= LEAVE * len(ids):
+            ids, place = ids[running], place[running]
+            cache.keep(running)
     return tokens
 
 
@@ -155,11 +159,12 @@ def _beam_search(model, cache, ids, end_id, beams, max_new_tokens, length_penalt
     end run on; those that end and rank among the first K compete for the K places of the finished. An example is over
     when its best running beam, scored at its present length, is no better than its worst finished one.
     """
-    K, inf = beams, float("inf")
-    example = torch.arange(ids.size(0), device=ids.device)[:, None]  # (B, 1), indexes what is (B, K, ...)
-    scores = torch.zeros_like(example, dtype=torch.float)  # log-probabilities of the running beams: just one at first,
-    tokens = torch.full((ids.size(0), 1, max_new_tokens), end_id, device=ids.device)  # the start token's
-    finished_scores = scores.new_full((ids.size(0), K), -inf)  # best first
+    K, inf, B = beams, float("inf"), len(ids)
+    result = torch.full((B, max_new_tokens), end_id, device=ids.device)
+    place = torch.arange(B, device=ids.device)  # of the examples that are not over, in `result`
+    scores = torch.zeros((B, 1), device=ids.device)  # log-probabilities of the running beams: just one at first,
+    tokens = result[:, None]  # the start token's
+    finished_scores = scores.new_full((B, K), -inf)  # best first
     finished = tokens.repeat(1, K, 1)
     improvable = torch.ones_like(ids, dtype=torch.bool)
     for t in range(max_new_tokens):
@@ -169,6 +174,7 @@ def _beam_search(model, cache, ids, end_id, beams, max_new_tokens, length_penalt
         V, rows_each = log_probs.size(-1), scores.size(1)  # rows_each: 1 at the first step, then K
         candidate_scores, index = log_probs.view(-1, rows_each * V).topk(2 * K)  # (B, 2K): K of them may end
         parent, token = index // V, index % V
+        example = torch.arange(len(scores), device=ids.device)[:, None]  # (B, 1), indexes what is (B, K, ...)
         candidates = tokens[example, parent]
         candidates[:, :, t] = token
         ends = token == end_id if t + 1 < max_new_tokens else torch.ones_like(token, dtype=torch.bool)
@@ -181,12 +187,20 @@ def _beam_search(model, cache, ids, end_id, beams, max_new_tokens, length_penalt
 
         scores, best = candidate_scores.masked_fill(ends, -inf).topk(K)
         tokens = candidates[example, best]
-        ids = tokens[:, :, t].flatten()
         improvable &= scores[:, 0] / length > finished_scores[:, -1]
-        if not improvable.any():  # so it is after the last step: nothing runs on
+        running = improvable.nonzero()[:, 0]
+        if len(running) == 0:  # so it is after the last step: nothing runs on
             break
         cache.select((example * rows_each + parent.gather(1, best)).flatten())
-    return finished[:, 0]
+        if len(running) <= LEAVE * len(scores):
+            result[place], place = finished[:, 0], place[running]
+            cache.keep(running)
+            scores, tokens, finished_scores, finished, improvable = (
+                x[running] for x in (scores, tokens, finished_scores, finished, improvable)
+            )
+        ids = tokens[:, :, t].flatten()
+    result[place] = finished[:, 0]
+    return result
 
 
 def _prefill(model, sources, batch, prefix, max_new_tokens, device):

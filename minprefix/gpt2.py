@@ -110,16 +110,17 @@ class GPT2(nn.Module):
         _, source = self._run(ids, prefix, start)
         mask = padding_mask(real_tokens(lengths, ids.size(1)), self.wte.weight)
         fixed = [[*context, (*kv, mask)] for context, kv in zip(self._prefix(prefix), source, strict=True)]
-        return Cache(fixed, None, [None] * len(self.h), lengths + torch.as_tensor(start).to(lengths))
+        return Cache(fixed, None, lengths + torch.as_tensor(start).to(lengths), self.wte.weight.dtype)
 
     def step(self, ids, cache):
         """One more token for each row (R,) -> states (R, C) for `logits`; the cache takes it in."""
-        x = self.wte(ids[:, None]) + self.wpe(cache.position[:, None])
+        x = (self.wte(ids) + self.wpe(cache.position)).unflatten(0, (len(cache.mask), -1))  # (B, R/B, C)
+        mask = cache.mask_of_step()
         for layer, block in enumerate(self.h):
-            x, (k, v) = block(x, cache.segments(layer), None)
+            x, (k, v) = block(x, cache.segments(layer), mask)
             cache.append(layer, k, v)
-        cache.position = cache.position + 1
-        return self.ln_f(x)[:, 0]
+        cache.advance()
+        return self.ln_f(x).flatten(0, 1)
 
     def activations(self, ids):
         """Keys and values that the model computes for tokens ids (1, T) -> {site: [(k, v) of each layer]}."""

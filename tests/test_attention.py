@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from minprefix import attention
 from minprefix.attention import attend, causal_mask, padding_mask, prefix_length, prefix_segments, real_tokens
 from minprefix.gpt2 import GPT2
 from minprefix.prefix import FoldedPrefix
@@ -25,12 +26,12 @@ def definition(q, segments):
             for t in range(q.size(2)):
                 weights, values = [], []
                 for k, v, mask in segments:
-                    row = i // (q.size(0) // k.size(0))
+                    row = i if len(k) > 1 else 0
                     for s in range(k.size(2)):
                         score = sum(a * b for a, b in zip(q[i, h, t].tolist(), k[row, h, s].tolist(), strict=True))
                         score /= math.sqrt(q.size(3))
                         if mask is not None:
-                            score += float(mask[t, s] if mask.dim() == 2 else mask[row, 0, 0, s])
+                            score += float(mask.expand(q.size(0), 1, q.size(2), -1)[i, 0, t, s])
                         weights.append(math.exp(score))
                         values.append(v[row, h, s])
                 out[i, h, t] = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
@@ -47,29 +48,28 @@ def cases():
     tokens = segment(B, T, causal_mask(T, q))
     padding = padding_mask(real_tokens(torch.tensor([7, 1, 3, 7, 2, 5]), S), q)
     arbitrary = torch.where(torch.rand(T, S) < 0.4, -INF, 0.0).double()
+    beams = torch.where(torch.rand(B, 1, T, S) < 0.4, -INF, 0.0).double()
     yield "tokens only", q, [tokens]
     yield "tokens without a mask", q, [segment(B, T)]
     yield "one shared segment only", q, [segment(1, S)]
-    yield "beams on one segment", q, [segment(2, S)]
     yield "shared prefix", q, [segment(1, P), tokens]
     yield "prefix per row", q, [segment(B, P), tokens]
-    yield "prefix per example, two beams each", q, [segment(3, P), tokens]
+    yield "padded prefixes per row, padded rows, tokens", q, [segment(B, S, padding), segment(B, S, padding), tokens]
     yield "padded rows", q, [segment(1, P), segment(B, S, padding)]
-    yield "padded source of six beams", q, [segment(1, S, padding[2:3])]
-    yield "padded sources of three beams", q, [segment(2, S, padding[1:3])]
-    yield "padded sources of two beams", q, [segment(3, S, padding[3:])]
-    yield "prefix, padded source of three beams, tokens", q, [segment(1, P), segment(2, S, padding[1:3]), tokens]
-    yield "prefix per source, padded source, tokens", q, [segment(2, P), segment(2, S, padding[4:]), tokens]
-    yield "sources of two and of three beams", q, [segment(3, S, padding[:3]), segment(2, S, padding[4:]), tokens]
-    yield "a mask that is no padding", q, [segment(2, S, arbitrary[:2, None, None]), segment(1, P)]
-    yield "prefix per example, source, tokens", q, [segment(2, P), segment(3, S, arbitrary), tokens]
-    yield "one query", q[:, :, :1], [segment(1, P), segment(3, S, padding[2:5]), segment(B, 1)]
+    yield "one mask for all rows", q, [segment(B, S, padding[2:3]), segment(1, S, padding[3:4])]
+    yield "beams, each with its own keys", q, [segment(1, P), segment(B, S, beams), tokens]
+    yield "beams that look at nothing but their own token", q, [segment(B, S, beams - INF), tokens]
+    yield "a mask that is no padding", q, [segment(B, S, arbitrary[None, None]), segment(1, S, arbitrary)]
+    yield "one query", q[:, :, :1], [segment(1, P), segment(B, S, padding), segment(B, 1)]
     strided = q.transpose(1, 2).contiguous().transpose(1, 2)
     yield "as the model's projection lays it out", strided, [segment(1, P), tokens]
 
 
 @pytest.mark.parametrize("q, segments", [pytest.param(q, segments, id=name) for name, q, segments in cases()])
-def test_attend_is_its_definition(q, segments):
+@pytest.mark.parametrize("few", [0, T])
+def test_attend_is_its_definition(q, segments, few, monkeypatch):
+    """With the keys put side by side, or the scores."""
+    monkeypatch.setattr(attention, "FEW_QUERIES", few)
     expected = definition(q, segments)
     torch.testing.assert_close(attend(q, segments), expected, rtol=0, atol=1e-13)
     in_float32 = attend(q.float(), [[x if x is None else x.float() for x in segment] for segment in segments])
@@ -86,8 +86,6 @@ def test_masked_keys_do_not_count():
         k[i, :, n:], v[i, :, n:] = 1e3, 1e30
     mask = padding_mask(real_tokens(lengths, S), q)
     torch.testing.assert_close(attend(q, [(k, v, mask)]), torch.cat(expected))
-    beams = attend(q.repeat_interleave(3, dim=0), [(k, v, mask)])  # three for each row of keys and its mask
-    torch.testing.assert_close(beams, torch.cat(expected).repeat_interleave(3, dim=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
@@ -112,8 +110,10 @@ def test_causal_mask_is_lower_right():
     assert (attend(q[:, :, P:], [(k, v, top_left)]) - whole).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
-def test_gradient_of_the_prefix(rows):
+@pytest.mark.parametrize("few", [0, T])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_gradient_of_the_prefix(rows, few, monkeypatch):
+    monkeypatch.setattr(attention, "FEW_QUERIES", few)
     torch.manual_seed(0)
     q, k, v = rand(4, H, 2, D), rand(rows, H, 3, D).requires_grad_(), rand(rows, H, 3, D).requires_grad_()
     tokens = segment(4, 2, causal_mask(2, q))
@@ -159,13 +159,6 @@ def row_of(prefix, i):
     return FoldedPrefix({"decoder": prefix["decoder"][:, :, i : i + 1]}, prefix.position_offset)
 
 
-def prefix_rows(prefix):
-    """How many rows of a prefix's keys the cache holds, in a list; an empty one if there is none."""
-    if prefix is None:
-        return []
-    return [1 if prefix["decoder"].dim() == 5 else len(LENGTHS)]
-
-
 @pytest.mark.parametrize("kind, offset", [("none", None), ("shared", 0), ("shared", P), ("rows", 0), ("rows", P)])
 def test_cache_equals_the_full_forward(model, kind, offset):
     """Ragged sources, one step each, then three beams each that are chosen anew after every step."""
@@ -188,10 +181,25 @@ def test_cache_equals_the_full_forward(model, kind, offset):
         rows = example * rows_each + torch.randint(rows_each, example.shape)
         cache.select(rows)
         texts = [texts[row] for row in rows]
-    assert cache.cross is None
-    for segments in cache.fixed:  # stored once for all beams
-        assert [k.size(0) for k, _, _ in segments] == [*prefix_rows(prefix), len(LENGTHS)]
-        assert segments[-1][2].shape == (len(LENGTHS), 1, 1, max(LENGTHS))
+    assert cache.cross is None and all(len(k) == len(LENGTHS) for k, _ in cache.own)  # stored once for all beams
+
+
+def test_cache_outgrows_its_room_and_goes_on_with_fewer_examples(model):
+    torch.manual_seed(1)
+    prefix, beams, n = make_prefix("rows", P), 8, len(LENGTHS)
+    sources = [torch.randint(V, (length,)) for length in LENGTHS]
+    ids = torch.nn.utils.rnn.pad_sequence(sources, batch_first=True)
+    cache = model.prefill(ids, torch.tensor(LENGTHS), prefix)
+    model.step(torch.zeros(n, dtype=torch.long), cache)
+    cache.select(torch.arange(n).repeat_interleave(beams))
+    steps = 2 * attention.ROOM // beams
+    new = torch.randint(V, (steps, n * beams))
+    for tokens in new[:-1]:
+        model.step(tokens, cache)
+    cache.keep(torch.tensor([1]))
+    logits = model.logits(model.step(new[-1, beams : 2 * beams], cache))
+    text = torch.cat([sources[1], torch.tensor([0]), new[:, 2 * beams - 1]])
+    torch.testing.assert_close(logits[-1], model(text[None], row_of(prefix, 1))[0, -1], rtol=0, atol=1e-11)
 
 
 def test_pads_change_nothing(model):

@@ -142,7 +142,7 @@ class Table:
         return iter([self.table])
 
     def prefill(self, ids, lengths, prefix):
-        return Cache([], None, [], lengths)
+        return Cache([], None, lengths, torch.float32)
 
     def step(self, ids, cache):
         states = self.table[cache.position, ids]

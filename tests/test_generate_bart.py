@@ -293,7 +293,7 @@ class Table:
         return iter([self.table])
 
     def prefill(self, ids, lengths, prefix):
-        return Cache([], [], [], torch.zeros_like(lengths))
+        return Cache([], [], torch.zeros_like(lengths), torch.float32)
 
     def step(self, ids, cache):
         states = self.table[cache.position, ids]

@@ -193,7 +193,7 @@ def test_direct_prefix_starts_from_the_activations(model, tokenizer, words, leng
     ids = tokenizer.encode(words)
     ids = (ids * length)[:length]
     cache = model.prefill(torch.tensor([ids]), torch.tensor([length]))
-    expected = torch.stack([torch.stack([k[0], v[0]]) for ((k, v, _),) in cache.fixed])
+    expected = torch.stack([torch.stack([k[0], v[0]]) for k, v in cache.own])
     assert torch.equal(prefix.fold()["decoder"], expected)
     # and so a text behind the prefix reads as a text behind the words, whose positions come first
     torch.testing.assert_close(model(IDS, prefix.fold()), model(with_words(ids), None)[:, length:], rtol=0, atol=1e-5)
