@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from minprefix import generate, load_model, load_prefix, load_tokenizer, metrics, stack_prefixes
+from minprefix.baselines import load_trained, read_trained, trained_file
 from minprefix.data import SUMMARISATION, WEBNLG_SPLITS, Example, format_source, load_examples
 from minprefix.examples import on_topics
 from minprefix.files import InputError, atomic_write, check_above_zero, read_text, run_main
 from minprefix.generate import recipe
 from minprefix.hub import resolve_model
 from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype
-from minprefix.prefix import check_fits
 from minprefix.slots import slot_accuracy
 
 
@@ -30,7 +30,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--prefix", type=Path, action="append", default=[],
-        help="a prefix.safetensors of train.py, or a PEFT folder; without, the frozen model writes alone. "
+        help="a run of train.py, its folder or METHOD.safetensors, or a PEFT folder (default: the model alone). "
              'Several: a .jsonl --file says which, {"source": ..., "prefix": file or folder name}')  # fmt: skip
     add("--model", help="a model's folder or name (default: the one the prefix was trained on)")
     inputs = parser.add_mutually_exclusive_group()
@@ -90,16 +90,19 @@ def default_folder(args):
 def main():
     args = parse_args()
     keep_freed_memory()
-    prefix = load_prefix(args.prefix) if args.prefix else None
-    name = args.model or (prefix.info.get("base_model") if prefix else None)
+    trained = trained_file(args.prefix) if args.prefix else None
+    if trained and (trained / "config.json").is_file():  # fine-tuned, a model by itself
+        if args.model:
+            raise InputError(f"--prefix {args.prefix} is a fine-tuned model, it needs no other: leave out --model")
+        args.model, trained = str(trained), None
+    info = read_trained(trained)[1] if trained else {}
+    name = args.model or info.get("base_model")
     if name is None:
         raise InputError("which model? give --prefix FILE, or --model for a frozen model alone")
     device = pick_device(args.device)
     folder = resolve_model(name)
     model, tokenizer = load_model(folder, device, pick_dtype(args.dtype, device)), load_tokenizer(folder)
     check_vocabulary(tokenizer, model, folder)
-    if prefix:
-        check_fits(prefix, model, args.prefix)
     drawing = {
         "sample": args.sample, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
         "generator": torch.Generator(device).manual_seed(args.seed), "batch_size": args.batch_size,
@@ -107,7 +110,8 @@ def main():
     if len(args.prefixes) > 1:
         put(write_requests(args, model, tokenizer, drawing), args.output)
         return
-    info = prefix.info if prefix else trained_info(model)
+    prefix = load_trained(trained, model) if trained else None
+    info = info or trained_info(model)
     trained_task = info.get("task", "")
     # Decides how texts are searched for and scored; a file of rows is only where the inputs come from.
     task = args.task if args.task and not args.task.endswith(".jsonl") else trained_task

@@ -1,10 +1,11 @@
-"""Train a prefix on a frozen language model, or fine-tune it for comparison, then compare its texts without and with.
+"""Train a prefix on a frozen language model, or what it is compared with, then compare texts without and with.
 
     python train.py                                   the bundled model; E2E data, or the bundled sample if offline
     python train.py --data e2e/ --epochs 5            the real E2E data from its official CSV files
     python train.py --model gpt2-medium/ --task my.jsonl --lr 5e-5
     python train.py --model bart-mini --task scitldr --data scitldr/     summaries, the prefix in encoder and decoder
-    python train.py --method finetune --data e2e/                        all of the model's weights, for comparison
+    python train.py --method finetune --data e2e/                        all of the model's weights, for comparison;
+                                       so are top2, adapter, embedding and infix: see minprefix/baselines.py
 """
 
 import argparse
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from minprefix import Prefix, generate, load_model, load_prefix, load_tokenizer, metrics
-from minprefix.baselines import Finetune
+from minprefix import Prefix, generate, load_model, load_tokenizer, metrics
+from minprefix.baselines import Adapters, Embedding, Finetune, Infix, load_trained, save_trained, top_layers
 from minprefix.batches import check_lengths, encode_pairs, encode_sources, sequence_form
 from minprefix.checkpoint import read_config
 from minprefix.data import SUMMARISATION, TRIPLES, find_e2e, load_examples
@@ -27,25 +28,37 @@ from minprefix.generate import recipe
 from minprefix.hub import model_name, resolve_model
 from minprefix.linear import packed_weights
 from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype, save_model
-from minprefix.prefix import parameter_shares, save_prefix
+from minprefix.prefix import count_numbers, fingerprint, parameter_shares, save_prefix
 from minprefix.training import train
 
 # The paper's settings for full-size models; for the bundled those that weights/README.md chose on dev sets.
 PAPER = {
-    "gpt2": {"prefix_length": 5, "hidden": 512, "lr": 8e-5, "batch_size": 10, "epochs": 5},
-    "bart": {"prefix_length": 200, "hidden": 800, "lr": 5e-5, "batch_size": 16, "epochs": 30, "eval_every": 1000},
+    "gpt2": {"prefix_length": 5, "hidden": 512, "adapter_width": 108, "batch_size": 10, "epochs": 5},
+    "bart": {"prefix_length": 200, "hidden": 800, "adapter_width": 108, "batch_size": 16, "epochs": 30,
+             "eval_every": 1000},
 }
 PAPER_TASK = {  # what the paper sets otherwise for these, for GPT-2
     "webnlg": {"lr": 5e-5, "batch_size": 5},
     "dart": {"lr": 5e-5, "batch_size": 5, "epochs": 10, "prefix_length": 10},
 }
 BUNDLED = {
-    "gpt2-mini": {"prefix_length": 100, "hidden": 0, "lr": 0.1, "batch_size": 16, "steps": 1500},
-    "bart-mini": {"prefix_length": 20, "hidden": 512, "lr": 3e-3, "batch_size": 16, "steps": 750},
+    "gpt2-mini": {"prefix_length": 100, "hidden": 0, "adapter_width": 28, "batch_size": 16, "steps": 1500},
+    "bart-mini": {"prefix_length": 20, "hidden": 512, "adapter_width": 25, "batch_size": 16, "steps": 750},
 }
-FINETUNE = {"lr": 5e-5}  # the paper's; what else is set is set as for a prefix
-BUNDLED_FINETUNE = {"lr": 1e-3}
-PREFIX_OPTIONS = ("prefix_length", "hidden", "sites", "offset", "init")
+LR = {
+    "gpt2": {"prefix": 8e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5, "embedding": 8e-5, "infix": 8e-5},
+    "bart": {"prefix": 5e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5},
+    "gpt2-mini": {"prefix": 0.1, "finetune": 1e-3, "top2": 1e-3, "adapter": 3e-3, "embedding": 0.1, "infix": 0.1},
+    "bart-mini": {"prefix": 3e-3, "finetune": 1e-3, "top2": 1e-3, "adapter": 3e-3},
+}
+METHODS = {  # what each is called where its texts are compared, and the options that set it
+    "prefix": ("the prefix", {"prefix_length", "hidden", "sites", "offset", "init"}),
+    "finetune": ("fine-tuning", set()),
+    "top2": ("fine-tuning", set()),
+    "adapter": ("adapters", {"adapter_width"}),
+    "embedding": ("virtual tokens", {"prefix_length", "hidden"}),
+    "infix": ("the infix", {"prefix_length", "hidden", "init"}),
+}
 EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
 
 
@@ -57,9 +70,10 @@ def parse_args():
     add("--data", help="folder with the task's files; E2E: else data/e2e, else a download, else the bundled sample")
     add("--topics", nargs="+", metavar="TOPIC", help="train and take dev losses on these only (WebNLG: categories)")
     add("--topic-field", default="topic", metavar="NAME", help="the key of a JSONL row's topic (%(default)s)")
-    add("--method", choices=["prefix", "finetune"], default="prefix", help="what is trained (%(default)s)")
+    add("--method", choices=METHODS, default="prefix", help="what is trained (%(default)s)")
     add("--max-source", type=int, help="cut sources to so many tokens (BART 512; GPT-2's are not cut)")
     add("--prefix-length", type=int, help="virtual tokens (5, BART 200; gpt2-mini 100, bart-mini 20)")
+    add("--adapter-width", type=int, help="of an adapter's bottleneck (108; gpt2-mini 28, bart-mini 25: 3%% of it)")
     add("--hidden", type=int, help="width of the prefix's MLP, 0: none (512, BART 800; gpt2-mini 0, bart-mini 512)")
     add("--sites", nargs="+", metavar="SITE", help="BART: only some of encoder, decoder, cross (all)")
     add("--offset", type=int, help="position of the first token after the prefix (the prefix length; authors' BART 0)")
@@ -72,7 +86,7 @@ def parse_args():
     subset.add_argument("--low-data", type=int, metavar="N", help="train on N pairs drawn at random, 30%% of N for dev")
     add("--low-data-seed", type=int, default=0, help="draws those pairs, whatever --seed is (%(default)s)")
     add("--batch-size", type=int, help="pairs in a step (10; BART and bundled models 16)")
-    add("--lr", type=float, help="learning rate (8e-5, BART, finetune 5e-5; bundled 0.1, BART 3e-3, finetune 1e-3)")
+    add("--lr", type=float, help="learning rate (prefix 8e-5, BART 5e-5; gpt2-mini 0.1, bart-mini 3e-3)")
     add("--warmup", type=int, default=0, help="steps of linear warm-up (%(default)s)")
     add("--eval-every", type=int, help="steps between dev losses and checkpoints (100; full-size BART 1000)")
     add("--eval-inputs", type=int, default=100, help="test inputs to write texts for at the end (%(default)s)")
@@ -92,13 +106,12 @@ def parse_args():
 
 def fill_defaults(args):
     """What the command line leaves open, for this model and task."""
-    bundled = BUNDLED.get(model_name(args.model))
-    kind = str(read_config(args.model).get("model_type"))
-    settings = bundled or {**PAPER.get(kind, {}), **(PAPER_TASK.get(args.task, {}) if kind == "gpt2" else {})}
+    name, kind = model_name(args.model), str(read_config(args.model).get("model_type"))
+    settings = BUNDLED.get(name) or {**PAPER.get(kind, {}), **(PAPER_TASK.get(args.task, {}) if kind == "gpt2" else {})}
+    lr = LR.get(name if name in BUNDLED else kind, {}).get(args.method)
+    settings = {"lr": lr, **settings}
     defaults = {"eval_every": 100, "beams": recipe(args.task)["beams"], **settings}
-    if args.method == "finetune":
-        defaults.update(BUNDLED_FINETUNE if bundled else FINETUNE)
-        defaults = {key: value for key, value in defaults.items() if key not in PREFIX_OPTIONS}
+    defaults = {key: value for key, value in defaults.items() if key not in other_options(args.method)}
     if args.epochs is not None or args.steps is not None:
         defaults = {key: value for key, value in defaults.items() if key not in ("epochs", "steps")}
     for key, value in defaults.items():
@@ -106,13 +119,18 @@ def fill_defaults(args):
             setattr(args, key, value)
 
 
+def other_options(method):
+    """The options that set other methods only."""
+    return set().union(*(options for _, options in METHODS.values())) - METHODS[method][1]
+
+
 def check(args):
     """InputError where a number makes no sense, or an option has no effect."""
-    for key in PREFIX_OPTIONS if args.method == "finetune" else ():
+    for key in sorted(other_options(args.method)):
         if getattr(args, key) is not None:
-            raise InputError(f"--{key.replace('_', '-')} sets a prefix, --method finetune trains none: leave it out")
+            raise InputError(f"--{key.replace('_', '-')} sets nothing of --method {args.method}: leave it out")
     above_zero = ("epochs", "steps", "limit", "low_data", "batch_size", "lr", "eval_every", "beams", "max_source")
-    check_above_zero(args, above_zero)
+    check_above_zero(args, (*above_zero, "adapter_width"))
     for key in ("warmup", "eval_inputs", "seed", "low_data_seed", "offset"):
         if not 0 <= (getattr(args, key) or 0) < 2**63:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}: it must be at least 0")
@@ -140,15 +158,13 @@ def main():
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    finetune = args.method == "finetune"
+    finetune = args.method in ("finetune", "top2")
     # Weights that are trained are float32, whatever they are multiplied in.
     model = load_model(args.model, device, torch.float32 if finetune else dtype)
+    base_fingerprint = fingerprint(model)
     tokenizer = load_tokenizer(args.model)
     check_vocabulary(tokenizer, model, args.model)
-    if finetune:
-        tuned = Finetune(model)
-    else:
-        tuned = Prefix(model, args.prefix_length, args.hidden, args.offset, args.sites).to(device)
+    tuned = make_tuned(args, model).to(device)
     train_pairs, dev_pairs, test = load_data(args, model, tokenizer, tuned.position_offset)
     steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
     resuming = args.resume and (args.out / "checkpoint.pt").exists()
@@ -156,11 +172,9 @@ def main():
         tuned.init_from_words(model, tokenizer, args.init)
     print(f"{args.model} in {dtype} on {device}")
     print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}, results in {args.out}")
-    if finetune:
-        print(f"fine-tuning all of the model's {sum(p.numel() for p in model.parameters()):,} weights")
-    else:
-        sites = ", ".join(tuned.parts)
-        print(f"prefix of length {args.prefix_length} at {sites}: {parameter_shares(tuned, model)}")
+    place = f" of length {args.prefix_length} at {', '.join(tuned.parts)}" if args.method == "prefix" else ""
+    print(f"{args.method}{place}: {parameter_shares(tuned, model)}")
+    trained, saved, total = count_numbers(tuned, model)
     if args.resume and not resuming:
         print(f"nothing to resume in {args.out}: starting")
     mixed = finetune and dtype != torch.float32
@@ -171,30 +185,37 @@ def main():
             lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, init=args.init,
             resume=args.resume,
         )  # fmt: skip
-    path = save(args, tuned, model)
+    path = save(args, tuned, model, base_fingerprint)
     best = min(row["dev_loss"] for row in log)
     print(f"dev loss {log[0]['dev_loss']:.3f} before training, {best:.3f} at step {best_step} (kept)")
     if best_step == 0:
         print("training did not lower the dev loss: what is kept is untrained; try another --lr, or more steps")
 
-    if finetune:
-        writers = {"before fine-tuning": (load_model(args.model, device, dtype), None),
-                   "after fine-tuning": (load_model(path, device, dtype), None)}  # fmt: skip
-    else:
-        writers = {"without the prefix": (model, None), "with the prefix": (model, load_prefix(path, model))}
-    scores = compare(args, tokenizer, writers, test) if test else {}
+    scores = compare(args, tokenizer, make_writers(args, model, path, device, dtype), test) if test else {}
     seconds = round(time.time() - started, 1)
     result = {"dev_loss": best, "best_step": best_step, "scores": scores, "steps": steps, "seconds": seconds,
+              "trained": trained, "saved": saved, "share": saved / total,
               "dtype": str(dtype), "device": device, "settings": {**recipe(args.task), **vars(args)}}  # fmt: skip
     with atomic_write(args.out / "result.json") as file:
         json.dump(result, file, indent=2, default=str)
     print(f"\nwrote {path} ({disk_size(path) / 1024:,.0f} KiB), log.jsonl, result.json in {seconds:.0f} s; try")
-    option = "--model" if finetune else "--prefix"
+    option = "--model" if args.method == "finetune" else "--prefix"
     print(f"  python sample.py {option} {shlex.quote(str(path))} {suggestion(args, test)}")
 
 
-def save(args, tuned, model):
-    """What was trained, with what sample.py must know of the task: a prefix file or a model folder -> its path."""
+def make_tuned(args, model):
+    """What --method trains."""
+    if args.method in ("finetune", "top2"):
+        return Finetune(model, top_layers(model) if args.method == "top2" else None)
+    if args.method == "adapter":
+        return Adapters(model, args.adapter_width)
+    if args.method == "prefix":
+        return Prefix(model, args.prefix_length, args.hidden, args.offset, args.sites)
+    return {"embedding": Embedding, "infix": Infix}[args.method](model, args.prefix_length, args.hidden)
+
+
+def save(args, tuned, model, base_fingerprint):
+    """What was trained, with what sample.py must know of the task: METHOD.safetensors or a model folder -> its path."""
     info = {"task": "jsonl" if args.task.endswith(".jsonl") else args.task, "sequence": sequence_form(model)}
     if args.max_source:
         info["max_source"] = str(args.max_source)
@@ -202,9 +223,12 @@ def save(args, tuned, model):
         path = args.out / "model"
         save_model(model, path, args.model, minprefix=info)
         return path
-    path = args.out / "prefix.safetensors"
-    base = model_name(args.model) or str(args.model.resolve())
-    save_prefix(path, tuned.fold(), model, {"base_model": base, **info})
+    path = args.out / f"{args.method}.safetensors"
+    info |= {"method": args.method, "base_model": model_name(args.model) or str(args.model.resolve())}
+    if args.method in ("prefix", "infix"):
+        save_prefix(path, tuned.fold(), model, info)
+    else:
+        save_trained(path, tuned.fold(), base_fingerprint, info)
     return path
 
 
@@ -252,6 +276,20 @@ def spread(items, most):
     """At most so many of the items, evenly spaced."""
     count = min(most, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def make_writers(args, model, path, device, dtype):
+    """Who writes without and with what was trained, read back from its file: how it is called -> (model, prefix)."""
+    noun = METHODS[args.method][0]
+    before, after = ("before", "after") if noun == "fine-tuning" else ("without", "with")
+    if args.method in ("prefix", "embedding", "infix"):  # the model is as it was
+        writers = (model, None), (model, load_trained(path, model))
+    elif args.method == "finetune":
+        writers = (load_model(args.model, device, dtype), None), (load_model(path, device, dtype), None)
+    else:
+        model, changed = (load_model(args.model, device, dtype) for _ in range(2))
+        writers = (model, None), (changed, load_trained(path, changed))
+    return dict(zip((f"{before} {noun}", f"{after} {noun}"), writers, strict=True))
 
 
 def compare(args, tokenizer, writers, test):

@@ -76,6 +76,8 @@ def prefix_segments(prefix, site, n_layer, like):
 
 def check_prefix(prefix, sites, B):
     """InputError unless each tensor of a prefix is for one of the model's sites {site: (L, H, D)} and B rows."""
+    if is_infix(prefix) and prefix.source_lengths is None:
+        raise InputError("where do the sources end? a model takes infix.at(source_lengths), not the infix itself")
     for site, kv in (prefix or {}).items():
         if site not in sites:
             raise InputError(f"the prefix is for a site {site!r}, this model has {', '.join(sites)}")
@@ -108,6 +110,11 @@ def first_position(prefix):
     if offset is None:
         return prefix_length(prefix, "decoder")
     return offset if rows is None else offset[rows]
+
+
+def is_infix(prefix):
+    """Whether a prefix stands between source and target (see prefix.py, FoldedInfix)."""
+    return hasattr(prefix, "source_lengths")
 
 
 def position_ids(ids, start, n_positions):

@@ -1,12 +1,29 @@
-"""What prefix-tuning is compared with (paper section 5): fine-tuning, all weights of the model trained."""
+"""What prefix-tuning is compared with: fine-tuning, top layers, adapters, embedding-only and infix (paper 5, 7).
 
+Each is trained in the place of a `Prefix`: calling it gives the prefix that the model takes, or None where the model
+itself is changed; `fold` gives the tensors to be saved, by name. Shapes: P virtual tokens, C model dimension, L layers,
+H heads, D head dimension.
+"""
+
+import json
+from pathlib import Path
+
+import torch
 from torch import nn
+from torch.nn import functional as F
 
+from minprefix.attention import causal_mask
+from minprefix.checkpoint import read_safetensors, write_safetensors
 from minprefix.files import InputError
+from minprefix.load import check_state
+from minprefix.prefix import FoldedInfix, FoldedPrefix, Prefix, check_fingerprint, load_prefix, version
+
+METHODS = ("prefix", "finetune", "top2", "adapter", "embedding", "infix")
+SUBLAYER_ENDS = ("attn.c_proj", "mlp.c_proj", "attn.out_proj", ".fc2")  # the last product of each, in GPT-2 and BART
 
 
 class Finetune(nn.Module):
-    """All weights under training, in the place of a `Prefix`: calling it gives the model no prefix.
+    """Weights of the model under training: those of some of its modules, by default of all.
 
     The model's weights must be float32: steps of a usual learning rate are lost in bfloat16's eight bits. Products in
     bfloat16 are autocast's to make.
@@ -14,11 +31,192 @@ class Finetune(nn.Module):
 
     position_offset = 0
 
-    def __init__(self, model):
+    def __init__(self, model, modules=None):
         super().__init__()
         if any(p.dtype.itemsize < 4 for p in model.parameters()):
             raise InputError("the weights to be fine-tuned are of half precision: load the model in float32")
-        self.model = model.requires_grad_(True)
+        self.trained = nn.ModuleList([model] if modules is None else modules).requires_grad_(True)
+        self.weights = parameters_of(model, self.trained)
 
     def forward(self):
         return None
+
+    def fold(self):
+        return {name: p.detach() for name, p in self.weights.items()}
+
+
+def top_layers(model, count=2):
+    """The modules of FT-TOP2: the top layers (BART: of the decoder), GPT-2's last layer norm, and the LM head.
+
+    As in the authors' code (`top_layers == 2` trains `transformer.wte`), a tied head stays tied: the embeddings of the
+    input change with it. Of GPT-2 medium's weights the two layers are 7.1%, the head is 14.5%.
+    """
+    if model.encoder_decoder:
+        return [*model.decoder.layers[-count:], model.head]
+    return [*model.h[-count:], model.ln_f, model.head]
+
+
+def parameters_of(model, modules):
+    """The model's parameters that belong to some of its modules, by their names in the model."""
+    own = {id(p) for module in modules for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in own}
+
+
+class Adapter(nn.Module):
+    """A bottleneck with a residual connection (Houlsby et al. 2019): y (..., C) -> y + up(relu(down(y))).
+
+    It begins as the identity. The weights are float32, the products are made in the dtype of y.
+    """
+
+    def __init__(self, C, width):
+        super().__init__()
+        self.down, self.up = nn.Linear(C, width), nn.Linear(width, C)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, y):
+        h = F.linear(y, self.down.weight.to(y.dtype), self.down.bias.to(y.dtype)).relu()
+        return y + F.linear(h, self.up.weight.to(y.dtype), self.up.bias.to(y.dtype))
+
+
+class Adapters(nn.Module):
+    """An `Adapter` after each sublayer of the model, before its residual connection; the model has them from now on.
+
+    GPT-2 has two in a layer (attention, MLP), BART's decoder a third (cross-attention). For GPT-2 medium they are 3% of
+    the model's weights at width 108, 0.1% at width 3.
+    """
+
+    position_offset = 0
+
+    def __init__(self, model, width):
+        super().__init__()
+        layers = {name: layer for name, layer in model.named_modules() if name.endswith(SUBLAYER_ENDS)}
+        self.names = list(layers)
+        self.adapters = nn.ModuleList(Adapter(layer.out_features, width) for layer in layers.values())
+        for layer, adapter in zip(layers.values(), self.adapters, strict=True):
+            layer.register_forward_hook(lambda layer, x, y, adapter=adapter: adapter(y))
+
+    def forward(self):
+        return None
+
+    def fold(self):
+        adapters = zip(self.names, self.adapters, strict=True)
+        return {f"{name}.{key}": p for name, adapter in adapters for key, p in adapter.state_dict().items()}
+
+
+class Embedding(nn.Module):
+    """P virtual tokens at the input embedding alone, [EMB; x; y], for GPT-2 (paper 7.2); x begins at position P.
+
+    What a causal model computes for them does not depend on what follows: they are the prefix of the keys and values
+    that the frozen model has for them. hidden: width of an MLP that they come out of; 0 trains them directly.
+    """
+
+    def __init__(self, model, length, hidden=512):
+        super().__init__()
+        if model.encoder_decoder:
+            raise InputError("--method embedding needs GPT-2: BART's encoder reads such tokens and the text together")
+        C, std = model.wte.embedding_dim, 1.0 if hidden else model.wte.weight.float().std()
+        self.position_offset = length
+        self.embedding = nn.Parameter(torch.randn(length, C) * std)
+        self.mlp = nn.Sequential(nn.Linear(C, hidden), nn.Tanh(), nn.Linear(hidden, C)) if hidden else nn.Identity()
+        self.model = (model,)  # in a tuple, for its parameters are not this module's
+
+    def forward(self):
+        return embedding_prefix(self.model[0], self.mlp(self.embedding))
+
+    @torch.no_grad()
+    def fold(self):
+        return {"embedding": self.mlp(self.embedding)}
+
+
+def embedding_prefix(model, embedding, info=None):
+    """The prefix that the embeddings (P, C) of virtual tokens at a GPT-2's first positions amount to."""
+    P = len(embedding)
+    x = embedding.to(model.wte.weight)[None] + model.wpe.weight[:P]
+    mask, layers = causal_mask(P, x), []
+    for block in model.h:
+        x, kv = block(x, [], mask)
+        layers.append(torch.cat(kv))
+    return FoldedPrefix({"decoder": torch.stack(layers)}, P, info)
+
+
+class Infix(Prefix):
+    """Keys and values of P virtual tokens between source and target, [x; INFIX; y], for GPT-2 (paper 7.3).
+
+    They are free, as a prefix's are; the authors' code adds to them what the model computes for trained embeddings.
+    """
+
+    folded = FoldedInfix
+
+    def __init__(self, model, length, hidden=512):
+        if model.encoder_decoder:
+            raise InputError("--method infix needs GPT-2: no sequence of BART's holds the source and then the target")
+        super().__init__(model, length, hidden)
+
+
+# ---- files ----
+
+
+def trained_file(path):
+    """What a run saved: that file itself; in a run's folder METHOD.safetensors, or the folder of a fine-tuned model.
+
+    A PEFT folder stands for itself.
+    """
+    path = Path(path)
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    if (path / "adapter_config.json").is_file():
+        return path
+    for file in (path, *(path / f"{method}.safetensors" for method in METHODS)):
+        if file.is_file():
+            return file
+    raise InputError(f"nothing at {path} that train.py saves: train first, or check the path")
+
+
+def save_trained(path, tensors, base_fingerprint, info):
+    """Write what `fold` gives. base_fingerprint: the model's, before training. info: method, base_model, ... (str)."""
+    info = {"format": "minprefix", "version": version(), "base_fingerprint": json.dumps(base_fingerprint), **info}
+    write_safetensors(path, tensors, info)
+
+
+def read_trained(path):
+    """What a run saved in a file, or PEFT in a folder -> tensors by name, and what it says of them (dict of str)."""
+    if Path(path).is_dir():
+        prefix = load_prefix(path)
+        return prefix, prefix.info
+    tensors, info = read_safetensors(path)
+    if info.get("format") != "minprefix" or info.get("method", "prefix") not in METHODS:
+        raise InputError(f"{path} is no file of minprefix's train.py: its metadata does not say so")
+    return tensors, info
+
+
+@torch.no_grad()
+def load_trained(path, model):
+    """Put what a run saved on its base model -> the prefix for the model to take, or None if the model was changed.
+
+    InputError if the file is damaged, or was made for another model.
+    """
+    tensors, info = read_trained(path)
+    method = info.get("method", "prefix")
+    if method in ("prefix", "infix"):
+        return load_prefix(path, model, FoldedInfix if method == "infix" else FoldedPrefix)
+    check_fingerprint(info, model, path)
+    if method == "embedding":
+        P = next((tensor.size(0) for tensor in tensors.values() if tensor.dim()), 0)
+        if not 0 < P <= model.n_positions:
+            raise InputError(f"{path} has {P} virtual tokens: the model {model.n_positions} positions")
+        expected = {"embedding": torch.empty(P, model.head.weight.size(1))}
+    elif method == "adapter":
+        width = next((tensor.numel() for name, tensor in tensors.items() if name.endswith(".down.bias")), 0)
+        expected = Adapters(model, width).to(model.head.weight.device).fold()
+    else:
+        expected = parameters_of(model, top_layers(model))
+    check_state(tensors, expected, path)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: tensor {name!r} holds numbers that are not finite")
+    if method == "embedding":
+        return embedding_prefix(model, tensors["embedding"], info)
+    for name, tensor in tensors.items():
+        expected[name].copy_(tensor)
+    return None

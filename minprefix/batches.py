@@ -105,20 +105,22 @@ class Batch:
     inputs: tuple  # what model.hidden takes: GPT-2's (ids,) or BART's (source_ids, target_ids, source_mask)
     index: torch.Tensor  # (N,) int64, positions b * T + t of model.hidden's states whose next token is in the target
     labels: torch.Tensor  # (N,) int64, those next tokens
+    source_lengths: torch.Tensor  # (B,) int64
     rows: int  # B
 
     def to(self, device):
         inputs = tuple(x.to(device) for x in self.inputs)
-        return Batch(inputs, self.index.to(device), self.labels.to(device), self.rows)
+        tensors = (x.to(device) for x in (self.index, self.labels, self.source_lengths))
+        return Batch(inputs, *tensors, self.rows)
 
 
 def collate(pairs, tokenizer, model):
     """A list of B (source ids, target ids) -> Batch, rows padded on the right."""
     start, pad_id = start_id(model, tokenizer), tokenizer.pad_id
     sources, targets = [source for source, _ in pairs], [[start, *target[:-1]] for _, target in pairs]
+    lengths = torch.tensor([len(source) for source in sources])
     if model.encoder_decoder:
         source_ids, read, first = pad(sources, pad_id), targets, [0] * len(pairs)
-        lengths = torch.tensor([len(source) for source in sources])
         inputs = (source_ids, pad(read, pad_id), real_tokens(lengths, source_ids.size(1)))
     else:
         read, first = [s + t for s, t in zip(sources, targets, strict=True)], [len(source) for source in sources]
@@ -126,7 +128,7 @@ def collate(pairs, tokenizer, model):
     T = max(len(row) for row in read)
     index = [b * T + t for b, row in enumerate(read) for t in range(first[b], len(row))]
     labels = [token for _, target in pairs for token in target]
-    return Batch(inputs, torch.tensor(index), torch.tensor(labels), len(pairs))
+    return Batch(inputs, torch.tensor(index), torch.tensor(labels), lengths, len(pairs))
 
 
 def pad(rows, value):

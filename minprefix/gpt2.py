@@ -12,8 +12,10 @@ from minprefix.attention import (
     causal_mask,
     check_prefix,
     first_position,
+    is_infix,
     padding_mask,
     position_ids,
+    prefix_length,
     prefix_segments,
     real_tokens,
 )
@@ -107,6 +109,7 @@ class GPT2(nn.Module):
     def prefill(self, ids, lengths, prefix=None):
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`."""
         start = first_position(prefix)
+        prefix = prefix.at(lengths) if is_infix(prefix) else prefix
         _, source = self._run(ids, prefix, start)
         mask = padding_mask(real_tokens(lengths, ids.size(1)), self.wte.weight)
         fixed = [[*context, (*kv, mask)] for context, kv in zip(self._prefix(prefix), source, strict=True)]
@@ -129,10 +132,16 @@ class GPT2(nn.Module):
     def _run(self, ids, prefix, start):
         """ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each layer."""
         check_prefix(prefix, self.prefix_sites, len(ids))
-        x = self.wte(ids) + self.wpe(position_ids(ids, start, self.n_positions))
+        positions, contexts = position_ids(ids, start, self.n_positions), self._prefix(prefix)
+        if is_infix(prefix):
+            source = real_tokens(prefix.source_lengths, ids.size(1))
+            positions = positions - start * source  # the source does not know of the infix
+            mask = padding_mask(~source, self.wte.weight).mT.expand(-1, -1, -1, prefix_length(prefix, "decoder"))
+            contexts = [[(k, v, mask) for k, v, _ in context] for context in contexts]
+        x = self.wte(ids) + self.wpe(positions)
         mask = causal_mask(ids.size(1), x)
         kept = []
-        for block, context in zip(self.h, self._prefix(prefix), strict=True):
+        for block, context in zip(self.h, contexts, strict=True):
             x, kv = block(x, context, mask)
             kept.append(kv)
         return self.ln_f(x), kept

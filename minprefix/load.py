@@ -59,7 +59,7 @@ def check_state(state, expected, folder):
         raise InputError(f"{folder} {what} {len(names)} of the model's {len(expected)} tensors, first {names[0]!r}")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
-            shapes = f"{tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}"
+            shapes = f"{tuple(tensor.shape)}, the model needs {tuple(expected[name].shape)}"
             raise InputError(f"{folder}: tensor {name!r} has shape {shapes}")
         if not tensor.is_floating_point():
             raise InputError(f"{folder}: tensor {name!r} holds {tensor.dtype}, not floating-point numbers")

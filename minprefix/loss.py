@@ -6,6 +6,7 @@ Shapes: N target tokens of a batch, C model dimension, V vocabulary.
 import torch
 from torch.nn import functional as F
 
+from minprefix.attention import is_infix
 from minprefix.compiled import compiled
 
 LOGIT_ROWS = 320  # that the head computes at a time, at most
@@ -13,6 +14,8 @@ LOGIT_ROWS = 320  # that the head computes at a time, at most
 
 def target_loss(model, batch, prefix):
     """Negative log-likelihood of all target tokens of a batch, summed (nats)."""
+    if is_infix(prefix):
+        prefix = prefix.at(batch.source_lengths)
     states = model.hidden(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.index]
     if model.head.weight.requires_grad or states.device.type == "meta":
         return F.cross_entropy(model.logits(states).float(), batch.labels, reduction="sum")

@@ -3,6 +3,7 @@
 Shapes: P prefix length, L layers, H heads, D head dimension, C = H * D model dimension.
 """
 
+import copy
 import json
 import runpy
 from importlib import metadata
@@ -26,6 +27,7 @@ class FoldedPrefix(dict):
     rows: None, or of a stack (`stack_prefixes`) which of its prefixes each row takes.
     """
 
+    method = "prefix"  # of train.py, as its files say
     rows = None
 
     def __init__(self, kv, position_offset, info=None):
@@ -58,6 +60,22 @@ def stack_prefixes(prefixes, rows):
     return stacked
 
 
+class FoldedInfix(FoldedPrefix):
+    """A prefix that stands after the source: only the target's tokens see it, and their positions follow its own.
+
+    `generate` takes it as it is, for a model's `hidden` or forward it is `at(source_lengths)`.
+    """
+
+    method = "infix"
+    source_lengths = None
+
+    def at(self, source_lengths):
+        """The infix behind the first source_lengths (B,) tokens of the rows."""
+        infix = copy.copy(self)
+        infix.source_lengths = source_lengths
+        return infix
+
+
 class Prefix(nn.Module):
     """A prefix under training, one part for each site of the model; calling it gives what the model takes.
 
@@ -66,6 +84,8 @@ class Prefix(nn.Module):
     length of the prefix before it. sites: some of the model's, by default all.
     Parameters are float32 whatever the model's dtype.
     """
+
+    folded = FoldedPrefix
 
     def __init__(self, model, length, hidden=512, position_offset=None, sites=None):
         super().__init__()
@@ -88,12 +108,12 @@ class Prefix(nn.Module):
         )
 
     def forward(self):
-        return FoldedPrefix({site: part() for site, part in self.parts.items()}, self.position_offset)
+        return self.folded({site: part() for site, part in self.parts.items()}, self.position_offset)
 
     @torch.no_grad()
     def fold(self, info=None):
         """The keys and values alone, the MLP dropped: what is saved, and all that inference needs."""
-        return FoldedPrefix({site: part().clone() for site, part in self.parts.items()}, self.position_offset, info)
+        return self.folded({site: part().clone() for site, part in self.parts.items()}, self.position_offset, info)
 
     def init_from_words(self, model, tokenizer, words):
         """Start from the activations of real words (paper section 7.4), repeated or cut to the prefix length."""
@@ -150,13 +170,18 @@ def word_activations(model, ids):
     }
 
 
-def parameter_shares(prefix, model):
+def count_numbers(tuned, model):
+    """How many numbers of a prefix (or a comparator of baselines.py) are trained, how many saved, the model's own."""
+    counted = tuned.parameters(), tuned.fold().values(), model.parameters()
+    return [sum(tensor.numel() for tensor in tensors) for tensors in counted]
+
+
+def parameter_shares(tuned, model):
     """One line: how many numbers are trained and how many are saved, as shares of the model's parameters."""
-    total = sum(p.numel() for p in model.parameters())
-    trained, saved = sum(p.numel() for p in prefix.parameters()), sum(kv.numel() for kv in prefix.fold().values())
+    trained, saved, total = count_numbers(tuned, model)
     return (
         f"trains {trained:,} numbers ({trained / total:.2%} of the model's {total:,}), "
-        f"saves {saved:,} ({saved / total:.2%}) once folded"
+        f"saves {saved:,} ({saved / total:.2%})"
     )
 
 
@@ -179,15 +204,18 @@ def save_prefix(path, folded, model, info):
     write_safetensors(path, {site: kv.float().contiguous() for site, kv in folded.items()}, info)
 
 
-def load_prefix(path, model=None):
+def load_prefix(path, model=None, folded=FoldedPrefix):
     """A FoldedPrefix from a file of `save_prefix`, the folder of the run that wrote it, or a PEFT folder.
 
+    folded: FoldedInfix for the file of an infix.
     InputError if it is no such file, or made for another model than the one that is given.
     """
     if (Path(path) / "prefix.safetensors").is_file():
         path = Path(path) / "prefix.safetensors"
     adapter = (Path(path) / "adapter_config.json").is_file()
     tensors, offset, info = read_adapter(path) if adapter else read_prefix_file(path)
+    if info.get("method", "prefix") != folded.method:
+        raise InputError(f"{path} is of --method {info['method']}: minprefix.baselines.load_trained loads it")
     if not tensors:
         raise InputError(f"{path} holds no prefix: there is no tensor in it")
     for site, kv in tensors.items():
@@ -197,7 +225,7 @@ def load_prefix(path, model=None):
         if not kv.isfinite().all():
             raise InputError(f"{path}: {site!r} holds numbers that are not finite")
     # Copies, not views of the file: aligned as any tensor is, so that products come out the same to the last bit.
-    prefix = FoldedPrefix({site: kv.clone() for site, kv in tensors.items()}, offset, info)
+    prefix = folded({site: kv.clone() for site, kv in tensors.items()}, offset, info)
     if model is not None:
         check_fits(prefix, model, path)
     return prefix
@@ -227,12 +255,18 @@ def check_fits(prefix, model, path):
             raise InputError(f"{path} was made for {base}: its {site} prefix has (layers, heads, dim) {shapes}")
     if prefix.info.get("format") == "peft" and "base_fingerprint" not in prefix.info:
         return  # PEFT notes no more of its base model than a name
+    check_fingerprint(prefix.info, model, path)
+
+
+def check_fingerprint(info, model, path):
+    """InputError if a file's info names another model's weights than these."""
     try:
-        norms = [float(norm) for norm in json.loads(prefix.info.get("base_fingerprint", ""))]
+        norms = [float(norm) for norm in json.loads(info.get("base_fingerprint", ""))]
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: the base model's fingerprint in its metadata is not a list of numbers") from error
     own = fingerprint(model)
     if len(norms) != len(own) or not all(abs(a - b) <= 0.005 * b for a, b in zip(norms, own, strict=True)):
+        base = info.get("base_model", "another model")
         raise InputError(f"{path} was made for {base}: this model has the same shape, but other weights")
 
 

@@ -72,7 +72,7 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
     """
     out, device = Path(out), next(model.parameters()).device
     settings = {
-        "dtype": str(dtype_of_products(model)), "model": fingerprint(model),
+        "dtype": str(dtype_of_products(model)), "model": fingerprint(model), "trained": type(tuned).__name__,
         "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "eval_every": eval_every, "seed": seed,
         "position_offset": tuned.position_offset, "init": init,
         "training data": digest(train_pairs), "dev data": digest(dev_pairs),

@@ -9,6 +9,7 @@ import sample
 import train
 from minprefix import load_model
 from minprefix.baselines import Finetune
+from minprefix.checkpoint import read_safetensors
 from minprefix.files import InputError
 from minprefix.load import save_model
 from tests.test_scripts import assert_one_clear_line, call, world  # noqa: F401
@@ -115,17 +116,50 @@ def test_resumed_it_gives_the_same_weights(world, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--prefix-length 3", "--prefix-length sets a prefix"),
-        ("--init words", "--init sets a prefix"),
-        ("--hidden 0", "--hidden sets a prefix"),
-        ("--method infix", "invalid choice"),
+        ("finetune --prefix-length 3", "--prefix-length sets nothing of --method finetune: leave it out"),
+        ("finetune --init words", "--init sets nothing of"),
+        ("top2 --hidden 0", "--hidden sets nothing of --method top2"),
+        ("embedding --offset 3", "--offset sets nothing of --method embedding"),
+        ("prefix --adapter-width 3", "--adapter-width sets nothing of --method prefix"),
+        ("adapter --adapter-width 0", "--adapter-width is 0: it must be above 0"),
+        ("embedding --model bart --prefix-length 3 --hidden 0", "--method embedding needs GPT-2"),
+        ("infix --model bart --prefix-length 3 --hidden 0", "--method infix needs GPT-2"),
     ],
 )
 def test_bad_input(world, capsys, monkeypatch, options, message):  # noqa: F811
     monkeypatch.chdir(world)
-    line = f"--model model --task rows.jsonl --method finetune {options}"
-    if "invalid" in message:  # argparse's own two lines
-        code, _, err = call(train, capsys, *line.split())
-        assert code == 2 and message in err
-    else:
-        assert_one_clear_line(train, line, message, capsys, world)
+    if "bart" in options and not (world / "bart").exists():
+        write_tiny_bart(world / "bart")
+    line = f"--model model --task rows.jsonl --lr 1e-3 --steps 2 --batch-size 2 --method {options}"
+    assert_one_clear_line(train, line, message, capsys, world)
+
+
+@pytest.mark.parametrize("method", ["top2", "adapter", "embedding", "infix"])
+def test_each_method_trains_and_samples(world, tmp_path, capsys, method):  # noqa: F811
+    run = tmp_path / "run"
+    code, out, err = call(train, capsys, "--method", method, "--model", world / "model", "--task", world / "rows.jsonl",
+                          "--steps", 4, "--eval-every", 4, "--eval-inputs", 1, "--out", run, "--device", "cpu",
+                          *(["--adapter-width", 2] if method == "adapter" else []))  # fmt: skip
+    assert code == 0, err
+    assert out.splitlines()[-1].startswith(f"  python sample.py --prefix {run / method}.safetensors --input")
+    tensors, info = read_safetensors(run / f"{method}.safetensors")
+    assert info["method"] == method and info["task"] == "jsonl" and info["base_model"] == str(world / "model")
+    result = json.loads((run / "result.json").read_text())
+    saved = sum(tensor.numel() for tensor in tensors.values())
+    total = sum(p.numel() for p in load_model(world / "model").parameters())
+    assert (result["trained"] >= saved == result["saved"] and result["share"] == saved / total
+            and len(result["scores"]) == 2)  # fmt: skip
+    options = ["--input", "item 3 of the list", "--max-new-tokens", 9]
+    texts = {call(sample, capsys, "--prefix", path, *options)[:2] for path in (run, run / f"{method}.safetensors")}
+    assert len(texts) == 1 and texts.pop()[0] == 0
+    code, _, err = call(sample, capsys, "--prefix", run, "--model", world / "twin", *options)
+    assert code == 2 and "this model has the same shape, but other weights" in err
+
+
+def test_a_fine_tuned_run_is_sampled_by_its_folder(world, tmp_path, capsys):  # noqa: F811
+    assert finetune(world, capsys, "--steps", 4, "--out", tmp_path / "run")[0] == 0
+    options = ["--input", "item 3 of the list", "--max-new-tokens", 9]
+    ours = call(sample, capsys, "--prefix", tmp_path / "run", *options)
+    assert ours[0] == 0 and ours == call(sample, capsys, "--model", tmp_path / "run" / "model", *options)
+    code, _, err = call(sample, capsys, "--prefix", tmp_path / "run", "--model", world / "model", *options)
+    assert code == 2 and "is a fine-tuned model, it needs no other: leave out --model" in err

@@ -134,7 +134,7 @@ def changed(**change):
         (changed(wpe__weight=None), "lacks 1 of the model's 28 tensors, first 'wpe.weight'"),
         ({}, "lacks 28 of the model's 28 tensors"),
         (changed(h__2__ln_1__bias=torch.zeros(16)), "does not know, 1 .*'h.2.ln_1.bias'"),
-        (changed(wte__weight=torch.zeros(38, 16)), r"'wte.weight' has shape \(38, 16\), .* asks for \(37, 16\)"),
+        (changed(wte__weight=torch.zeros(38, 16)), r"'wte.weight' has shape \(38, 16\), .* needs \(37, 16\)"),
         (changed(h__1__mlp__c_fc__weight=torch.zeros(40, 16)), r"'h.1.mlp.c_fc.weight' has shape \(16, 40\)"),
         (changed(h__1__mlp__c_fc__weight=torch.zeros(640)), r"'h.1.mlp.c_fc.weight' has shape \(640,\)"),
         (changed(ln_f__bias=torch.zeros(16, dtype=torch.int32)), "'ln_f.bias' holds torch.int32"),
@@ -155,7 +155,7 @@ def test_other_tensors_are_refused(tmp_path, tensors, message):
         ({"model_type": None}, "model_type is None"),
         ({"activation_function": "swish"}, "activation 'swish'"),
         ({"n_layer": 3}, "lacks 12 of the model's 40 tensors, first 'h.2.attn.c_attn.bias'"),
-        ({"n_positions": 48}, r"'wpe.weight' has shape \(24, 16\), config.json asks for \(48, 16\)"),
+        ({"n_positions": 48}, r"'wpe.weight' has shape \(24, 16\), the model needs \(48, 16\)"),
     ],
 )
 def test_other_configs_are_refused(tmp_path, config, message):
