@@ -35,13 +35,13 @@ class Attention(nn.Module):
 
     def kv(self, states):
         """Keys and values (B, H, S, D) of states (B, S, C), to be looked at by `forward`."""
-        return self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
+        return self.heads(self.k_proj(states)), self.heads(self.v_proj(states))
 
     def forward(self, x, segments):
         """x (B, T, C) looks at the segments -> (B, T, C)."""
-        return self.out_proj(attend(self._heads(self.q_proj(x)), segments).transpose(1, 2).flatten(2))
+        return self.out_proj(attend(self.heads(self.q_proj(x)), segments).transpose(1, 2).flatten(2))
 
-    def _heads(self, x):
+    def heads(self, x):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
 

@@ -35,10 +35,13 @@ class Attention(nn.Module):
         self.c_proj = Linear(C, C)
 
     def forward(self, x, context, mask):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = self.qkv(x)
         y = attend(q, [*context, (k, v, mask)])
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (k, v)
+        return self.c_proj(y.transpose(1, 2).flatten(2)), (k, v)
+
+    def qkv(self, x):
+        """x (B, T, C) -> queries, keys and values, each (B, H, T, D)."""
+        return self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
 
 
 class MLP(nn.Module):

@@ -6,13 +6,27 @@
 """
 
 import argparse
+import json
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
-from minprefix.files import InputError, run_main
+import torch
+from torch.nn import functional as F
+
+from minprefix.attention import attend, is_infix
+from minprefix.baselines import load_trained, read_trained, trained_file
+from minprefix.batches import collate, encode_sources, encode_target
+from minprefix.data import format_source
+from minprefix.files import InputError, atomic_write, run_main
+from minprefix.generate import generate, recipe
 from minprefix.hub import model_name, resolve_model
 from minprefix.load import load_model
 from minprefix.peft_format import write_adapter
-from minprefix.prefix import check_fits, load_prefix, save_prefix
+from minprefix.prefix import FoldedInfix, FoldedPrefix, check_fits, load_prefix, save_prefix
+from minprefix.tokenizer import load_tokenizer
+
+SHADES = " ░▒▓█"
 
 
 def parse_args():
@@ -20,6 +34,11 @@ def parse_args():
         prog="python -m minprefix.prefix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("show", help="print what a prefix is, and how much attention it gets").add_argument
+    add("prefix", type=Path, metavar="FILE", help="what train.py saved, its run's folder, or a PEFT folder")
+    add("--model", help="the base model's folder or name (default: the one that the file names)")
+    add("--input", metavar="TEXT", help="a source: map the attention that the prefix gets on it, by layer and head")
+    add("--plot", type=Path, metavar="FILE.png", help="with --input: draw the map, too")
     add = commands.add_parser("export", help="write a prefix as a PEFT adapter").add_argument
     add("--prefix", type=Path, required=True, help="a prefix file, or the folder of the run that trained it")
     add("--to", type=Path, required=True, help="the adapter's folder")
@@ -32,7 +51,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    {"export": export, "import": import_adapter}[args.command](args)
+    {"show": show, "export": export, "import": import_adapter}[args.command](args)
 
 
 def export(args):
@@ -55,19 +74,174 @@ def import_adapter(args):
     if not (args.prefix / "adapter_config.json").is_file():
         raise InputError(f"{args.prefix} is no PEFT adapter: there is no adapter_config.json in it")
     prefix = load_prefix(args.prefix)
-    folder = base_folder(prefix, args)
+    folder = base_folder(prefix.info, args)
     model = load_model(folder)
     check_fits(prefix, model, args.prefix)
     save_prefix(args.to, prefix, model, {**prefix.info, "base_model": model_name(folder) or str(folder.resolve())})
     print(f"wrote a prefix of length {prefix.position_offset} to {args.to}")
 
 
-def base_folder(prefix, args):
-    """The folder of the model that the command line or else the prefix names."""
-    name = args.model or prefix.info.get("base_model")
+def base_folder(info, args):
+    """The folder of the model that the command line or else the file's info names."""
+    name = args.model or info.get("base_model")
     if not name:
         raise InputError(f"{args.prefix} does not name its base model: give --model")
     return resolve_model(name)
+
+
+# ---- show ----
+
+
+def show(args):
+    """Print what a file of train.py, or a PEFT folder, holds; with --input what the model looks at."""
+    if args.plot:
+        import_pyplot()  # if the package is missing, say so before the work
+        if not args.input:
+            raise InputError("--plot draws what the model looks at on a text: give --input TEXT")
+    path = trained_file(args.prefix)
+    tensors, info = read_trained(path)
+    method = info.get("method", "prefix")
+    if method in ("prefix", "infix"):
+        tensors = load_prefix(path, folded=FoldedInfix if method == "infix" else FoldedPrefix)
+    describe(path, tensors, info)
+    if method != "embedding" and not args.input:
+        return
+    if method not in ("prefix", "infix", "embedding"):
+        raise InputError(f"{path} is of --method {method}, there is no prefix to look at: leave out --input")
+    folder = base_folder(info, args)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    prefix = load_trained(path, model)
+    if method == "embedding":
+        print_nearest(tensors["embedding"], model, tokenizer)
+    if args.input:
+        shares = print_attention(model, tokenizer, prefix, args.input)
+        if args.plot:
+            draw(shares, args.plot)
+
+
+def describe(path, tensors, info):
+    """Print a file's metadata, its tensors' shapes and size, and norms of keys and values in each layer."""
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    told = {key: value for key, value in info.items() if key not in ("base_shape", "base_fingerprint")}
+    size = f"{numbers:,} numbers, {4 * numbers / 2**20:.2f} MiB in float32"
+    for key, value in {"file": str(path), **told, "saved": size}.items():
+        print(f"{printable(key).replace('_', ' '):<17} {printable(value)[:200]}")
+    if not isinstance(tensors, FoldedPrefix):
+        return
+    sites = dict(sorted(tensors.items(), key=lambda item: item[0] == "cross"))  # cross-attention last
+    for site, kv in sites.items():
+        L, _, H, P, D = kv.shape
+        print(f"{site:<17} length {P}, {L} layers, {H} heads of dimension {D}")
+    print("\nnorm of a virtual token's keys and values, all heads together, mean over the tokens")
+    print("layer" + "".join(f"{site + ' k':>12}{site + ' v':>12}" for site in sites))
+    norms = [kv.float().square().sum(dim=(2, 4)).sqrt().mean(dim=2).tolist() for kv in sites.values()]  # (L, 2) each
+    for layer, row in enumerate(zip_longest(*norms), 1):
+        print(f"{layer:5}" + "".join(f"{pair[0]:12.3f}{pair[1]:12.3f}" if pair else " " * 24 for pair in row))
+
+
+def printable(text):
+    """A text on one line, control characters escaped: a file must not steer the terminal."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+@torch.inference_mode()
+def print_nearest(embedding, model, tokenizer, count=5):
+    """Print the tokens of the vocabulary that each virtual token (P, C) is nearest to, by the cosine."""
+    cosines = F.normalize(embedding.float(), dim=1) @ F.normalize(model.wte.weight.float(), dim=1).T
+    print("\nnearest tokens of the vocabulary (cosine)")
+    for i, (values, ids) in enumerate(zip(*cosines.topk(count), strict=True), 1):
+        near = (f"{tokenizer.decode([id])!r} {value:.2f}" for value, id in zip(values, ids.tolist(), strict=True))
+        print(f"{i:5}  {'  '.join(near)}")
+
+
+def print_attention(model, tokenizer, prefix, text):
+    """Print the share of attention that the prefix gets on a source, and the text written for it -> the shares."""
+    info = prefix.info
+    source = format_source(info.get("task", ""), text)
+    written = generate(model, tokenizer, [source], prefix, **recipe(info.get("task", "")))[0]
+    target = encode_target(written, tokenizer, model)
+    batch = collate([(encode_sources([source], tokenizer, model, what=None)[0], target)], tokenizer, model)
+    shares = attention_shares(model, prefix, batch)
+    print(f"\nsource            {printable(source)}\nwritten           {printable(written)}")
+    for site, share in shares.items():
+        tokens = "source" if site == "encoder" else "written text"
+        print(f"\n{site}: % of the attention that goes to the prefix, mean over the {tokens}'s tokens")
+        print("layer" + "".join(f"{head:5}" for head in range(1, share.size(1) + 1)) + "   mean  (heads)")
+        for layer, row in enumerate(share.tolist(), 1):
+            cells = "".join(f" {SHADES[min(int(5 * x), 4)]}{100 * x:3.0f}" for x in row)
+            print(f"{layer:5}{cells}{100 * sum(row) / len(row):7.0f}")
+    return shares
+
+
+@torch.inference_mode()
+def attention_shares(model, prefix, batch):
+    """The share of attention that goes to the prefix, by layer and head, on a `Batch` of one row: site -> (L, H).
+
+    Mean over the source's tokens at the site "encoder", else over the positions that write the target.
+    """
+    shares, handles = {site: [] for site in prefix}, []
+
+    def record(site, module, args):
+        q, segments = queries(module, *args)
+        # Attention whose values are 1 at the prefix and 0 elsewhere.
+        marked = [(k, k.new_full((*k.shape[:3], 1), float(n == 0)), mask) for n, (k, _, mask) in enumerate(segments)]
+        share = attend(q, marked)[0, :, :, 0]  # (H, T)
+        shares[site].append((share if site == "encoder" else share[:, batch.index]).mean(dim=1))
+
+    for site, modules in attention_modules(model).items():
+        for module in modules if site in prefix else ():
+            handles.append(module.register_forward_pre_hook(partial(record, site)))
+    try:
+        model.hidden(*batch.inputs, prefix=prefix.at(batch.source_lengths) if is_infix(prefix) else prefix)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {site: torch.stack(layers) for site, layers in shares.items()}
+
+
+def attention_modules(model):
+    """Site -> the attention of each layer."""
+    if not model.encoder_decoder:
+        return {"decoder": [block.attn for block in model.h]}
+    return {
+        "encoder": [layer.self_attn for layer in model.encoder.layers],
+        "decoder": [layer.self_attn for layer in model.decoder.layers],
+        "cross": [layer.encoder_attn for layer in model.decoder.layers],
+    }
+
+
+def queries(module, x, context, mask=None):
+    """What a model's `Attention` makes of its arguments: queries (B, H, T, D), and the segments that they look at."""
+    if not hasattr(module, "c_attn"):  # BART's
+        return module.heads(module.q_proj(x)), context
+    q, k, v = module.qkv(x)
+    return q, [*context, (k, v, mask)]
+
+
+def draw(shares, path):
+    """The shares (L, H) of each site as a PNG."""
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(1, len(shares), figsize=(4 * len(shares), 4), layout="constrained", squeeze=False)
+    for ax, (site, share) in zip(axes[0], shares.items(), strict=True):
+        L, H = share.shape
+        image = ax.imshow(share.numpy(), vmin=0, vmax=1, aspect="auto", extent=(0.5, H + 0.5, L + 0.5, 0.5))
+        ax.set(title=site, xlabel="head", ylabel="layer")
+    figure.colorbar(image, ax=axes, label="share of attention on the prefix")
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=150)
+    pyplot.close(figure)
+    print(f"\nwrote {path}")
+
+
+def import_pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError("--plot needs matplotlib: pip install -e '.[plot]'") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 if __name__ == "__main__":
