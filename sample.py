@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from minprefix import generate, load_model, load_prefix, load_tokenizer, metrics, stack_prefixes
+from minprefix import generate, load_model, load_tokenizer, metrics, stack_prefixes
 from minprefix.baselines import load_trained, read_trained, trained_file
 from minprefix.data import SUMMARISATION, WEBNLG_SPLITS, Example, format_source, load_examples
 from minprefix.examples import on_topics
@@ -178,7 +178,10 @@ def load_named(paths, model):
         name = path.resolve().name if path.is_dir() else path.stem
         if name in prefixes:
             raise InputError(f"two --prefix are called {name!r}: rename one, or give the folders of their runs instead")
-        prefixes[name] = load_prefix(path, model)
+        method = read_trained(trained_file(path))[1].get("method", "prefix")
+        if method not in ("prefix", "embedding"):
+            raise InputError(f"--prefix {path} is of --method {method}: only prefixes and embeddings share a batch")
+        prefixes[name] = load_trained(trained_file(path), model)
     return prefixes
 
 

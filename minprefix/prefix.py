@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minprefix.attention import first_position
+from minprefix.attention import first_position, is_infix
 from minprefix.checkpoint import read_safetensors, write_safetensors
 from minprefix.files import InputError
 from minprefix.peft_format import read_adapter
@@ -43,7 +43,9 @@ def stack_prefixes(prefixes, rows):
     at each site, P being the longest one's length; no row sees the columns that a shorter one is filled up with.
     """
     if not prefixes or not all(0 <= row < len(prefixes) for row in rows):
-        raise InputError(f"the rows name prefixes 0 to {max(rows, default=0)}, there are {len(prefixes)}")
+        raise InputError(f"the rows name prefixes {sorted(set(rows))}, there are {len(prefixes)}, the first is 0")
+    if any(map(is_infix, prefixes)):
+        raise InputError("an infix cannot be stacked: it stands behind the source of each row, a prefix before it")
     stack, stacked_lengths = {}, {}
     for site in {site: None for prefix in prefixes for site in prefix}:
         parts = [prefix.get(site) for prefix in prefixes]

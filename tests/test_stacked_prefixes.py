@@ -8,10 +8,11 @@ import torch
 import sample
 from minprefix import Prefix, load_model, stack_prefixes
 from minprefix.bart import BART
+from minprefix.baselines import save_trained
 from minprefix.files import InputError
 from minprefix.generate import generate_ids
 from minprefix.gpt2 import GPT2
-from minprefix.prefix import FoldedPrefix, save_prefix
+from minprefix.prefix import FoldedInfix, FoldedPrefix, save_prefix
 from tests.test_scripts import call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
@@ -117,6 +118,8 @@ def test_what_does_not_fit_is_refused(model, prefixes):
             stack_prefixes(prefixes, rows)
     with pytest.raises(InputError, match="there are 0"):
         stack_prefixes([], [0])
+    with pytest.raises(InputError, match="an infix cannot be stacked"):
+        stack_prefixes([prefixes[0], FoldedInfix(prefixes[0], 3)], [0, 1])
     other = FoldedPrefix({"decoder": torch.zeros(9, 2, 1, 4, 5)}, 4)
     with pytest.raises(InputError, match="different models"):
         stack_prefixes([prefixes[0], other], [0, 1])
@@ -174,11 +177,14 @@ def test_sample_writes_each_request_as_it_does_alone(world, capsys, monkeypatch,
         ("--prefix a.safetensors --prefix run --file bare.jsonl", 'request 1 has "prefix": None'),
         ("--prefix a.safetensors --prefix run --input x", "several --prefix need --file FILE.jsonl"),
         ("--prefix a.safetensors --prefix run --file requests.jsonl --evaluate", "unscored"),
-        ("--prefix a.safetensors --prefix none --file requests.jsonl", "no prefix file at none"),
+        ("--prefix a.safetensors --prefix none --file requests.jsonl", "nothing at none"),
+        ("--prefix a.safetensors --prefix top --file requests.jsonl", "of --method top2: only prefixes and embeddings"),
     ],
 )  # fmt: skip
 def test_requests_that_make_no_sense(world, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(world[0])
     (world[0] / "bare.jsonl").write_text('{"source": "x"}\n')
+    (world[0] / "top").mkdir(exist_ok=True)
+    save_trained(world[0] / "top" / "top2.safetensors", {}, [], {"method": "top2"})
     code, _, err = call(sample, capsys, *arguments.split())
     assert code == 2 and message in err and len(err.splitlines()) == 1, err
