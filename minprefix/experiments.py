@@ -24,23 +24,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minprefix.baselines import Adapters
 from minprefix.batches import collate, encode_pairs
 from minprefix.checkpoint import read_config
-from minprefix.data import GET_E2E, find_e2e, json_rows, load_examples
+from minprefix.data import find_e2e, json_rows, load_examples
+from minprefix.examples import on_topics
 from minprefix.files import InputError, atomic_write, check_above_zero, read_json, run_main
 from minprefix.generate import generate, recipe
 from minprefix.hub import model_name, resolve_model
-from minprefix.load import keep_freed_memory, load_model, pick_device, pick_dtype
+from minprefix.load import empty_model, keep_freed_memory, load_model, pick_device, pick_dtype
 from minprefix.prefix import Prefix
 from minprefix.report import draw, table
-from minprefix.studies import STUDIES, TUNED, tuning
+from minprefix.studies import METHODS, SEEN, STUDIES, TUNED, test_sets, tuning
 from minprefix.tokenizer import load_tokenizer
 from minprefix.training import batch_stream, make_optimizer, training_step
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # the repository, where train.py and sample.py are
-STEPS = {"gpt2-mini": 1000, "bart-mini": 500}  # of 16 examples; of other models the paper's epochs:
-EPOCHS = {"e2e": 5, "xsum": 30, "scitldr": 30}
-START = 15  # seconds that the two programs take to start and to read the data
+STEPS = {"gpt2-mini": 1000, "bart-mini": 500}  # of 16 examples; for other models the paper's epochs and
+SCHEDULE = {"e2e": (5, 10), "webnlg": (5, 5), "dart": (10, 5), "xsum": (30, 16), "scitldr": (30, 16)}  # batch size
+START = 20  # seconds that the programs take to start, to read the data and to compile
 
 
 def parse_args():
@@ -48,7 +50,7 @@ def parse_args():
     add = parser.add_argument
     add("study", choices=STUDIES)
     add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 or BART folder, or a bundled name (%(default)s)")
-    add("--task", choices=EPOCHS, help="what is learned (e2e; BART scitldr)")
+    add("--task", choices=SCHEDULE, help="what is learned (e2e; BART scitldr; extrapolation webnlg)")
     add("--data", help="folder with the task's files")
     add("--steps", type=int, help="of a run on all data (gpt2-mini 1000, bart-mini 500, else the paper's epochs)")
     add("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each (101 102 103; in low data 101)")
@@ -64,28 +66,50 @@ def parse_args():
 
 
 def fill(args):
-    """What the command line leaves open."""
+    """What the command line leaves open, and what model, data and machine say."""
     folder = resolve_model(args.model)
+    bart = read_config(folder).get("model_type") == "bart"
     args.model = model_name(folder) or args.model
-    args.task = args.task or ("scitldr" if read_config(folder).get("model_type") == "bart" else "e2e")
-    if args.task == "e2e":
-        args.data = find_e2e(args.data)
+    if args.study == "extrapolation":
+        if args.task not in (None, "webnlg"):
+            raise InputError(f"--task {args.task}: extrapolation needs topics, those of webnlg")
+        args.task = "webnlg"
+    args.task = args.task or ("scitldr" if bart else "e2e")
+    args.data = args.data or (find_e2e() if args.task == "e2e" else None)
     if args.data is None:
-        get = f": {GET_E2E}" if args.task == "e2e" else ""
-        raise InputError(f"the studies need the real data of {args.task}: give --data{get}")
+        raise InputError(f"a study needs the real data of {args.task}: give --data its folder")
     args.data = str(args.data)
-    args.seeds = args.seeds or ([101] if TUNED[args.study][0] == "low-data" else [101, 102, 103])
-    args.out = args.out or Path("runs", f"studies-{folder.resolve().name}")
-    args.batch_size = 10 if args.task == "e2e" and args.model not in STEPS else 16
+    args.methods = [method for method in METHODS if not (bart and method in ("embedding", "infix"))]
+    args.widths = {f"adapter {share}%": adapter_width(folder, share / 100) for share in (3, 0.1)}
     train = load_examples(args.task, "train", args.data)
-    args.pairs = sum(len(example.references) for example in train)
-    args.tests = len(load_examples(args.task, "test", args.data)[: args.limit_test])
-    epochs = EPOCHS[args.task]
-    args.steps = args.steps or STEPS.get(args.model) or math.ceil(epochs * args.pairs / args.batch_size)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if args.study == "extrapolation":
+        train = on_topics(train, SEEN, "webnlg, train split")
+    args.tests = sum(len(inputs(args, *test)) for test in test_sets(args).values())
+    epochs, batch_size = SCHEDULE[args.task]
+    args.batch_size = 16 if args.model in STEPS else batch_size
+    pairs = sum(len(example.references) for example in train)
+    args.steps = args.steps or STEPS.get(args.model) or math.ceil(epochs * pairs / args.batch_size)
+    args.seeds = list(dict.fromkeys(args.seeds or ([101] if args.study in ("low-data", "init") else [101, 102, 103])))
+    args.out = args.out or Path("runs", f"studies-{folder.resolve().name}")
     args.device = pick_device("auto")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     args.jobs = args.jobs or (cores if args.device == "cpu" else 1)
-    args.threads = max(1, cores // args.jobs)  # runs of a thread each are faster than one with all threads
+    args.threads = max(1, cores // args.jobs)  # runs of one thread each are faster than one with all threads
+
+
+def inputs(args, split, topics):
+    """The Examples that sample.py writes texts for."""
+    examples = load_examples(args.task, split, args.data)
+    return (on_topics(examples, topics, f"{args.task}, {split} split") if topics else examples)[: args.limit_test]
+
+
+def adapter_width(folder, share):
+    """The width of adapters that come nearest to a share of the model's weights: shapes alone, nothing is loaded."""
+    model = empty_model(folder)
+    total = sum(p.numel() for p in model.parameters())
+    with torch.device("meta"):
+        one, two = (sum(p.numel() for p in Adapters(model, width).parameters()) for width in (1, 2))
+    return max(1, 1 + round((share * total - one) / (two - one)))
 
 
 def main():
@@ -95,9 +119,11 @@ def main():
         if not (SCRIPTS / script).is_file():
             raise InputError(f"{SCRIPTS / script} is missing: the studies run it, work in a clone of the repository")
     study, (data, methods) = STUDIES[args.study], TUNED[args.study]
-    known = learning_rates(args, data)
-    untuned = [run for method in methods if method not in known for run in tuning(args, data, method)]
-    args.lr = {method: best(known[method]) if method in known else "TUNED" for method in methods}
+    methods = [method for method in methods if method in (*args.methods, "infix")]
+    rates = f"learning-rates-{args.task}-{data}.json"
+    losses = read_rates(resolve_model(args.model) / rates)
+    untuned = [run for method in methods if method not in losses for run in tuning(args, data, method)]
+    args.lr = {method: best(losses[method]) if method in losses else "TUNED" for method in methods}
     if args.dry_run:
         speed = measure(args)
         show(untuned, args.out / f"tune-{data}", args, speed)
@@ -106,23 +132,22 @@ def main():
         print(f"estimated from what was measured just now on {args.device}, {args.threads} thread(s): {times}")
         return
     for row in execute(untuned, args.out / f"tune-{data}", args):
-        known.setdefault(row["what"]["method"], {})[row["what"]["lr"]] = row["dev_loss"]
-    args.lr = {method: best(known[method]) for method in methods}
+        losses.setdefault(row["what"]["method"], {})[row["what"]["lr"]] = row["dev_loss"]
+    known = read_rates(args.out / rates)
+    with atomic_write(args.out / rates) as file:  # put beside the model it spares other studies the tuning
+        json.dump(known | losses, file, indent=2)
+    args.lr = {method: best(losses[method]) for method in methods}
     rows = execute(study(args), args.out / args.study, args)
-    text = table(rows, {method: known[method] for method in methods}, args)
+    text = table(rows, {method: losses[method] for method in methods}, args)
     with atomic_write(args.out / args.study / "table.md") as file:
         file.write(text)
     print("\n" + text)
     draw(rows, args.out / args.study / "figure.png")
 
 
-# ---- learning rates ----
-
-
-def learning_rates(args, data):
-    """method -> {learning rate: dev loss}, as far as they stand beside the model, in its learning-rates.json."""
-    path = resolve_model(args.model) / "learning-rates.json"
-    return read_json(path).get(args.task, {}).get(data, {}) if path.is_file() else {}
+def read_rates(path):
+    """method -> {learning rate: dev loss}."""
+    return read_json(path) if path.is_file() else {}
 
 
 def best(losses):
@@ -156,7 +181,7 @@ def measure(args):
 
 
 def estimate(run, args, speed):
-    """A run's seconds. Training all weights was measured to take 1.5 times as long as a prefix, a dev loss half."""
+    """A run's seconds: fine-tuning takes about 1.5 times as long as training a prefix, a dev loss half as long."""
     trained = run.examples * (1.5 if "finetune" in run.train else 1) + run.dev_examples / 2
     texts = args.tests if run.samples else 0
     return START + trained * speed["training example"] + texts * speed["text"]
@@ -188,8 +213,7 @@ def commands(run, folder):
     out, train, sample = folder / run.name, *(os.path.relpath(SCRIPTS / name) for name in ("train.py", "sample.py"))
     yield [train, *run.train, "--resume", "--out", str(out)]
     for name, arguments in run.samples.items():
-        trained = ["--model", str(out / "model")] if "finetune" in run.train else ["--prefix", str(out)]
-        yield [sample, *trained, *arguments, "--evaluate", "--output", str(out / f"{name}.txt")]
+        yield [sample, "--prefix", str(out), *arguments, "--evaluate", "--output", str(out / f"{name}.txt")]
 
 
 def execute(runs, folder, args):
@@ -202,33 +226,34 @@ def execute(runs, folder, args):
     if not waiting:
         return [rows[run.name] for run in runs]
     speed = measure(args)
-    total = sum(estimate(run, args, speed) for run in waiting)
+    total, done = sum(estimate(run, args, speed) for run in waiting), 0
     print(f"{folder}: {len(waiting)} of {len(runs)} runs to do, {args.jobs} at a time, {minutes(total / args.jobs)}")
-    bar = tqdm(total=total, smoothing=0, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
-    bar.set_description_str(f"0/{len(waiting)} runs")
+    bar = tqdm(total=total, desc=f"{len(runs) - len(waiting)}/{len(runs)} runs", smoothing=0, mininterval=1,
+               bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")  # fmt: skip
     try:
         while waiting or running:
             while waiting and len(running) < args.jobs:
                 run = waiting.pop(0)
                 left = list(commands(run, folder))
-                running[start(left.pop(0), folder / run.name, args)] = run, left
+                running[start(left.pop(0), folder / run.name, args)] = run, left, time.monotonic()
             time.sleep(0.1)
-            bar.refresh()
             for process in [process for process in running if process.poll() is not None]:
-                run, left = running.pop(process)
+                run, left, began = running.pop(process)
                 out = folder / run.name
                 diverged = process.returncode != 0 and not run.samples and "the loss became" in last_line(out)
                 if process.returncode != 0 and not diverged:
                     raise InputError(f"{run.name} failed: {last_line(out)} (all that it said: {out}/output.txt)")
                 if left and not diverged:
-                    running[start(left.pop(0), out, args)] = run, left
+                    running[start(left.pop(0), out, args)] = run, left, began
                     continue
                 rows[run.name] = make_row(run, out, diverged)
                 with atomic_write(folder / "rows.jsonl") as file:
                     file.writelines(json.dumps(row) + "\n" for row in rows.values())
                 (out / "checkpoint.pt").unlink()  # fine-tuning's is four times as large as the model
-                bar.update(estimate(run, args, speed))
+                done += estimate(run, args, speed)
                 bar.set_description_str(f"{sum(run.name in rows for run in runs)}/{len(runs)} runs")
+            spent = sum(min(time.monotonic() - began, estimate(run, args, speed)) for run, _, began in running.values())
+            bar.update(done + spent - bar.n)
     finally:
         bar.close()
         for process in running:
@@ -249,7 +274,7 @@ def start(command, out, args):
 
 def last_line(out):
     lines = (out / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip().removeprefix("error: ") for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def make_row(run, out, diverged):
@@ -257,7 +282,7 @@ def make_row(run, out, diverged):
     row = {"run": run.name, "what": run.what, "train": run.train, "samples": run.samples, "dev_loss": None}
     if not diverged:
         result = read_json(out / "result.json")
-        row |= {key: result.get(key) for key in ("dev_loss", "best_step", "share", "seconds")}
+        row |= {key: result[key] for key in ("dev_loss", "best_step", "share", "seconds")}
         row["scores"] = {name: read_json(out / f"{name}.json")["scores"] for name in run.samples}
     return row
 

@@ -22,17 +22,21 @@ def load_model(name, device="cpu", dtype=torch.float32):
     InputError when the folder, its config.json or its tensors are missing, malformed or of an unsupported kind.
     """
     folder = resolve_model(name)
+    model = empty_model(folder)
+    state = KINDS[model.config["model_type"]][1](read_tensors(folder), model.config)
+    check_state(state, model.state_dict(), folder)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+
+
+def empty_model(folder):
+    """The model that a folder's config.json describes, without weights: on torch's device "meta", in no memory."""
     config = read_config(folder)
     kind = config.get("model_type")
     if kind not in list(KINDS):  # a list, since JSON's value need not be hashable
         raise InputError(f"{folder}/config.json: model_type is {kind!r}, minprefix runs {' and '.join(KINDS)}")
-    model_class, from_huggingface = KINDS[kind]
-    with torch.device("meta"):  # no memory and no random numbers for weights that the file will bring
-        model = model_class(config)
-    state = from_huggingface(read_tensors(folder), model.config)
-    check_state(state, model.state_dict(), folder)
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+    with torch.device("meta"):
+        return KINDS[kind][0](config)
 
 
 def save_model(model, folder, tokenizer_folder=None, **config):

@@ -1,18 +1,21 @@
 """The paper's studies (Li & Liang 2021, sections 6 and 7), each a list of runs of train.py and sample.py.
 
 A study is a function of the settings -> its runs. The settings (`args`): model (name or folder), task, data (folder),
-steps and batch_size of a run on all of the data, seeds, samplings, limit_test, and lr: method -> learning rate.
+steps and batch_size of a run on all of the data, seeds, samplings (how many, in low data), limit_test, widths (of the
+adapters), methods (those that the model can be trained with) and lr: method -> its learning rate.
 """
 
 import math
 import re
 from dataclasses import dataclass
 
-METHODS = {  # what is trained -> train.py's arguments
-    "prefix": [],
-    "finetune": ["--method", "finetune"],
-}
+METHODS = ("prefix", "finetune", "top2", "adapter 3%", "adapter 0.1%", "embedding")  # --method, and what it may train
+SIZES = (50, 100, 200, 500)
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
+VIRTUAL_TOKENS = (1, 10, 20)  # of prefix, embedding and infix when these are compared
+WORDS = ("table to text :", "summarize :", "elephant banana keep", None)  # two that name a task, others, random numbers
+UNSEEN = ("Building", "Food", "SportsTeam")  # every third of WebNLG's ten categories, in the alphabet's order
+SEEN = ("Airport", "Astronaut", "City", "ComicsCharacter", "Monument", "University", "WrittenWork")
 
 
 @dataclass
@@ -27,7 +30,18 @@ class Run:
 
 def full(args):
     """Every method on all of the training data (tables 1 and 2)."""
-    return [make_run(args, {"method": method}, method, seed) for method in METHODS for seed in args.seeds]
+    return [make_run(args, {"method": method}, method, seed) for method in args.methods for seed in args.seeds]
+
+
+def low_data(args):
+    """Prefix-tuning and fine-tuning on few examples (figure 3)."""
+    return [
+        low_data_run(args, {"method": method, "examples": size}, method, size, sampling, seed)
+        for method in ("prefix", "finetune")
+        for size in SIZES
+        for sampling in range(1, args.samplings + 1)
+        for seed in args.seeds
+    ]
 
 
 def length(args):
@@ -39,42 +53,110 @@ def length(args):
     ]
 
 
-STUDIES = {"full": full, "length": length}
-TUNED = {  # which learning rates a study needs: whose data they are chosen on, and for which methods
-    "full": ("full", tuple(METHODS)),
+def init(args):
+    """What a prefix is started from when there are few examples (figure 5)."""
+    return [
+        low_data_run(args, {"started from": words or "random numbers", "examples": size}, "prefix", size, sampling,
+                     seed, ["--init", words] if words else [])
+        for words in WORDS
+        for size in (50, 200)
+        for sampling in range(1, args.samplings + 1)
+        for seed in args.seeds
+    ]  # fmt: skip
+
+
+def ablation(args):
+    """Where virtual tokens act: in every layer, in the embedding only, or between source and target (table 4)."""
+    return [
+        make_run(args, {"method": method, "length": length}, method, seed, ["--prefix-length", str(length)])
+        for method in ("prefix", "embedding", "infix")
+        for length in VIRTUAL_TOKENS
+        for seed in args.seeds
+    ]
+
+
+def extrapolation(args):
+    """Trained on some of WebNLG's categories, tested on those and on the others (as table 3 on other data)."""
+    return [
+        make_run(args, {"method": method}, method, seed, ["--topics", *SEEN])
+        for method in ("prefix", "finetune", "adapter 3%")
+        for seed in args.seeds
+    ]
+
+
+def test_sets(args):
+    """What a study's runs are tested on: name -> (split, topics or none)."""
+    if args.study == "extrapolation":
+        return {"seen": ("dev", SEEN), "unseen": ("dev", UNSEEN)}
+    if args.task == "webnlg":
+        return {"seen": ("test_seen", ()), "unseen": ("test_unseen", ()), "all": ("test", ())}
+    return {"test": ("test", ())}
+
+
+STUDIES = {"full": full, "low-data": low_data, "length": length, "init": init, "ablation": ablation,
+           "extrapolation": extrapolation}  # fmt: skip
+
+# ---- learning rates ----
+
+TUNED = {  # which learning rates a study needs: of what data, for which methods
+    "full": ("full", METHODS),
+    "low-data": ("low-data", ("prefix", "finetune")),
     "length": ("full", ("prefix",)),
+    "init": ("low-data", ("prefix",)),
+    "ablation": ("full", ("prefix", "embedding", "infix")),
+    "extrapolation": ("topics", ("prefix", "finetune", "adapter 3%")),
 }
-MIDDLE = {  # the middle one of the three learning rates that are tried
-    "gpt2-mini": {"prefix": 0.1, "finetune": 1e-3},
-    "bart-mini": {"prefix": 3e-3, "finetune": 1e-3},
-    "other": {"prefix": 8e-5, "finetune": 5e-5},  # the paper's
+MIDDLE = {  # the middle one of the rates that are tried
+    "gpt2-mini": {"prefix": 0.1, "finetune": 1e-3, "top2": 1e-3, "adapter": 3e-3, "embedding": 0.1, "infix": 0.1},
+    "bart-mini": {"prefix": 3e-3, "finetune": 1e-3, "top2": 1e-3, "adapter": 3e-3, "embedding": 0.1},
+    "other": {"prefix": 8e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 8e-5, "embedding": 8e-5, "infix": 8e-5},
 }
 
 
 def tuning(args, data, method):
-    """A run for each of three learning rates a factor of 3 apart, two fifths of a study's steps, one seed."""
-    runs = []
-    for factor in (1 / 3, 1, 3):
-        lr = f"{factor * MIDDLE.get(args.model, MIDDLE['other'])[method]:.2g}"
-        what, chosen = {"method": method, "lr": lr}, {method: lr}
-        steps = math.ceil(args.steps * 2 / 5)
-        runs.append(make_run(args, what, method, args.seeds[0], steps=steps, evaluations=4, lr=chosen, samples={}))
+    """A run for each of three learning rates, a factor of 3 apart: seed 101, two fifths of the steps, dev loss only.
+
+    data: "full", "low-data" (a sample of 200) or "topics" (WebNLG's seen categories).
+    """
+    middle, runs = MIDDLE.get(args.model, MIDDLE["other"])[method.split()[0]], []
+    for lr in (f"{middle * factor:.2g}" for factor in (1 / 3, 1, 3)):
+        what = {"method": method, "lr": lr}
+        if data == "low-data":
+            runs.append(low_data_run(args, what, method, 200, 1, 101, lr=lr, tested=False))
+        else:
+            steps, options = math.ceil(args.steps * 2 / 5), ["--topics", *SEEN] if data == "topics" else []
+            runs.append(make_run(args, what, method, 101, options, lr=lr, steps=steps, evaluations=4, tested=False))
     return runs
 
 
-def make_run(args, what, method, seed, options=(), *, name=None, steps=None, batch_size=None, evaluations=10, dev=500,
-             lr=None, samples=None):  # fmt: skip
-    """The run of a method with further options of train.py, scored on the test split unless `samples` says else."""
+# ---- runs ----
+
+
+def low_data_run(args, what, method, size, sampling, seed, options=(), **others):
+    """A run on a sample of the training data with the paper's settings: 400 steps of 10, 100 of them warm-up."""
+    steps = min(400, args.steps)
+    options = [*options, "--low-data", str(size), "--low-data-seed", str(sampling), "--warmup", str(steps // 4)]
+    others |= {"steps": steps, "batch_size": 10, "evaluations": 8, "dev": math.ceil(0.3 * size)}
+    return make_run(args, what, method, seed, options, name=f"sampling{sampling}", **others)
+
+
+def make_run(args, what, method, seed, options=(), *, name=None, lr=None, steps=None, batch_size=None, evaluations=10,
+             dev=500, tested=True):  # fmt: skip
+    """The run of a method with further options of train.py, by default with the settings of the study."""
     steps, batch_size = steps or args.steps, batch_size or args.batch_size
-    source = ["--task", args.task, "--data", args.data]
+    if method in ("embedding", "infix") and "--prefix-length" not in options:
+        options = [*options, "--prefix-length", "10"]  # the paper's best for these
+    if method in args.widths:
+        options = [*options, "--adapter-width", str(args.widths[method])]
+    data = ["--task", args.task, "--data", args.data]
     train = [
-        "--model", args.model, *source, *METHODS[method], *options, "--lr", (lr or args.lr)[method],
+        "--model", args.model, *data, "--method", method.split()[0], *options, "--lr", lr or args.lr[method],
         "--steps", str(steps), "--batch-size", str(batch_size), "--eval-every", str(math.ceil(steps / evaluations)),
         "--seed", str(seed), "--eval-inputs", "0",
     ]  # fmt: skip
-    if samples is None:
-        limit = ["--limit", str(args.limit_test)] if args.limit_test else []
-        samples = {"test": [*source, "--split", "test", *limit]}
+    samples, limit = {}, ["--limit", str(args.limit_test)] if args.limit_test else []
+    for test, (split, topics) in test_sets(args).items() if tested else ():
+        samples[test] = [*data, "--split", split, *(["--topics", *topics] if topics else []), *limit]
     parts = [*what.values(), name, f"seed{seed}"]
     folder = "-".join(re.sub(r"[^\w.%]+", "-", str(part)).strip("-") for part in parts if part)
     return Run(folder, what, train, samples, steps * batch_size, dev * (evaluations + 1))

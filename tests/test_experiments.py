@@ -7,6 +7,7 @@ import json
 import shlex
 import signal
 import sys
+from argparse import Namespace
 
 import pytest
 
@@ -15,9 +16,13 @@ import train
 from minprefix import experiments, report, studies
 from minprefix.data import json_rows
 from tests.test_scripts import call
-from tests.tiny import write_tiny_model
+from tests.tiny import write_tiny_bart, write_tiny_model
 
 MRS = [f"name[The Golden Lantern {i}], eatType[pub]" for i in range(20)]
+ENTRY = (
+    '<entry category="{topic}" eid="1"><modifiedtripleset><mtriple>A | is | {topic}</mtriple></modifiedtripleset>'
+    '<lex comment="good">A is one.</lex><lex comment="good">It is {topic}.</lex></entry>'
+)
 TRAIN = '''
 import json, os, pathlib, signal, sys, time
 here, args = pathlib.Path(__file__).parent, dict(zip(sys.argv[1:], sys.argv[2:]))
@@ -47,12 +52,17 @@ json.dump({"scores": {"BLEU": loss, "NIST": 3.0, "name": 1.0}}, open(out.with_su
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny model whose name is that of none of the bundled, and an E2E folder."""
+    """A tiny GPT-2 and a tiny BART, whose names are of none of the bundled, an E2E and a WebNLG folder."""
     folder = tmp_path_factory.mktemp("world")
     write_tiny_model(folder / "model")
+    write_tiny_bart(folder / "bart")
     (folder / "e2e").mkdir()
+    for split in ("train", "dev"):
+        entries = "".join(ENTRY.format(topic=topic) for topic in (*studies.SEEN, *studies.UNSEEN))
+        (folder / "webnlg" / split).mkdir(parents=True)
+        (folder / "webnlg" / split / "all.xml").write_text(f"<benchmark><entries>{entries}</entries></benchmark>")
     for name in ("trainset", "devset", "testset_w_refs"):
-        rows = "".join(f'"{mr}",The Golden Lantern is a pub.\n' for mr in MRS)
+        rows = "".join(f'"{mr}",A pub.\n' for mr in MRS)
         (folder / "e2e" / f"{name}.csv").write_text("mr,ref\n" + rows)
     return folder
 
@@ -64,6 +74,7 @@ def scripts(world, tmp_path, monkeypatch):
     (tmp_path / "sample.py").write_text(SAMPLE)
     monkeypatch.chdir(world)
     monkeypatch.setattr(experiments, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(experiments, "measure", lambda args: SPEED)
     monkeypatch.setattr(studies, "LENGTHS", (1, 10))
     monkeypatch.setitem(studies.MIDDLE["other"], "prefix", 0.1)
     yield tmp_path
@@ -78,6 +89,7 @@ def calls(scripts):
     return (scripts / "calls.txt").read_text().split()
 
 
+SPEED = {"training example": 0.01, "text": 0.02}
 TUNING = ["prefix-0.033-seed101", "prefix-0.1-seed101", "prefix-0.3-seed101"]
 RUNS = ["1-seed101", "1-seed102", "10-seed101", "10-seed102"]
 
@@ -119,7 +131,7 @@ def test_a_failing_run_stops_the_study_with_its_last_line(scripts, capsys):
     (scripts / "fail").write_text("10-seed101")
     code, _, err = run(capsys, "length", scripts / "out", "--seeds", 101, "--jobs", 1)
     line = err.splitlines()[-1]
-    assert code == 2 and line.startswith("error: 10-seed101 failed: error: no room (") and "output.txt" in line
+    assert code == 2 and line.startswith("error: 10-seed101 failed: no room (") and "output.txt" in line
     (scripts / "fail").unlink()
     assert run(capsys, "length", scripts / "out", "--seeds", 101, "--jobs", 1)[0] == 0
     assert calls(scripts) == [*TUNING, "1-seed101", "10-seed101", "10-seed101"]
@@ -134,12 +146,12 @@ def test_other_settings_are_not_taken_for_done(scripts, capsys):
 
 
 def test_rates_beside_the_model_are_taken(scripts, world, capsys):
-    rates = {"e2e": {"full": {"prefix": {"0.01": 1.2, "0.02": 1.1, "0.04": None}}}}
-    (world / "model" / "learning-rates.json").write_text(json.dumps(rates))
+    rates = world / "model" / "learning-rates-e2e-full.json"
+    rates.write_text(json.dumps({"prefix": {"0.01": 1.2, "0.02": 1.1, "0.04": None}}))
     try:
         code, out, _ = run(capsys, "length", scripts / "out", "--seeds", 101)
     finally:
-        (world / "model" / "learning-rates.json").unlink()
+        rates.unlink()
     assert code == 0 and sorted(calls(scripts)) == ["1-seed101", "10-seed101"]
     assert "- prefix: 0.01: 1.200, 0.02: 1.100, 0.04: diverged" in out
     row = next(row for _, row in json_rows(scripts / "out" / "length" / "rows.jsonl"))
@@ -152,34 +164,66 @@ def test_the_scripts_must_be_there(scripts, capsys):
     assert code == 2 and "sample.py is missing" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("study", studies.STUDIES)
-def test_every_command_of_a_plan_is_one_that_the_scripts_take(study, world, tmp_path, capsys, monkeypatch):
+PLANS = [(study, "model", "webnlg" if study == "extrapolation" else "e2e") for study in studies.STUDIES]
+
+
+@pytest.mark.parametrize("study, model, task", [*PLANS, ("full", "bart", "e2e"), ("low-data", "bart", "e2e")])
+def test_every_command_of_a_plan_is_one_that_the_scripts_take(study, model, task, world, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(world)
-    code, out, err = run(capsys, study, tmp_path, "--dry-run", "--steps", 40, "--seeds", 7, 8, "--jobs", 2)
+    monkeypatch.setattr(experiments, "measure", lambda args: SPEED)
+    code, out, err = call(experiments, capsys, study, "--model", model, "--data", task, "--out", tmp_path, "--dry-run",
+                          *(["--task", task] if model == "bart" else []), "--steps", 40, "--seeds", 7, 8)  # fmt: skip
     assert code == 0, err
-    commands = [shlex.split(line) for line in out.splitlines() if line.startswith("  python ")]
-    names = set()
-    for _, script, *arguments in commands:
-        monkeypatch.setattr(sys, "argv", [script, *(a.replace("TUNED", "0.1") for a in arguments)])
+    names, methods = set(), set()
+    for _, script, *arguments in [shlex.split(line) for line in out.splitlines() if line.startswith("  python ")]:
+        monkeypatch.setattr(sys, "argv", [script, *(word.replace("TUNED", "0.1") for word in arguments)])
         if script.endswith("train.py"):
             args = train.parse_args()
-            assert args.seed in (7, 8) and args.steps <= 40 and args.resume
+            assert args.seed in (7, 8, 101) and args.steps <= 40 and args.resume and args.task == task
             names.add(args.out)
+            methods.add(args.method)
         else:
-            assert sample.parse_args().output.parent in names
+            args = sample.parse_args()
+            assert args.output.parent in names and args.evaluate and args.task == task
+    assert "10.0 ms for a training example, 20.0 ms for a text" in out
     totals = [line for line in out.splitlines() if " runs to do" in line]
     assert len(totals) == 2 and len(names) == sum(int(line.split(": ")[1].split()[0]) for line in totals)
+    if study == "full":
+        assert methods == {"prefix", "finetune", "top2", "adapter"} | ({"embedding"} if model == "model" else set())
     assert not list(tmp_path.iterdir())
+
+
+def test_extrapolation_is_tested_on_categories_that_training_did_not_see(world, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "argv", ["experiments", "extrapolation", "--model", "model", "--data", "webnlg"])
+    args = experiments.parse_args()
+    assert args.tests == 10 and args.steps == 14  # 5 epochs of 7 categories' 2 texts in batches of 5
+    args.lr = dict.fromkeys(("prefix", "finetune", "adapter 3%"), "0.1")
+    for run in studies.extrapolation(args):
+        trained = run.train[run.train.index("--topics") + 1 :][:7]
+        seen, unseen = (words[words.index("--topics") + 1 :] for words in run.samples.values())
+        assert trained == seen == list(studies.SEEN) and not set(unseen) & set(trained) and len(unseen) == 3
+
+
+def test_adapter_widths_of_gpt2_medium(tmp_path):
+    """The paper's 3% and 0.1% of 354.8M weights, by hand: 48 adapters of 2,049 * width + 1,024."""
+    shape = {"n_layer": 24, "n_embd": 1024, "n_head": 16, "n_positions": 1024, "vocab_size": 50257}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **shape}))
+    widths = [experiments.adapter_width(tmp_path, share) for share in (0.03, 0.001)]
+    assert widths == [108, 3]
+    shares = [48 * (2049 * width + 1024) / 354_823_168 for width in widths]
+    assert shares == pytest.approx([0.03, 0.001], rel=0.03)
 
 
 def test_a_real_study(world, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(world)
     monkeypatch.setattr(studies, "LENGTHS", (2,))
-    (world / "model" / "learning-rates.json").write_text('{"e2e": {"full": {"prefix": {"0.01": 1.0}}}}')
+    rates = world / "model" / "learning-rates-e2e-full.json"
+    rates.write_text('{"prefix": {"0.01": 1.0}}')
     try:
         code, out, err = run(capsys, "length", tmp_path, "--steps", 2, "--seeds", 101, "--limit-test", 2)
     finally:
-        (world / "model" / "learning-rates.json").unlink()
+        rates.unlink()
     assert code == 0, err
     ((_, row),) = json_rows(tmp_path / "length" / "rows.jsonl")
     assert row["scores"]["test"].keys() >= {"BLEU", "NIST", "ROUGE-L", "CIDEr", "slots"} and row["dev_loss"] > 0
@@ -187,10 +231,35 @@ def test_a_real_study(world, tmp_path, capsys, monkeypatch):
 
 
 ROWS = [
-    {"what": {"method": method, "examples": size}, "share": 0.001, "dev_loss": 1.0, "train": ["--low-data"],
-     "scores": {"test": {"BLEU": bleu, "slots": 0.5}}}
-    for method, size, bleu in [("prefix", 50, 0.25), ("prefix", 50, 0.75), ("finetune", 50, 0.125), ("prefix", 100, 1)]
+    {"what": {"method": method, "length": length}, "share": 0.00125, "dev_loss": loss, "train": [],
+     "scores": {"test": {"BLEU": bleu, "NIST": 2.5, "told": 0.5}}}
+    for method, length, loss, bleu in [("prefix", 1, 1.5, 0.25), ("prefix", 1, 1.0, 0.75), ("embedding", 1, 2.0, 0.125),
+                                       ("prefix", 10, 1.0, 1.0)]
 ]  # fmt: skip
+TABLE = """gpt2-mini on e2e, 630 test inputs; mean ± half the range over seeds 7, 8.
+
+| method | length | runs | trained | dev loss | BLEU | NIST | the paper's GPT-2 medium: BLEU |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| prefix | 1 | 2 | 0.12% | 1.250 ± 0.250 | 50.0 ± 25.0 | 2.50 ± 0.00 |  |
+| embedding | 1 | 1 | 0.12% | 2.000 | 12.5 | 2.50 | 48.1 |
+| prefix | 10 | 1 | 0.12% | 1.000 | 100.0 | 2.50 |  |
+
+Learning rates and their dev losses, the lowest was taken:
+
+- prefix: 0.1: 1.500, 0.3: diverged
+"""
+
+
+def test_the_table_of_known_rows():
+    args = Namespace(study="ablation", task="e2e", model="gpt2-mini", tests=630, seeds=[7, 8])
+    assert report.table(ROWS, {"prefix": {"0.1": 1.5, "0.3": None}}, args) == TABLE
+
+
+def test_low_data_ends_in_how_far_the_prefix_is_ahead():
+    bleu = {("prefix", 50): 0.5, ("finetune", 50): 0.25, ("prefix", 100): 0.5, ("finetune", 100): 0.625}
+    rows = [{"what": {"method": method, "examples": size}, "scores": {"test": {"BLEU": score}}}
+            for (method, size), score in bleu.items()]  # fmt: skip
+    assert "the sizes: +6.2 BLEU" in report.gap(rows)  # the mean of 25 and -12.5
 
 
 def test_the_figure_has_a_line_for_each_method(tmp_path, monkeypatch):
@@ -199,10 +268,7 @@ def test_the_figure_has_a_line_for_each_method(tmp_path, monkeypatch):
     monkeypatch.setattr(pyplot, "close", drawn.append)
     report.draw(ROWS, tmp_path / "figure.png")
     (axes,) = drawn[0].axes
-    labels, points = [], []
-    for line in axes.containers:
-        labels.append(line.get_label())
-        points.append([tuple(map(float, point)) for point in line.lines[0].get_xydata()])
-    assert labels == ["prefix", "finetune"] and points == [[(50, 50), (100, 100)], [(50, 12.5)]]
-    assert axes.get_xlabel() == "examples" and axes.get_ylabel() == "BLEU"
+    lines = {line.get_label(): line.lines[0].get_xydata().tolist() for line in axes.containers}
+    assert lines == {"prefix": [[1, 50], [10, 100]], "embedding": [[1, 12.5]]}
+    assert axes.get_xlabel() == "length" and axes.get_ylabel() == "BLEU"
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
