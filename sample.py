@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from minprefix import generate, load_model, load_tokenizer, metrics, stack_prefixes
+from minprefix import distributed, generate, load_model, load_tokenizer, metrics, stack_prefixes
 from minprefix.baselines import load_trained, read_trained, trained_file
 from minprefix.data import SUMMARISATION, WEBNLG_SPLITS, Example, format_source, load_examples
 from minprefix.examples import on_topics
@@ -105,9 +105,11 @@ def main():
     if args.dtype == "auto" and model.head.weight.size(1) < 512:
         model = load_model(folder, device)  # in float32: a narrow model is as fast, and free of bfloat16's rounding
     check_vocabulary(tokenizer, model, folder)
+    rank, several = distributed.rank(), distributed.world_size() > 1
     drawing = {
         "sample": args.sample, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
-        "generator": torch.Generator(device).manual_seed(args.seed), "batch_size": args.batch_size,
+        "generator": torch.Generator(device).manual_seed(args.seed + rank), "batch_size": args.batch_size,
+        "what": f"sources of process {rank}" if several else "sources",
     }  # fmt: skip
     if len(args.prefixes) > 1:
         put(write_requests(args, model, tokenizer, drawing), args.output)
@@ -125,11 +127,11 @@ def main():
         metrics.rouge_scorer()  # if the package is missing, say so before the work
 
     texts = generate(
-        model, tokenizer, [example.source for example in examples], prefix=prefix,
-        max_source=max_source, **search, **drawing, progress=len(examples) > 1,
+        model, tokenizer, distributed.share([example.source for example in examples]), prefix=prefix,
+        max_source=max_source, **search, **drawing, progress=len(examples) > 1 and rank == 0,
     )  # fmt: skip
-    lines = put(texts, args.output)
-    if args.evaluate:
+    lines = put(distributed.joined(texts), args.output)
+    if args.evaluate and rank == 0:
         settings = {**vars(args), **search, "max_source": max_source}
         evaluate(args.output, task, lines, examples, settings)
 
@@ -137,6 +139,8 @@ def main():
 def put(texts, output):
     """Print the texts, or write them to the file `output`, one a line -> the lines."""
     lines = [" ".join(text.splitlines()) for text in texts]  # one text is one line, whatever characters it has
+    if distributed.rank() > 0:
+        return lines
     if output:
         with atomic_write(output) as file:
             file.writelines(line + "\n" for line in lines)
@@ -164,11 +168,12 @@ def write_requests(args, model, tokenizer, drawing):
         groups.setdefault(tuple(search.items()), []).append(i)
     texts = [None] * len(requests)
     for search, group in groups.items():
-        rows = [names.index(requests[i].topic) for i in group]
-        sources = [format_source(prefixes[requests[i].topic].info.get("task", ""), requests[i].source) for i in group]
-        stacked = stack_prefixes(list(prefixes.values()), rows)
-        written = generate(model, tokenizer, sources, stacked, **dict(search), **drawing, progress=len(group) > 1)
-        for i, text in zip(group, written, strict=True):
+        mine = [requests[i] for i in distributed.share(group)]
+        sources = [format_source(prefixes[request.topic].info.get("task", ""), request.source) for request in mine]
+        stacked = stack_prefixes(list(prefixes.values()), [names.index(request.topic) for request in mine])
+        progress = len(group) > 1 and distributed.rank() == 0
+        written = generate(model, tokenizer, sources, stacked, **dict(search), **drawing, progress=progress)
+        for i, text in zip(group, distributed.joined(written), strict=True):
             texts[i] = text
     return texts
 
@@ -236,6 +241,8 @@ def read_examples(args, trained_task):
         if not rows.endswith(".jsonl"):
             return examples
         return [Example(format_source(trained_task, e.source), e.references) for e in examples]
+    if not args.input and not args.file and distributed.world_size() > 1:
+        raise InputError("stdin is one process's to read: give the inputs by --file")
     lines = args.input or read_text(args.file or "-").split("\n")
     if lines[-1:] == [""]:
         lines.pop()  # what follows the last line end
@@ -248,4 +255,4 @@ def read_examples(args, trained_task):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(distributed.each_rank(main))

@@ -6,24 +6,27 @@
     python train.py --model bart-mini --task scitldr --data scitldr/     summaries, the prefix in encoder and decoder
     python train.py --method finetune --data e2e/                        all of the model's weights, for comparison;
                                        so are top2, adapter, embedding and infix: see minprefix/baselines.py
+    torchrun --nproc_per_node=4 train.py --data e2e/                     each batch split among 4 GPUs, or processes
 """
 
 import argparse
 import json
 import math
+import os
 import shlex
+import sys
 import time
 from pathlib import Path
 
 import torch
 
-from minprefix import Prefix, generate, load_model, load_tokenizer, metrics
+from minprefix import Prefix, distributed, generate, load_model, load_tokenizer, metrics
 from minprefix.baselines import Adapters, Embedding, Finetune, Infix, load_trained, save_trained, top_layers
 from minprefix.batches import check_lengths, encode_pairs, encode_sources, sequence_form
 from minprefix.checkpoint import read_config
 from minprefix.data import SUMMARISATION, TRIPLES, find_e2e, load_examples
 from minprefix.examples import draw_pairs, on_topics
-from minprefix.files import InputError, atomic_write, check_above_zero, run_main
+from minprefix.files import InputError, WriteError, atomic_write, check_above_zero, run_main
 from minprefix.generate import recipe
 from minprefix.hub import model_name, resolve_model
 from minprefix.linear import packed_weights
@@ -59,6 +62,8 @@ METHODS = {  # what each is called where its texts are compared, and the options
     "embedding": ("virtual tokens", {"prefix_length", "hidden"}),
     "infix": ("the infix", {"prefix_length", "hidden", "init"}),
 }
+# What a resumed run may do otherwise; train() itself looks at the data, the model and its dtype, and the steps.
+MAY_CHANGE = ("model", "task", "data", "epochs", "steps", "eval_inputs", "beams", "dtype", "device", "out", "resume")
 EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
 
 
@@ -153,6 +158,25 @@ def run_folder(args):
 
 def main():
     args = parse_args()
+    try:
+        run(args)
+    except (KeyboardInterrupt, WriteError, distributed.RankLost) as error:
+        if error.args and (args.out / "checkpoint.pt").exists():
+            error.args = (f"{error.args[0]}; go on with: {resume_command(args)}", *error.args[1:])
+        raise
+
+
+def resume_command(args):
+    """What goes on with this run, as a line for the shell."""
+    command = [sys.orig_argv[0], *sys.argv]
+    if distributed.world_size() > 1:
+        command = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *sys.argv]
+    command = [word for word in command if word != "--resume"]
+    out = [] if any(word.startswith("--out") for word in command) else ["--out", str(args.out)]
+    return shlex.join([*command, *out, "--resume"])
+
+
+def run(args):
     keep_freed_memory()
     started = time.time()
     torch.manual_seed(args.seed)
@@ -170,7 +194,8 @@ def main():
     resuming = args.resume and (args.out / "checkpoint.pt").exists()
     if args.init and not resuming:
         tuned.init_from_words(model, tokenizer, args.init)
-    print(f"{args.model} in {dtype} on {device}")
+    several = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    print(f"{args.model} in {dtype} on {device}{several}")
     print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}, results in {args.out}")
     place = f" of length {args.prefix_length} at {', '.join(tuned.parts)}" if args.method == "prefix" else ""
     print(f"{args.method}{place}: {parameter_shares(tuned, model)}")
@@ -182,9 +207,11 @@ def main():
     with autocast, packed_weights(model, training=True):
         log, best_step = train(
             model, tuned, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
-            lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, init=args.init,
-            resume=args.resume,
+            lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, resume=args.resume,
+            settings={key: value for key, value in vars(args).items() if key not in MAY_CHANGE},
         )  # fmt: skip
+    if distributed.rank() > 0:  # the rest is one process's work
+        return
     path = save(args, tuned, model, base_fingerprint)
     best = min(row["dev_loss"] for row in log)
     print(f"dev loss {log[0]['dev_loss']:.3f} before training, {best:.3f} at step {best_step} (kept)")
@@ -326,4 +353,4 @@ def quick_scores(task, texts, references):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(distributed.each_rank(main))

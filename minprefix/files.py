@@ -4,25 +4,34 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
+
+from minprefix import signals
 
 
 class InputError(Exception):
     """The user's input is at fault; the message is one line: what is wrong, where, and what to do."""
 
 
+class WriteError(InputError):
+    """A file could not be written: the disk is full, say. Another try may succeed."""
+
+
 def run_main(main):
-    """Run a script's `main`; an InputError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a script's `main`: an InputError becomes one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143."""
     try:
-        main()
+        with signals.raised():
+            main()
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        message, number = stop.args or ("interrupted", signal.SIGINT)
+        print(message, file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def read_text(path):
@@ -61,7 +70,7 @@ def atomic_write(path, mode="w"):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+        raise WriteError(f"cannot write {path}: {error.strerror}") from error
     try:
         with os.fdopen(handle, mode, **text) as file:
             yield file
@@ -72,6 +81,8 @@ def atomic_write(path, mode="w"):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            error = error.__context__  # torch.save fails once more when it closes the file
         if isinstance(error, OSError):
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
+            raise WriteError(f"cannot write {path}: {error.strerror}") from error
         raise

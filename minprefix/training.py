@@ -1,15 +1,18 @@
 """The optimisation loop: steps, dev loss, checkpoints that a killed run resumes from, a log."""
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
 import time
+import zipfile
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from minprefix import distributed, signals
 from minprefix.batches import bucket_batches, collate, pair_lengths, sorted_batches
 from minprefix.files import InputError, atomic_write
 from minprefix.loss import target_loss
@@ -20,25 +23,36 @@ def make_optimizer(tuned, lr):
     return torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
-def training_step(model, tuned, batch, optimizer):
-    """One step of the optimiser on a batch -> its `target_loss`, without a gradient."""
+def training_step(model, tuned, batch, optimizer, share=1.0):
+    """One step of the optimiser on a batch -> its `target_loss`, without a gradient.
+
+    share: what part of the whole batch this is (of its sentences, or for BART of its tokens), the rest being that of
+    other ranks; the loss returned is the whole batch's.
+    """
     loss = target_loss(model, batch, tuned())
-    (loss / (len(batch.labels) if model.encoder_decoder else batch.rows)).backward()
+    (loss / (len(batch.labels) if model.encoder_decoder else batch.rows) * share).backward()
+    loss = loss.detach() if share else torch.zeros_like(loss)
+    distributed.add_up([*(p.grad for p in tuned.parameters() if p.grad is not None), loss])
     torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
+    return loss
 
 
 @torch.no_grad()
 def dev_loss(model, tuned, pairs, tokenizer, batch_size):
     """Nats per target token over (source, target) pairs."""
     device = next(model.parameters()).device
-    prefix, total, count = tuned(), 0.0, 0
-    for picked in sorted_batches(pair_lengths(pairs), batch_size):
+    prefix, total = tuned(), torch.zeros((), device=device)
+    for picked in distributed.share(sorted_batches(pair_lengths(pairs), batch_size)):
         batch = collate([pairs[i] for i in picked], tokenizer, model).to(device)
-        total, count = total + target_loss(model, batch, prefix), count + len(batch.labels)
-    return float(total) / count
+        total = total + target_loss(model, batch, prefix)
+    distributed.add_up([total])
+    return float(total) / target_tokens(pairs)
+
+
+def target_tokens(pairs):
+    return sum(len(target) for _, target in pairs)
 
 
 def linear_schedule(step, steps, warmup):
@@ -57,73 +71,121 @@ def batch_stream(pairs, batch_size, seed, start):
 
 
 def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_size, lr, warmup=0, eval_every=100,
-          seed=101, init=None, resume=False):  # fmt: skip
+          seed=101, settings=None, resume=False):  # fmt: skip
     """Train for `steps` steps of AdamW; leave the weights with the best dev loss in `tuned` -> (log, best step).
 
     tuned: what is trained, a Prefix, or a comparator of baselines.py: calling it gives the prefix that the model takes.
 
     As in the authors' runs the loss is averaged over the batch's sentences for GPT-2 (a sentence's being the sum over
     its tokens), over its tokens for BART; and the gradient's norm is cut to 1.
-    init: what a prefix was started from, a setting that a resumed run must share.
-    At the start and every `eval_every` steps the dev loss is taken and OUT/checkpoint.pt and OUT/log.jsonl are written;
-    with `resume` the run goes on from there, on the same CPU bit for bit as if it had not stopped. Rows of the log:
-    step, epoch, dev_loss (nats per target token), and after the start loss (likewise, since the last row), lr,
-    examples_per_s.
+    At the start and every `eval_every` steps the dev loss is taken and OUT/checkpoint.pt and OUT/log.jsonl are written,
+    the former also when a signal stops the run; with `resume` it goes on from there, on the same CPU bit for bit as if
+    it had not stopped. Rows of the log: step, epoch, dev_loss (nats per target token), and after the start loss
+    (likewise, since the last row), lr, examples_per_s.
+    settings: what else a resumed run must share, name -> value. Of several ranks, rank 0 writes; all must see OUT.
+    InputError if a loss is not finite, or the run in OUT is of other settings; KeyboardInterrupt, RankLost.
     """
     out, device = Path(out), next(model.parameters()).device
     settings = {
+        **(settings or {}),
         "dtype": str(dtype_of_products(model)), "model": fingerprint(model), "trained": type(tuned).__name__,
         "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "eval_every": eval_every, "seed": seed,
-        "position_offset": tuned.position_offset, "init": init,
+        "position_offset": tuned.position_offset,
         "training data": digest(train_pairs), "dev data": digest(dev_pairs),
     }  # fmt: skip
     optimizer = make_optimizer(tuned, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup))
+    step, log, best = 0, [], None
+    sums = {"loss": 0.0, "tokens": 0, "examples": 0, "seconds": 0.0}  # since the last row of the log
     if resume and (out / "checkpoint.pt").exists():
-        step, log, best = load_checkpoint(out / "checkpoint.pt", settings, tuned, optimizer, schedule)
-        write_log(out, log)
-    else:
-        step, log, best = 0, [], None
+        step, log, best, sums = load_checkpoint(out / "checkpoint.pt", settings, tuned, optimizer, schedule)
+    losses, since = [], time.perf_counter()  # of the last steps, on the device; when the first of them began
 
-    def evaluate(**measured):
+    def read_losses():
+        """Put the losses of the last steps into the sums, which waits for the device: not at every step."""
+        nonlocal since
+        for at, loss in enumerate(torch.stack(losses).tolist() if losses else [], step - len(losses) + 1):
+            if not math.isfinite(loss):
+                first = tokenizer.decode(next(batch_stream(train_pairs, batch_size, seed, at - 1))[0][0])
+                raise diverged(loss, f"at step {at}, whose batch begins with {first.strip()[:80]!r}", lr, out)
+            sums["loss"] += loss
+        losses.clear()
+        sums["seconds"] += time.perf_counter() - since
+        since = time.perf_counter()
+
+    def save():
+        if distributed.rank() == 0:
+            write_log(out, log)
+            save_checkpoint(out, settings, step, log, best, sums, tuned, optimizer, schedule)
+
+    def evaluate():
         """Take the dev loss, keep the best weights, and write everything down."""
-        nonlocal best
+        nonlocal best, since
+        with signals.put_off():
+            read_losses()
         loss = dev_loss(model, tuned, dev_pairs, tokenizer, batch_size)
-        check_finite(loss, step, lr)
-        epoch = round(step * batch_size / len(train_pairs), 3)
-        log.append({"step": step, "epoch": epoch, "dev_loss": loss, **measured})
-        if best is None or loss < best["dev_loss"]:
-            weights = {name: p.detach().clone() for name, p in tuned.state_dict().items()}
-            best = {"dev_loss": loss, "step": step, "weights": weights}
-        save_checkpoint(out, settings, step, log, best, tuned, optimizer, schedule)
-        write_log(out, log)
+        if not math.isfinite(loss) and step == 0:
+            raise InputError(f"the loss is {loss} before any training: look at the model's weights, or try --dtype")
+        if not math.isfinite(loss):
+            raise diverged(loss, f"on the dev data after step {step}", lr, out)
+        with signals.put_off():
+            log.append({"step": step, "epoch": round(step * batch_size / len(train_pairs), 3), "dev_loss": loss})
+            if step:
+                speed = round(sums["examples"] / sums["seconds"], 1)
+                mean, rate = sums["loss"] / sums["tokens"], optimizer.param_groups[0]["lr"]
+                log[-1].update(loss=mean, lr=rate, examples_per_s=speed)
+                bar.write(f"step {step:>6}  loss {mean:.4f}  dev loss {loss:.4f}")
+            if best is None or loss < best["dev_loss"]:
+                weights = {name: p.detach().clone() for name, p in tuned.state_dict().items()}
+                best = {"dev_loss": loss, "step": step, "weights": weights}
+            sums.update(loss=0.0, tokens=0, examples=0, seconds=0.0)
+            save()
+            since = time.perf_counter()
 
-    if not log:
-        evaluate()
-    bar = tqdm(total=steps, initial=step, desc="training", unit="step", dynamic_ncols=True)
-    with bar:
-        bar.set_postfix(dev_loss=f"{log[-1]['dev_loss']:.3f}")
-        total, tokens, examples, since = torch.zeros((), device=device), 0, 0, time.perf_counter()
-        for pairs in itertools.islice(batch_stream(train_pairs, batch_size, seed, step), steps - step):
-            batch = collate(pairs, tokenizer, model).to(device)
-            loss = training_step(model, tuned, batch, optimizer)
-            schedule.step()
-            step += 1
-            total, tokens, examples = total + loss, tokens + len(batch.labels), examples + batch.rows
-            bar.update()
-            if step % 10 == 0:  # reading the loss waits for the device: not at every step
-                check_finite(loss, step, lr)
-                speed = (bar.format_dict["rate"] or 0.0) * batch_size
-                bar.set_postfix(loss=f"{float(loss) / len(batch.labels):.3f}",
-                                dev_loss=f"{log[-1]['dev_loss']:.3f}", examples_per_s=f"{speed:.0f}")  # fmt: skip
-            if step % eval_every == 0 or step == steps:
-                mean = float(total) / tokens
-                speed = round(examples / (time.perf_counter() - since), 1)
-                evaluate(loss=mean, lr=optimizer.param_groups[0]["lr"], examples_per_s=speed)
-                bar.write(f"step {step:>6}  loss {mean:.4f}  dev loss {log[-1]['dev_loss']:.4f}")
-                total, tokens, examples, since = torch.zeros_like(total), 0, 0, time.perf_counter()
+    # Rank 0 acts on signals, the others end when it does.
+    others = signals.put_off() if distributed.rank() else contextlib.nullcontext()
+    bar = tqdm(total=steps, initial=step, desc="training", unit="step", dynamic_ncols=True,
+               disable=distributed.rank() > 0)  # fmt: skip
+    batches = batch_stream(train_pairs, batch_size, seed, step)
+    with bar, others:
+        try:
+            while True:
+                if (step % eval_every == 0 or step == steps) and (not log or log[-1]["step"] < step):
+                    evaluate()
+                if step == steps:
+                    break
+                pairs = next(batches)
+                mine = distributed.share(pairs)
+                batch = collate(mine or pairs[:1], tokenizer, model).to(device)
+                share = target_tokens(mine) / target_tokens(pairs) if model.encoder_decoder else len(mine) / len(pairs)
+                with signals.put_off():  # a step is made whole or not at all
+                    losses.append(training_step(model, tuned, batch, optimizer, share))
+                    schedule.step()
+                    step += 1
+                    sums["tokens"] += target_tokens(pairs)
+                    sums["examples"] += len(pairs)
+                    bar.update()
+                    if step % 10 == 0:
+                        read_losses()
+                        speed = (bar.format_dict["rate"] or 0.0) * batch_size
+                        bar.set_postfix(
+                            loss=f"{sums['loss'] / sums['tokens']:.3f}",
+                            dev_loss=f"{log[-1]['dev_loss']:.3f}",
+                            examples_per_s=f"{speed:.0f}",
+                        )
+        except (KeyboardInterrupt, distributed.RankLost):
+            with contextlib.suppress(KeyboardInterrupt), signals.put_off():  # one is enough
+                read_losses()
+                if all(p.isfinite().all() for p in tuned.parameters()):
+                    save()
+            raise
     tuned.load_state_dict(best["weights"])
     return log, best["step"]
+
+
+def diverged(loss, where, lr, out):
+    remedy = f"lower the learning rate (--lr, now {lr}), or look at that text"
+    return InputError(f"the loss became {loss} {where}: {remedy}; {out}/checkpoint.pt is of an earlier step")
 
 
 def dtype_of_products(model):
@@ -141,21 +203,14 @@ def digest(pairs):
     return sha.hexdigest()[:16]
 
 
-def check_finite(loss, step, lr):
-    if not math.isfinite(loss) and step == 0:
-        raise InputError(f"the loss is {float(loss)} before any training: look at the model's weights, or try --dtype")
-    if not math.isfinite(loss):
-        raise InputError(f"the loss became {float(loss)} at step {step}: lower the learning rate (--lr, now {lr})")
-
-
 def write_log(out, log):
     with atomic_write(out / "log.jsonl") as file:
         file.writelines(json.dumps(row) + "\n" for row in log)
 
 
-def save_checkpoint(out, settings, step, log, best, tuned, optimizer, schedule):
+def save_checkpoint(out, settings, step, log, best, sums, tuned, optimizer, schedule):
     """OUT/checkpoint.pt: all that the next step depends on."""
-    state = {"settings": settings, "step": step, "log": log, "best": best, "tuned": tuned.state_dict(),
+    state = {"settings": settings, "step": step, "log": log, "best": best, "sums": sums, "tuned": tuned.state_dict(),
              "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}  # fmt: skip
     with atomic_write(out / "checkpoint.pt", "wb") as file:
         torch.save(state, file)
@@ -164,25 +219,28 @@ def save_checkpoint(out, settings, step, log, best, tuned, optimizer, schedule):
 def read_checkpoint(path, settings):
     """The dict that a run saved; InputError if it is damaged, or its "settings" are not these."""
     try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+            if damaged := file.testzip():
+                raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = dict(state["settings"])
     except Exception as error:  # torch.load documents no closed list of errors for a damaged file
         raise InputError(f"{path} cannot be resumed from, it is damaged: delete it to start again") from error
-    for key, value in settings.items():
-        if saved.get(key) != value:
+    for key in {**settings, **saved}:
+        if saved.get(key) != settings.get(key):
             hidden = key in ("model", "training data", "dev data")  # known by their digests only
-            was = f"another {key}" if hidden else f"{key} = {saved.get(key)}, not {value}"
+            was = f"another {key}" if hidden else f"{key} = {saved.get(key)}, not {settings.get(key)}"
             raise InputError(f"{path} is of a run with {was}: resume with the same settings")
     return state
 
 
 def load_checkpoint(path, settings, tuned, optimizer, schedule):
-    """Put a run's state back -> (step, log, best). InputError as in `read_checkpoint`."""
+    """Put a run's state back -> (step, log, best, sums). InputError as in `read_checkpoint`."""
     state = read_checkpoint(path, settings)
     try:
         tuned.load_state_dict(state["tuned"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        return state["step"], state["log"], state["best"]
+        return state["step"], state["log"], state["best"], state["sums"]
     except (RuntimeError, KeyError, ValueError) as error:
         raise InputError(f"{path} is of a run that trained something else: resume with the same settings") from error

@@ -1,6 +1,10 @@
 """train.py and sample.py as a user runs them: from the command line to the files, and what they say to bad input."""
 
 import json
+import os
+import resource
+import shlex
+import signal
 import struct
 import sys
 
@@ -9,7 +13,7 @@ import torch
 
 import sample
 import train
-from minprefix import load_model, load_prefix, load_tokenizer, metrics
+from minprefix import load_model, load_prefix, load_tokenizer, metrics, training
 from minprefix.checkpoint import read_safetensors
 from minprefix.files import run_main
 from minprefix.training import train as train_loop
@@ -177,6 +181,67 @@ def test_webnlg_by_topic_from_training_to_scores(world, capsys, monkeypatch):
     assert_one_clear_line(train, arguments, "999 cannot be drawn", capsys, world)
 
 
+def stop_and_resume(world, capsys, out, disturb):
+    """A run that `disturb` brings to an end -> exit code, the last line that it says, its checkpoint.
+
+    What that line says to do goes on with it: to the same prefix and log, bit for bit, as without disturbance.
+    """
+    common = ("--model", world / "model", "--task", world / "rows.jsonl", "--steps", 12, "--eval-every", 4,
+              "--eval-inputs", 0, "--hidden", 64, "--dtype", "float32", "--out")  # fmt: skip
+    whole = world / "undisturbed"
+    if not whole.exists():
+        assert call(train, capsys, *common, whole)[0] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        disturb(patch)
+        code, _, err = call(train, capsys, *common, out)
+    line = err.splitlines()[-1]
+    assert shlex.split(line.partition("; go on with: ")[2])[1:] == [*sys.argv, "--resume"], err
+    assert not list(out.glob("*.tmp")) and not (out / "prefix.safetensors").exists()
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert call(train, capsys, *common, out, "--resume")[0] == 0
+    logs = [[json.loads(row) for row in open(folder / "log.jsonl")] for folder in (out, whole)]
+    for row in sum(logs, []):
+        row.pop("examples_per_s", None)
+    assert logs[0] == logs[1]
+    assert (out / "prefix.safetensors").read_bytes() == (whole / "prefix.safetensors").read_bytes()
+    return code, line, state
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("name, call, step", [("training_step", 7, 7), ("dev_loss", 3, 8)])
+def test_a_signal_saves_the_present_step(number, code, name, call, step, world, capsys, tmp_path):
+    original, calls = getattr(training, name), []
+
+    def interrupted(*args):
+        calls.append(None)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    ended = stop_and_resume(world, capsys, tmp_path / "run", lambda patch: patch.setattr(training, name, interrupted))
+    assert ended[0] == code and ended[1].rpartition("\r")[2].startswith("interrupted; go on")
+    assert ended[2]["step"] == step and [row["step"] for row in ended[2]["log"]] == [0, 4]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(world, capsys, tmp_path):
+    original, limits = training.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(out, *args):
+        """The first at will; a later one, with the optimiser's state, is larger than a file may be."""
+        if (out / "checkpoint.pt").exists():
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((out / "checkpoint.pt").stat().st_size + 4096, limits[1]))
+        try:
+            original(out, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    code, line, state = stop_and_resume(
+        world, capsys, tmp_path / "run", lambda patch: patch.setattr(training, "save_checkpoint", save)
+    )
+    assert code == 2 and "error: cannot write " in line and "checkpoint.pt: File too large; go on with: " in line
+    assert state["step"] == 0
+
+
 def break_prefix(source, target, **metadata):
     """A copy of a prefix file with other metadata."""
     raw = source.read_bytes()
@@ -206,6 +271,16 @@ BAD = {
     "length penalty nan": (sample, "--prefix run/prefix.safetensors --input x --length-penalty nan", "length_p"),
     "scores over texts": (sample, "--prefix run/prefix.safetensors --input x --evaluate --output a.json", "a.json"),
     "another model's tokeniser": (train, "--model mixed --task rows.jsonl", "different models"),
+    "resume with another prefix": (
+        train,
+        "--model model --task rows.jsonl --out run --steps 6 --eval-every 2 --prefix-length 6 --resume",
+        "run with prefix_length = 5, not 6",
+    ),
+    "resume with another method": (
+        train,
+        "--model model --task rows.jsonl --out run --steps 6 --eval-every 2 --method finetune --resume",
+        "run with method = prefix, not finetune",
+    ),
     "resume elsewhere": (train, "--model twin --task rows.jsonl --out run --steps 6 --eval-every 2 --resume", "model"),
     "topics of nothing": (sample, "--prefix run/prefix.safetensors --input x --topics A", "--task"),
     "low data of nothing": (train, "--model model --low-data 0", "--low-data is 0"),

@@ -1,9 +1,11 @@
 import json
+import math
 import random
 import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from minprefix.batches import collate, encode_pairs
 from minprefix.data import Example
 from minprefix.files import InputError
 from minprefix.loss import target_loss
-from minprefix.training import batch_stream, dev_loss, linear_schedule, train
+from minprefix.training import batch_stream, dev_loss, linear_schedule, read_checkpoint, train
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 PAIRS = [([5 + i, 6, 7 + i], [40 + i, 50, 60, 4095]) for i in range(12)] + [([9], [8, 4095])]
@@ -158,6 +160,29 @@ def test_resuming_refuses_other_settings_and_damage(model_folder, tmp_path):
         run(model_folder, tmp_path, resume=True)
 
 
+def test_a_damaged_checkpoint_is_refused_or_harmless(model_folder, tmp_path):
+    """Each bit that is flipped is told, unless it is one of those that fill up the file between its parts."""
+
+    def equal(a, b):
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    run(model_folder, tmp_path, steps=2)
+    path, refused = tmp_path / "checkpoint.pt", 0
+    content, state = path.read_bytes(), torch.load(path, weights_only=True)
+    for bit in random.sample(range(8 * len(content)), 150):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert equal(read_checkpoint(path, state["settings"]), state), f"bit {bit} was flipped"
+        except InputError as error:
+            assert "damaged" in str(error)
+            refused += 1
+    assert refused > 75
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(model_folder, tmp_path):
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
     prefix = Prefix(model, 3, hidden=0)
@@ -165,26 +190,48 @@ def test_a_loss_that_is_not_a_number_stops_the_run(model_folder, tmp_path):
         train(model, prefix, tokenizer, PAIRS, PAIRS, tmp_path, steps=20, batch_size=4, lr=1e38, eval_every=50)
 
 
+@pytest.mark.parametrize("eval_every", [5, 50])
+def test_the_batch_that_breaks_the_loss_is_named(eval_every, model_folder, tmp_path):
+    """One pair reaches a position whose embedding is infinite: in the third epoch's batches, at a random place."""
+    model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
+    pairs = [([5 + i, 6, 7 + i], [40 + i, 50, 60, 4095]) for i in range(80)]
+    long = ([9] * 30, [8, 4095])
+    steps = [step for step, batch in enumerate(islice(batch_stream([*pairs, long], 4, 101, 0), 21), 1) if long in batch]
+    model.wpe.weight[20:] = math.inf
+    first = next(islice(batch_stream([*pairs, long], 4, 101, 0), steps[0] - 1, None))[0][0]
+    with pytest.raises(InputError) as error:
+        train(model, Prefix(model, 3, hidden=0), tokenizer, [*pairs, long], pairs[:4], tmp_path, steps=60,
+              batch_size=4, lr=1e-3, eval_every=eval_every)  # fmt: skip
+    text = tokenizer.decode(first).strip()[:80]
+    assert f"the loss became nan at step {steps[0]}, whose batch begins with {text!r}" in str(error.value)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == (steps[0] - 1) // eval_every * eval_every
+    assert all(p.isfinite().all() for p in saved["tuned"].values())
+
+
 def test_killed_and_resumed_gives_the_same_prefix_bit_for_bit(model_folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     examples = [{"source": f"item {i} of a list", "target": f"it is number {i}."} for i in range(60)]
     rows.write_text("".join(json.dumps(example) + "\n" for example in examples))
 
-    def command(out, *extra):
+    def command(out):
         options = ["--steps", "400", "--eval-every", "5", "--lr", "0.01", "--batch-size", "4", "--dtype", "float32"]
         return [sys.executable, ROOT / "train.py", "--model", model_folder, "--task", rows, "--out", tmp_path / out,
-                "--eval-inputs", "0", "--device", "cpu", *options, *extra]  # fmt: skip
+                "--eval-inputs", "0", "--device", "cpu", "--resume", *options]  # fmt: skip
 
     subprocess.run(command("whole"), check=True, capture_output=True)
-    killed = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log, moment = tmp_path / "killed" / "log.jsonl", random.randrange(1, 30)  # dev losses until the kill
-    while not log.exists() or len(log.read_text().splitlines()) < moment:
-        assert killed.poll() is None
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    log, done = tmp_path / "killed" / "log.jsonl", 0
+    for _ in range(3):
+        killed = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        moment = done + random.randrange(1, 20)  # dev losses until the kill
+        while done < moment:
+            assert killed.poll() is None, "the run had ended before it was killed"
+            time.sleep(0.002)
+            done = len(log.read_text().splitlines()) if log.exists() else 0
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
     assert not (tmp_path / "killed" / "prefix.safetensors").exists(), "the run had ended before it was killed"
-    subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
+    subprocess.run(command("killed"), check=True, capture_output=True)
     whole, resumed = ((tmp_path / out / "prefix.safetensors").read_bytes() for out in ("whole", "killed"))
     assert whole == resumed
 
@@ -197,9 +244,9 @@ def test_a_run_is_not_resumed_with_another_start(tmp_path):
         train(model, Prefix(model, 3, 8), tokenizer, pairs, pairs, tmp_path / "run", steps=2, batch_size=2, lr=1e-3,
               eval_every=1, **options)  # fmt: skip
 
-    run(pairs, init="words")
+    run(pairs, settings={"init": "words"})
     with pytest.raises(InputError, match="init = words, not None: resume with the same"):
         run(pairs, resume=True)
     with pytest.raises(InputError, match="another training data: resume with the same"):
-        run(pairs[:1], init="words", resume=True)
-    run(pairs, init="words", resume=True)
+        run(pairs[:1], settings={"init": "words"}, resume=True)
+    run(pairs, settings={"init": "words"}, resume=True)

@@ -1,0 +1,101 @@
+"""One run by several processes, each with a device of its own: `torchrun --nproc_per_node=N train.py ...`.
+
+Each process (a rank) holds the frozen model and takes its share of every batch; what travels are the gradients of what
+is trained. Rank 0 alone prints and writes. Without torchrun there is one rank, and nothing here does anything.
+"""
+
+import contextlib
+import datetime
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from minprefix.files import InputError
+
+
+class RankLost(InputError):
+    """Another process of the run has ended, killed perhaps."""
+
+
+def each_rank(main):
+    """A script's `main` as each process of torchrun runs it; what ends several of them alike is said by one."""
+    if not dist.is_torchelastic_launched():
+        return main
+
+    def run():
+        store, rank, size = next(dist.rendezvous("env://"))
+        try:
+            backends = "cpu:gloo,cuda:nccl" if use_own_gpu() else "gloo"
+            # All but no time limit: if one process ends, torchrun ends the others.
+            limit = datetime.timedelta(days=7)
+            dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=limit)
+            with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence if rank else sys.stdout):
+                main()
+        except (InputError, KeyboardInterrupt) as error:
+            if store.add(str(error), 1) > 1:
+                sys.exit(2)
+            raise
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    return run
+
+
+def use_own_gpu():
+    """Have "cuda" mean a GPU that no other process of the run uses; whether there are GPUs. InputError if too few."""
+    if not torch.cuda.is_available():
+        return False
+    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if processes > gpus:
+        raise InputError(f"{processes} processes on {gpus} GPUs: start fewer, or set CUDA_VISIBLE_DEVICES= for the CPU")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return True
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(items):
+    """What this rank does of a list that all ranks have: every world_size-th item."""
+    return items[rank() :: world_size()]
+
+
+def joined(items):
+    """What all ranks made of their shares, in the order of the whole list."""
+    if world_size() == 1:
+        return items
+    parts = [None] * world_size()
+    with others_alive():
+        dist.all_gather_object(parts, items)
+    whole = [None] * sum(map(len, parts))
+    for i, part in enumerate(parts):
+        whole[i :: len(parts)] = part
+    return whole
+
+
+def add_up(tensors):
+    """Replace tensors by their sums over all ranks, in one message."""
+    if world_size() == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    with others_alive():
+        dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+@contextlib.contextmanager
+def others_alive():
+    """RankLost where a collective operation fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost("another process of this run has ended") from error

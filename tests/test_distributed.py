@@ -1,0 +1,99 @@
+"""Two processes of torchrun beside one: this file is what they run, too."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+from minprefix import Prefix, load_model, load_tokenizer
+from minprefix.distributed import each_rank
+from minprefix.files import run_main
+from minprefix.training import train
+from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
+
+# Batches of 4, 4, 4 and 1: no two shares have as many tokens, and one is empty.
+PAIRS = [([5 + i] * (1 + i % 3), [40 + i] * (1 + i % 5) + [4095]) for i in range(13)]
+BART_PAIRS = [([0, *source, 2], [0, *target[:-1], 2]) for source, target in PAIRS]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def torchrun(*command):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([*TORCHRUN, *map(str, command)], env=environment, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def train_both(folder, out):
+    for kind, pairs in (("gpt2", PAIRS), ("bart", BART_PAIRS)):
+        torch.manual_seed(1)
+        model, tokenizer = load_model(folder / kind), load_tokenizer(folder / kind)
+        train(model, Prefix(model, 3, hidden=8), tokenizer, pairs, pairs[:5], out / kind, steps=24, batch_size=4,
+              lr=1e-2, eval_every=6)  # fmt: skip
+
+
+def write(folder, out):
+    """Texts for five inputs, and for one, of which a second process gets none."""
+    for name, count in (("five", 5), ("one", 1)):
+        (folder / f"{name}.txt").write_text("".join(f"item {i} of the list{' of lists' * i}\n" for i in range(count)))
+        options = "--beams 2 --max-new-tokens 6 --dtype float32 --device cpu --model".split()
+        paths = [folder / "gpt2", "--file", folder / f"{name}.txt", "--output", out / name]
+        sys.argv = ["sample.py", *options, *map(str, paths)]
+        sample.main()
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    write_tiny_model(tmp_path / "gpt2")
+    write_tiny_bart(tmp_path / "bart", decoder_start_token_id=3)
+    process = torchrun(__file__, tmp_path)
+    train_both(tmp_path, tmp_path / "single")
+    write(tmp_path, tmp_path / "single")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("dev loss") == 8 and err.count("wrote ") == 2  # by one of the two
+    for kind in ("gpt2", "bart"):
+        single, several = (
+            [json.loads(row) for row in open(tmp_path / run / kind / "log.jsonl")] for run in ("single", "several")
+        )
+        for row in single + several:
+            row.pop("examples_per_s", None)
+        assert several == [pytest.approx(row, rel=1e-6) for row in single]
+        assert abs(single[-1]["dev_loss"] - single[0]["dev_loss"]) > 1e-3  # it does train
+    for name, count in (("five", 5), ("one", 1)):
+        texts = (tmp_path / "several" / name).read_text()
+        assert texts == (tmp_path / "single" / name).read_text() and len(set(texts.splitlines())) == count
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="/proc tells which process is which")
+def test_the_others_say_so_and_save_when_a_process_dies(tmp_path):
+    model, rows, run = write_tiny_model(tmp_path / "gpt2"), tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text("".join(json.dumps({"source": f"item {i}", "target": f"number {i}."}) + "\n" for i in range(40)))
+    script = ["train.py", "--model", model, "--task", rows, "--out", run, "--steps", 10**6, "--eval-every", 10**6]
+    process = torchrun(ROOT / script[0], *script[1:], "--eval-inputs", 0, "--device", "cpu")
+    line = next((line for line in process.stderr if "examples_per_s" in line), None)  # from step 10 on
+    assert line, "it ended before it was killed"
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = (int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(second, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    (line,) = (line for line in err.splitlines() if "go on with: " in line)
+    assert "another process of this run has ended; go on" in line or "interrupted; go on" in line
+    assert f"go on with: torchrun --nproc_per_node=2 {ROOT}/train.py --model {model}" in line
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert state["step"] >= 10 and [row["step"] for row in state["log"]] == [0]  # saved when the other died
+    assert not list(run.glob("*.tmp"))
+
+
+def main():
+    folder = Path(sys.argv[1])
+    train_both(folder, folder / "several")
+    write(folder, folder / "several")
+
+
+if __name__ == "__main__":
+    run_main(each_rank(main))
