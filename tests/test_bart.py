@@ -474,7 +474,7 @@ def test_switches_must_be_booleans(tmp_path, key, value):
         ({**TENSORS, "model.decoder.layers.2.fc1.bias": WORDS}, "does not know, 1 .*'decoder.layers.2.fc1.bias'"),
         ({**TENSORS, "final_logits_bias": torch.zeros(37)}, r"'final_logits_bias' has shape \(37,\)"),
         ({**TENSORS, "model.shared.weight": WORDS[:36]}, r"'shared.weight' has shape \(36, 16\)"),
-        ({**TENSORS, "model.encoder.embed_positions.weight": torch.zeros(24, 16)}, r"asks for \(26, 16\)"),
+        ({**TENSORS, "model.encoder.embed_positions.weight": torch.zeros(24, 16)}, r"the model needs \(26, 16\)"),
         ({**TENSORS, "model.encoder.layers.0.fc1.bias": torch.zeros(24, dtype=torch.int32)}, "holds torch.int32"),
         *(
             ({**TENSORS, **COPIES, name: WORDS + torch.eye(37, 16) * 1e-6}, f"'{bare({name: 0}).popitem()[0]}' differ")
@@ -571,7 +571,7 @@ def test_config_defaults_and_what_is_kept():
 def test_load_refuses_what_the_model_refuses(tmp_path):
     for n, (change, message) in enumerate(
         [({"normalize_before": True}, "normalize_before"), ({"forced_bos_token_id": 37}, "forced_bos_token_id"),
-         ({"encoder_layers": 2}, "lacks 16 of the model's"), ({"max_position_embeddings": 26}, r"asks for \(28, 16\)")]
+         ({"encoder_layers": 2}, "lacks 16 of the model's"), ({"max_position_embeddings": 26}, r"the model needs \(28, 16\)")]
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             load_model(write(tmp_path / str(n), TENSORS, {**CONFIG, **change}))
