@@ -571,7 +571,7 @@ def test_config_defaults_and_what_is_kept():
 def test_load_refuses_what_the_model_refuses(tmp_path):
     for n, (change, message) in enumerate(
         [({"normalize_before": True}, "normalize_before"), ({"forced_bos_token_id": 37}, "forced_bos_token_id"),
-         ({"encoder_layers": 2}, "lacks 16 of the model's"), ({"max_position_embeddings": 26}, r"the model needs \(28, 16\)")]
+         ({"encoder_layers": 2}, "lacks 16 of the model's"), ({"max_position_embeddings": 26}, r"needs \(28, 16\)")]
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             load_model(write(tmp_path / str(n), TENSORS, {**CONFIG, **change}))
