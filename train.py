@@ -24,6 +24,7 @@ from minprefix import Prefix, distributed, generate, load_model, load_tokenizer,
 from minprefix.baselines import Adapters, Embedding, Finetune, Infix, load_trained, save_trained, top_layers
 from minprefix.batches import check_lengths, encode_pairs, encode_sources, sequence_form
 from minprefix.checkpoint import read_config
+from minprefix.curve import plot_curve, text_curve
 from minprefix.data import SUMMARISATION, TRIPLES, find_e2e, load_examples
 from minprefix.examples import draw_pairs, on_topics
 from minprefix.files import InputError, WriteError, atomic_write, check_above_zero, run_main
@@ -218,6 +219,8 @@ def run(args):
     if best_step == 0:
         print("training did not lower the dev loss: what is kept is untrained; try another --lr, or more steps")
 
+    print(f"\n{text_curve(log)}")
+    files = ["log.jsonl", "result.json", *(["loss.png"] if plot_curve(log, args.out / "loss.png") else [])]
     scores = compare(args, tokenizer, make_writers(args, model, path, device, dtype), test) if test else {}
     seconds = round(time.time() - started, 1)
     result = {"dev_loss": best, "best_step": best_step, "scores": scores, "steps": steps, "seconds": seconds,
@@ -225,7 +228,7 @@ def run(args):
               "dtype": str(dtype), "device": device, "settings": {**recipe(args.task), **vars(args)}}  # fmt: skip
     with atomic_write(args.out / "result.json") as file:
         json.dump(result, file, indent=2, default=str)
-    print(f"\nwrote {path} ({disk_size(path) / 1024:,.0f} KiB), log.jsonl, result.json in {seconds:.0f} s; try")
+    print(f"\nwrote {path} ({disk_size(path) / 1024:,.0f} KiB), {', '.join(files)} in {seconds:.0f} s; try")
     option = "--model" if args.method == "finetune" else "--prefix"
     print(f"  python sample.py {option} {shlex.quote(str(path))} {suggestion(args, test)}")
 

@@ -99,6 +99,8 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
     sums = {"loss": 0.0, "tokens": 0, "examples": 0, "seconds": 0.0}  # since the last row of the log
     if resume and (out / "checkpoint.pt").exists():
         step, log, best, sums = load_checkpoint(out / "checkpoint.pt", settings, tuned, optimizer, schedule)
+    for left in out.glob("checkpoint.pt.*.tmp") if distributed.rank() == 0 else ():
+        left.unlink()  # a process was killed as it wrote it
     losses, since = [], time.perf_counter()  # of the last steps, on the device; when the first of them began
 
     def read_losses():
@@ -107,7 +109,8 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
         for at, loss in enumerate(torch.stack(losses).tolist() if losses else [], step - len(losses) + 1):
             if not math.isfinite(loss):
                 first = tokenizer.decode(next(batch_stream(train_pairs, batch_size, seed, at - 1))[0][0])
-                raise diverged(loss, f"at step {at}, whose batch begins with {first.strip()[:80]!r}", lr, out)
+                remedy = f"lower the learning rate (--lr, now {lr}), or look at its batch, which begins with"
+                raise diverged(loss, f"at step {at}: {remedy} {first.strip()[:80]!r}", out)
             sums["loss"] += loss
         losses.clear()
         sums["seconds"] += time.perf_counter() - since
@@ -127,7 +130,7 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
         if not math.isfinite(loss) and step == 0:
             raise InputError(f"the loss is {loss} before any training: look at the model's weights, or try --dtype")
         if not math.isfinite(loss):
-            raise diverged(loss, f"on the dev data after step {step}", lr, out)
+            raise diverged(loss, f"on the dev data after step {step}: lower the learning rate (--lr, now {lr})", out)
         with signals.put_off():
             log.append({"step": step, "epoch": round(step * batch_size / len(train_pairs), 3), "dev_loss": loss})
             if step:
@@ -183,9 +186,8 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
     return log, best["step"]
 
 
-def diverged(loss, where, lr, out):
-    remedy = f"lower the learning rate (--lr, now {lr}), or look at that text"
-    return InputError(f"the loss became {loss} {where}: {remedy}; {out}/checkpoint.pt is of an earlier step")
+def diverged(loss, where, out):
+    return InputError(f"the loss became {loss} {where}; {out}/checkpoint.pt is of an earlier step")
 
 
 def dtype_of_products(model):
