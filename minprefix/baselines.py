@@ -115,9 +115,10 @@ class Embedding(nn.Module):
         super().__init__()
         if model.encoder_decoder:
             raise InputError("--method embedding needs GPT-2: BART's encoder reads such tokens and the text together")
-        C, std = model.wte.embedding_dim, 1.0 if hidden else model.wte.weight.float().std()
+        words = model.wte.weight.float()
+        C, std = words.size(1), 1.0 if hidden else words.std()
         self.position_offset = length
-        self.embedding = nn.Parameter(torch.randn(length, C) * std)
+        self.embedding = nn.Parameter(torch.randn(length, C, device=words.device) * std)
         self.mlp = nn.Sequential(nn.Linear(C, hidden), nn.Tanh(), nn.Linear(hidden, C)) if hidden else nn.Identity()
         self.model = (model,)  # in a tuple, for its parameters are not this module's
 

@@ -23,16 +23,6 @@ def finetune(folder, capsys, *options, model="model", task="rows.jsonl"):
                 "--eval-every", 2, "--eval-inputs", 2, "--device", "cpu", "--lr", "1e-2", *options)  # fmt: skip
 
 
-@pytest.mark.parametrize("write", [write_tiny_model, write_tiny_bart])
-def test_untrained_it_is_the_model_itself(tmp_path, write):
-    model, before = (load_model(write(tmp_path / str(i))) for i in range(2))
-    tuned = Finetune(model)
-    ids = [torch.tensor([[5, 6, 7]])] * (1 + model.encoder_decoder)
-    assert torch.equal(model(*ids, prefix=tuned()), before(*ids))
-    assert {p.data_ptr() for p in tuned.parameters()} == {p.data_ptr() for p in model.parameters()}
-    assert all(p.requires_grad for p in tuned.parameters())
-
-
 def test_half_precision_weights_are_refused(tmp_path):
     with pytest.raises(InputError, match="float32"):
         Finetune(load_model(write_tiny_model(tmp_path / "model"), dtype=torch.bfloat16))
