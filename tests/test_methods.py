@@ -51,7 +51,10 @@ def folders(tmp_path_factory):
     return {"gpt2": write_tiny_model(folder / "gpt2"), "bart": folder / "bart", "twin": folder / "twin"}
 
 
-@pytest.fixture(params=[*(("gpt2", method) for method in METHODS), *(("bart", method) for method in OF_BART)], ids=" ".join)
+CASES = [*(("gpt2", method) for method in METHODS), *(("bart", method) for method in OF_BART)]
+
+
+@pytest.fixture(params=CASES, ids=" ".join)
 def case(request, folders):
     """A model's folder, and a method."""
     kind, method = request.param
