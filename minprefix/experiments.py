@@ -40,7 +40,7 @@ from minprefix.tokenizer import load_tokenizer
 from minprefix.training import batch_stream, make_optimizer, training_step
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # the repository, where train.py and sample.py are
-STEPS = {"gpt2-mini": 1000, "bart-mini": 500}  # of 16 examples; for other models the paper's epochs and
+STEPS = {"gpt2-mini": 1000, "bart-mini": 400}  # of 16 examples; for other models the paper's epochs and
 SCHEDULE = {"e2e": (5, 10), "webnlg": (5, 5), "dart": (10, 5), "xsum": (30, 16), "scitldr": (30, 16)}  # batch size
 START = 20  # seconds that the programs take to start, to read the data and to compile
 
@@ -52,8 +52,8 @@ def parse_args():
     add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 or BART folder, or a bundled name (%(default)s)")
     add("--task", choices=SCHEDULE, help="what is learned (e2e; BART scitldr; extrapolation webnlg)")
     add("--data", help="folder with the task's files")
-    add("--steps", type=int, help="of a run on all data (gpt2-mini 1000, bart-mini 500, else the paper's epochs)")
-    add("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each (101 102 103; in low data 101)")
+    add("--steps", type=int, help="of a run on all data (gpt2-mini 1000, bart-mini 400, else the paper's epochs)")
+    add("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each (101 102; in low data 101)")
     add("--samplings", type=int, default=5, help="in low data: samples of each size, runs for each (%(default)s)")
     add("--limit-test", type=int, help="score the first N test inputs only")
     add("--out", type=Path, help="folder for all that is written (runs/studies-MODEL)")
@@ -74,6 +74,8 @@ def fill(args):
         if args.task not in (None, "webnlg"):
             raise InputError(f"--task {args.task}: extrapolation needs topics, those of webnlg")
         args.task = "webnlg"
+    if args.study == "ablation" and bart:
+        raise InputError(f"{args.model} is a BART: the ablation's embedding and infix need a GPT-2")
     args.task = args.task or ("scitldr" if bart else "e2e")
     args.data = args.data or (find_e2e() if args.task == "e2e" else None)
     if args.data is None:
@@ -89,7 +91,7 @@ def fill(args):
     args.batch_size = 16 if args.model in STEPS else batch_size
     pairs = sum(len(example.references) for example in train)
     args.steps = args.steps or STEPS.get(args.model) or math.ceil(epochs * pairs / args.batch_size)
-    args.seeds = list(dict.fromkeys(args.seeds or ([101] if args.study in ("low-data", "init") else [101, 102, 103])))
+    args.seeds = list(dict.fromkeys(args.seeds or ([101] if args.study in ("low-data", "init") else [101, 102])))
     args.out = args.out or Path("runs", f"studies-{folder.resolve().name}")
     args.device = pick_device("auto")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

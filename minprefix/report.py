@@ -8,6 +8,7 @@ METRICS = {  # as the paper prints them: times what, decimals
     "BLEU": (100, 1), "NIST": (1, 2), "METEOR": (100, 1), "ROUGE-1": (100, 1), "ROUGE-2": (100, 1),
     "ROUGE-L": (100, 1), "CIDEr": (1, 2), "TER": (1, 2), "slots": (100, 1),
 }  # fmt: skip
+WEBNLG = ("BLEU", "METEOR", "TER")  # the paper's, for each half of the test set
 PAPER = {  # (study, task) -> what the numbers are; and for each line of the table its numbers
     ("full", "e2e"): ("the paper's GPT-2 medium: BLEU / NIST / METEOR / ROUGE-L / CIDEr", {
         ("prefix",): "69.7 / 8.81 / 46.1 / 71.4 / 2.49",
@@ -67,10 +68,12 @@ def table(rows, losses, args):
     for what, group in grouped(rows).items():
         line = {**group[0]["what"], "runs": len(group), "trained": f"{group[0]['share']:.2%}",
                 "dev loss": spread([row["dev_loss"] for row in group], 3)}  # fmt: skip
+        several = len(group[0]["scores"]) > 1
         for name, scores in group[0]["scores"].items():
-            for metric in [metric for metric in METRICS if metric in scores]:
-                column = metric if len(group[0]["scores"]) == 1 else f"{name}: {metric}"
-                line[column] = spread(values(group, name, metric), METRICS[metric][1])
+            for metric in WEBNLG if several else METRICS:
+                if metric in scores:
+                    column = f"{name}: {metric}" if several else metric
+                    line[column] = spread(values(group, name, metric), METRICS[metric][1])
         lines.append(line | ({paper: numbers.get(what, "")} if paper else {}))
     over = f"seeds {', '.join(map(str, args.seeds))}"
     if "--low-data" in rows[0]["train"]:

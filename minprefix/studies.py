@@ -108,7 +108,7 @@ TUNED = {  # which learning rates a study needs: of what data, for which methods
 }
 MIDDLE = {  # the middle one of the rates that are tried
     "gpt2-mini": {"prefix": 0.1, "finetune": 1e-3, "top2": 1e-3, "adapter": 3e-3, "embedding": 0.1, "infix": 0.1},
-    "bart-mini": {"prefix": 3e-3, "finetune": 1e-3, "top2": 1e-3, "adapter": 3e-3, "embedding": 0.1},
+    "bart-mini": {"prefix": 3e-3, "finetune": 1e-3, "top2": 1e-3, "adapter": 3e-3},
     "other": {"prefix": 8e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 8e-5, "embedding": 8e-5, "infix": 8e-5},
 }
 

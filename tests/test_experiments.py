@@ -164,6 +164,22 @@ def test_the_scripts_must_be_there(scripts, capsys):
     assert code == 2 and "sample.py is missing" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("ablation --model bart --data e2e", "need a GPT-2"),
+        ("full --model bart", "the real data of scitldr: give --data"),
+        ("extrapolation --model model --task e2e --data e2e", "--task e2e: extrapolation needs topics"),
+        ("extrapolation --model model --data e2e", "e2e lacks train/*triples/*.xml"),
+        ("full --model nowhere --data e2e", "nowhere"),
+        ("full --model model --data e2e --steps 0", "--steps is 0"),
+    ],
+)
+def test_bad_input_is_one_clear_line(line, message, scripts, capsys):
+    code, _, err = call(experiments, capsys, *line.split(), "--out", scripts / "out")
+    assert code == 2 and message in err and err.count("\n") == 1, err
+
+
 PLANS = [(study, "model", "webnlg" if study == "extrapolation" else "e2e") for study in studies.STUDIES]
 
 
@@ -218,6 +234,7 @@ def test_adapter_widths_of_gpt2_medium(tmp_path):
 def test_a_real_study(world, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(world)
     monkeypatch.setattr(studies, "LENGTHS", (2,))
+    monkeypatch.setenv("PATH", "")  # no Java: METEOR would take longer than all the rest
     rates = world / "model" / "learning-rates-e2e-full.json"
     rates.write_text('{"prefix": {"0.01": 1.0}}')
     try:
@@ -253,6 +270,15 @@ Learning rates and their dev losses, the lowest was taken:
 def test_the_table_of_known_rows():
     args = Namespace(study="ablation", task="e2e", model="gpt2-mini", tests=630, seeds=[7, 8])
     assert report.table(ROWS, {"prefix": {"0.1": 1.5, "0.3": None}}, args) == TABLE
+
+
+def test_several_test_sets_stand_side_by_side():
+    scores = {"seen": {"BLEU": 0.5, "NIST": 3.0, "TER": 0.25}, "unseen": {"BLEU": 0.25, "NIST": 2.0, "TER": 0.5}}
+    rows = [{"what": {"method": "finetune"}, "share": 1.0, "dev_loss": 1.0, "train": [], "scores": scores}]
+    args = Namespace(study="extrapolation", task="webnlg", model="gpt2-mini", tests=872, seeds=[7])
+    text = report.table(rows, {}, args)
+    assert "| seen: BLEU | seen: TER | unseen: BLEU | unseen: TER | the paper's GPT-2 medium, official test set" in text
+    assert "| finetune | 1 | 100.00% | 1.000 | 50.0 | 0.25 | 25.0 | 0.50 | 64.2 / 27.7 |" in text
 
 
 def test_low_data_ends_in_how_far_the_prefix_is_ahead():
