@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minprefix import signals
 from minprefix.baselines import Adapters
 from minprefix.batches import collate, encode_pairs
 from minprefix.checkpoint import read_config
@@ -115,7 +115,6 @@ def adapter_width(folder, share):
 
 
 def main():
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs stop, too
     args = parse_args()
     for script in ("train.py", "sample.py"):
         if not (SCRIPTS / script).is_file():
@@ -221,7 +220,7 @@ def commands(run, folder):
 def execute(runs, folder, args):
     """Do the runs that have no row yet, args.jobs at a time -> the rows of all. InputError when one fails.
 
-    However it ends, no process is left, and what was trained up to the last evaluation is there to go on from.
+    However it ends, no process is left; a run that was stopped goes on from its checkpoint.
     """
     rows = read_rows(folder, runs)
     waiting, running = [run for run in runs if run.name not in rows], {}
@@ -234,32 +233,31 @@ def execute(runs, folder, args):
                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")  # fmt: skip
     try:
         while waiting or running:
-            while waiting and len(running) < args.jobs:
-                run = waiting.pop(0)
-                left = list(commands(run, folder))
-                running[start(left.pop(0), folder / run.name, args)] = run, left, time.monotonic()
-            time.sleep(0.1)
-            for process in [process for process in running if process.poll() is not None]:
-                run, left, began = running.pop(process)
-                out = folder / run.name
-                diverged = process.returncode != 0 and not run.samples and "the loss became" in last_line(out)
-                if process.returncode != 0 and not diverged:
-                    raise InputError(f"{run.name} failed: {last_line(out)} (all that it said: {out}/output.txt)")
-                if left and not diverged:
-                    running[start(left.pop(0), out, args)] = run, left, began
-                    continue
-                rows[run.name] = make_row(run, out, diverged)
-                with atomic_write(folder / "rows.jsonl") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows.values())
-                (out / "checkpoint.pt").unlink()  # fine-tuning's is four times as large as the model
-                done += estimate(run, args, speed)
-                bar.set_description_str(f"{sum(run.name in rows for run in runs)}/{len(runs)} runs")
+            with signals.put_off():  # no process is started and then forgotten
+                for process in [process for process in running if process.poll() is not None]:
+                    run, left, began = running.pop(process)
+                    out = folder / run.name
+                    diverged = process.returncode != 0 and has_diverged(run, out)
+                    if left and not diverged:
+                        running[start(left.pop(0), out, args)] = run, left, began
+                        continue
+                    rows[run.name] = make_row(run, out, diverged)
+                    with atomic_write(folder / "rows.jsonl") as file:
+                        file.writelines(json.dumps(row) + "\n" for row in rows.values())
+                    (out / "checkpoint.pt").unlink()  # fine-tuning's is four times as large as the model
+                    done += estimate(run, args, speed)
+                    bar.set_description_str(f"{sum(run.name in rows for run in runs)}/{len(runs)} runs")
+                while waiting and len(running) < args.jobs:
+                    run = waiting.pop(0)
+                    left = list(commands(run, folder))
+                    running[start(left.pop(0), folder / run.name, args)] = run, left, time.monotonic()
             spent = sum(min(time.monotonic() - began, estimate(run, args, speed)) for run, _, began in running.values())
             bar.update(done + spent - bar.n)
+            time.sleep(0.1)
     finally:
         bar.close()
         for process in running:
-            process.send_signal(signal.SIGINT)  # train.py and sample.py tidy up
+            process.terminate()  # train.py saves its present step
         for process in running:
             process.wait()
     return [rows[run.name] for run in runs]
@@ -272,6 +270,14 @@ def start(command, out, args):
     with open(out / "output.txt", "ab") as log:
         return subprocess.Popen([sys.executable, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                 env={**os.environ, **threads})  # fmt: skip
+
+
+def has_diverged(run, out):
+    """True if a learning rate that is tried made training diverge; InputError if a command failed otherwise."""
+    line = last_line(out)
+    if run.samples or "the loss became" not in line:
+        raise InputError(f"{run.name} failed: {line} (all that it said: {out}/output.txt)")
+    return True
 
 
 def last_line(out):

@@ -5,7 +5,6 @@ But for one study of a single real run, train.py and sample.py are stand-ins tha
 
 import json
 import shlex
-import signal
 import sys
 from argparse import Namespace
 
@@ -77,8 +76,7 @@ def scripts(world, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "measure", lambda args: SPEED)
     monkeypatch.setattr(studies, "LENGTHS", (1, 10))
     monkeypatch.setitem(studies.MIDDLE["other"], "prefix", 0.1)
-    yield tmp_path
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return tmp_path
 
 
 def run(capsys, study, out, *options):
@@ -115,7 +113,7 @@ def test_a_stopped_study_goes_on_and_comes_to_the_same_table(scripts, capsys):
     (scripts / "calls.txt").unlink()
     (scripts / "stop").write_text("10-seed102")
     code, _, err = run(capsys, "length", scripts / "half", *options)
-    assert code == 130 and err.endswith("interrupted\n")
+    assert code == 143 and err.endswith("interrupted\n")
     assert not (scripts / "woke").exists()  # the run was stopped as well, and not waited for
     (scripts / "stop").unlink()
     done = {row["run"] for _, row in json_rows(scripts / "half" / "length" / "rows.jsonl")}
