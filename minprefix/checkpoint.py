@@ -312,7 +312,10 @@ def is_uncompressed_zip(path):
     # torch.load(mmap=True) refuses the old format, and takes a compressed tensor's bytes for the tensor itself.
     try:
         with zipfile.ZipFile(path) as archive:
-            return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+            entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > 100 * os.path.getsize(path):
+            raise ValueError("it unpacks to far more than any weights do")
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     except zipfile.BadZipFile:
         return False
 
@@ -325,5 +328,7 @@ def check_bin_tensor(name, value, path):
     if not plain or value.dtype not in DTYPES.values():
         found = f"tensor {name!r:.200} ({value.layout}, {value.dtype}, {value.device})"
         raise InputError(f"{path}: {found} is not a dense tensor of {', '.join(DTYPES)}: convert the file")
+    if value.numel() * value.dtype.itemsize > value.untyped_storage().nbytes():  # one number, repeated without end
+        raise InputError(f"{path}: tensor {name!r:.200} is larger than what is stored of it: the file is damaged")
     value = value.detach()  # an nn.Parameter becomes a plain tensor that asks for no gradient
     return value.clone() if value.data_ptr() % value.dtype.itemsize else value  # a re-packed zip may not align it

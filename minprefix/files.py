@@ -15,6 +15,13 @@ from minprefix import signals
 class InputError(Exception):
     """The user's input is at fault; the message is one line: what is wrong, where, and what to do."""
 
+    def __init__(self, message):
+        line = " ".join(message.split())
+        if len(line) > 2000:  # a file's contents in it have no end
+            line = f"{line[:1000]} [...] {line[-900:]}"
+        # Nor may they move a terminal's cursor: what is not printable is shown as Python writes it.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+
 
 class WriteError(InputError):
     """A file could not be written: the disk is full, say. Another try may succeed."""

@@ -96,7 +96,7 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
     optimizer = make_optimizer(tuned, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup))
     step, log, best = 0, [], None
-    sums = {"loss": 0.0, "tokens": 0, "examples": 0, "seconds": 0.0}  # since the last row of the log
+    sums = dict(NO_SUMS)  # since the last row of the log
     if resume and (out / "checkpoint.pt").exists():
         step, log, best, sums = load_checkpoint(out / "checkpoint.pt", settings, tuned, optimizer, schedule)
     for left in out.glob("checkpoint.pt.*.tmp") if distributed.rank() == 0 else ():
@@ -141,7 +141,7 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
             if best is None or loss < best["dev_loss"]:
                 weights = {name: p.detach().clone() for name, p in tuned.state_dict().items()}
                 best = {"dev_loss": loss, "step": step, "weights": weights}
-            sums.update(loss=0.0, tokens=0, examples=0, seconds=0.0)
+            sums.update(NO_SUMS)
             save()
             since = time.perf_counter()
 
@@ -226,13 +226,13 @@ def read_checkpoint(path, settings):
                 raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = dict(state["settings"])
+        differing = [key for key in {**settings, **saved} if saved.get(key) != settings.get(key)]
     except Exception as error:  # torch.load documents no closed list of errors for a damaged file
         raise InputError(f"{path} cannot be resumed from, it is damaged: delete it to start again") from error
-    for key in {**settings, **saved}:
-        if saved.get(key) != settings.get(key):
-            hidden = key in ("model", "training data", "dev data")  # known by their digests only
-            was = f"another {key}" if hidden else f"{key} = {saved.get(key)}, not {settings.get(key)}"
-            raise InputError(f"{path} is of a run with {was}: resume with the same settings")
+    for key in differing:
+        hidden = key in ("model", "training data", "dev data")  # known by their digests only
+        was = f"another {key}" if hidden else f"{key} = {saved.get(key)}, not {settings.get(key)}"
+        raise InputError(f"{path} is of a run with {was}: resume with the same settings")
     return state
 
 
@@ -240,9 +240,44 @@ def load_checkpoint(path, settings, tuned, optimizer, schedule):
     """Put a run's state back -> (step, log, best, sums). InputError as in `read_checkpoint`."""
     state = read_checkpoint(path, settings)
     try:
+        if not is_of_this_run(state, settings["steps"], tuned, optimizer, schedule):
+            raise ValueError("its contents have another form")
         tuned.load_state_dict(state["tuned"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         return state["step"], state["log"], state["best"], state["sums"]
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is of a run that trained something else: resume with the same settings") from error
+    except Exception as error:  # whatever the contents of a damaged file lead to
+        what = "is of a run that trained something else, or damaged"
+        raise InputError(f"{path} {what}: resume with the same settings, or delete it to start again") from error
+
+
+def is_of_this_run(state, steps, tuned, optimizer, schedule):
+    """Whether all that a run goes on from has the form in which this run would have saved it."""
+    weights = tuned.state_dict()
+    moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(tuned.parameters())}
+    moments = {i: moments[i] for i in state["optimizer"]["state"]}  # none before the first step
+    own = {
+        "step": 0, "best": {"dev_loss": 0.0, "step": 0, "weights": weights}, "sums": NO_SUMS,
+        "tuned": weights, "optimizer": {**optimizer.state_dict(), "state": moments}, "schedule": schedule.state_dict(),
+    }  # fmt: skip
+    rows = [row for row in state["log"] if {"step", "dev_loss"} <= row.keys()]
+    numbers = [value for row in rows for value in row.values()]
+    return (
+        all(same_form(state[key], value) for key, value in own.items())
+        and 0 <= state["step"] == state["schedule"]["last_epoch"] <= steps
+        and isinstance(state["log"], list) and 0 < len(rows) == len(state["log"])
+        and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        and all(0 <= number < 2**53 for number in state["sums"].values())
+    )  # fmt: skip
+
+
+def same_form(saved, own):
+    """Whether a saved value equals another in keys, lengths, types and shapes, and in all but numbers and tensors."""
+    if isinstance(own, torch.Tensor):
+        form = own.shape, own.dtype, torch.strided, "cpu"
+        return isinstance(saved, torch.Tensor) and (saved.shape, saved.dtype, saved.layout, saved.device.type) == form
+    if isinstance(own, dict):
+        return isinstance(saved, dict) and saved.keys() == own.keys() and all(same_form(saved[k], own[k]) for k in own)
+    if isinstance(own, (list, tuple)):
+        return type(saved) is type(own) and len(saved) == len(own) and all(map(same_form, saved, own))
+    return type(saved) is type(own) and (type(own) in (int, float) or saved == own)

@@ -1,12 +1,14 @@
 """Fixtures of several test modules."""
 
 import os
+import tempfile
 
 import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub, nor depends on what its user's cache has
-os.environ["HF_HOME"] = os.devnull
+HF_HOME = tempfile.TemporaryDirectory()
+os.environ["HF_HOME"] = HF_HOME.name
 
 
 @pytest.fixture(scope="module")

@@ -466,7 +466,7 @@ def test_resolve_model(weights, tmp_path, monkeypatch):
     for absent in ("gpt5", "", "a\0b", "n" * 5000):
         with pytest.raises(InputError, match=r"which has: small, tiny\)") as info:
             resolve_model(absent)
-        assert repr(absent) in str(info.value) and str(weights) in str(info.value)
+        assert repr(absent)[:900] in str(info.value) and str(weights) in str(info.value)
     with pytest.raises(InputError, match="config.json is a file: give the model's folder"):
         resolve_model(str(weights / "tiny" / "config.json"))
 

@@ -154,7 +154,7 @@ def test_folders_that_are_no_adapter(tmp_path, world, capsys):
     torch.save({"prompt_embeddings": torch.zeros(1).expand(3, 128)}, tmp_path / "adapter_model.bin")
     config.write_text(json.dumps({**CONFIG, "num_virtual_tokens": 2**19, "token_dim": 2**19}))
     torch.save({"prompt_embeddings": torch.zeros(1).expand(2**19, 2**21)}, tmp_path / "adapter_model.bin")
-    with pytest.raises(InputError, match="larger than its file"):
+    with pytest.raises(InputError, match="larger than what is stored"):
         load_prefix(tmp_path)
     torch.save({"prompt_embeddings": print}, tmp_path / "adapter_model.bin")
     with pytest.raises(InputError, match="can run code"):
