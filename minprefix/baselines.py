@@ -209,6 +209,10 @@ def load_trained(path, model):
         expected = {"embedding": torch.empty(P, model.head.weight.size(1))}
     elif method == "adapter":
         width = next((tensor.numel() for name, tensor in tensors.items() if name.endswith(".down.bias")), 0)
+        count = sum(name.endswith(SUBLAYER_ENDS) for name, _ in model.named_modules())
+        C = model.head.weight.size(1)
+        if sum(tensor.numel() for tensor in tensors.values()) != count * (2 * C * width + width + C):
+            raise InputError(f"{path} does not hold {count} adapters of width {width} for a model of width {C}")
         expected = Adapters(model, width).to(model.head.weight.device).fold()
     else:
         expected = parameters_of(model, top_layers(model))

@@ -18,6 +18,8 @@ from minprefix.files import InputError, atomic_write
 from minprefix.loss import target_loss
 from minprefix.prefix import fingerprint
 
+NO_SUMS = {"loss": 0.0, "tokens": 0, "examples": 0, "seconds": 0.0}
+
 
 def make_optimizer(tuned, lr):
     return torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0, fused=True)

@@ -12,6 +12,7 @@ elsewhere.
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -256,7 +257,7 @@ def run_tokenizer(folder):
 
 
 def write_comparator(folder, method):
-    model = load_model(TINY["gpt2"])
+    model = copy.deepcopy(MODEL)
     if method == "top2":
         tuned = Finetune(model, top_layers(model))
     else:
@@ -266,7 +267,7 @@ def write_comparator(folder, method):
 
 
 def run_comparator(folder):
-    model = load_model(TINY["gpt2"])  # which may be changed
+    model = copy.deepcopy(MODEL)  # for it may be changed
     prefix = load_trained(trained_file(folder), model)
     generate(model, TOKENIZER, ["name : a"], prefix=prefix, beams=1, max_new_tokens=2)
 

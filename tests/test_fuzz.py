@@ -8,15 +8,17 @@ import zipfile
 import pytest
 import torch
 
+from minprefix.baselines import load_trained, save_trained
 from minprefix.checkpoint import read_tensors
 from minprefix.files import InputError
+from minprefix.prefix import fingerprint
 from tests import fuzz
 from tests.tiny import ROOT
 
 
 def test_mutated_files_are_read_or_refused():
     """In a process of its own, which may die, and whose memory is limited."""
-    command = [sys.executable, ROOT / "tests" / "fuzz.py", "--cases", "2850"]
+    command = [sys.executable, ROOT / "tests" / "fuzz.py", "--cases", "2990"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(r"^(.+?) +(\d+) read +(\d+) refused +0 wrong$", done.stdout, re.M)
@@ -71,6 +73,15 @@ def test_a_bin_that_repeats_a_number_or_unpacks_without_end(tmp_path):
     (tmp_path / "bomb").rename(path)
     with pytest.raises(InputError, match="damaged or not a PyTorch file"):
         read_tensors(tmp_path)
+
+
+def test_an_adapter_of_a_width_that_the_file_does_not_hold(tmp_path):
+    """Modules of that width would take 2 GiB for each sublayer."""
+    fuzz.prepare(tmp_path)
+    path = tmp_path / "adapter.safetensors"
+    save_trained(path, {"x.down.bias": torch.zeros(2**23)}, fingerprint(fuzz.MODEL), {"method": "adapter"})
+    with pytest.raises(InputError, match="does not hold 4 adapters of width 8388608"):
+        load_trained(path, fuzz.MODEL)
 
 
 def test_a_checkpoint_with_other_contents(tmp_path):
