@@ -33,6 +33,8 @@ def each_rank(main):
             dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=limit)
             with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence if rank else sys.stdout):
                 main()
+            with others_alive():  # or one that ends early can be torn down while its connections are in use
+                dist.barrier()
         except (InputError, KeyboardInterrupt) as error:
             if store.add(str(error), 1) > 1:
                 sys.exit(2)
