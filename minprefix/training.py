@@ -181,7 +181,7 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
         except (KeyboardInterrupt, distributed.RankLost):
             with contextlib.suppress(KeyboardInterrupt), signals.put_off():  # one is enough
                 read_losses()
-                if all(p.isfinite().all() for p in tuned.parameters()):
+                if log and all(p.isfinite().all() for p in tuned.parameters()):  # before the first row all is to do
                     save()
             raise
     tuned.load_state_dict(best["weights"])

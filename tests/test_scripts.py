@@ -224,6 +224,16 @@ def test_a_signal_saves_the_present_step(number, code, name, call, step, world, 
     assert ended[2]["step"] == step and [row["step"] for row in ended[2]["log"]] == [0, 4]
 
 
+def test_a_signal_before_the_first_dev_loss_leaves_nothing_behind(world, capsys, tmp_path):
+    command = ("--model", world / "model", "--task", world / "rows.jsonl", "--steps", 2, "--eval-every", 1,
+               "--eval-inputs", 0, "--out", tmp_path / "run")  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "dev_loss", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        code, _, err = call(train, capsys, *command)
+    assert code == 143 and err.splitlines()[-1].endswith("interrupted") and not (tmp_path / "run").exists()
+    assert call(train, capsys, *command, "--resume")[0] == 0
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(world, capsys, tmp_path):
     original, limits = training.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
 
