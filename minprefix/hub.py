@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from minprefix.checkpoint import read_index, read_object
 from minprefix.download import fetch
-from minprefix.files import InputError
+from minprefix.files import InputError, read_text
 
 CHECKOUT = Path(__file__).resolve().parent.parent / "weights"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -41,8 +41,7 @@ def resolve_model(name):
     if folder := find_model(str(name)):
         return folder
     absent += f" nor a complete one in HuggingFace's cache {hub_cache()}"
-    if any((os.environ.get(key) or "").upper() in ("1", "ON", "YES", "TRUE")
-           for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")):  # fmt: skip
+    if is_on("HF_HUB_OFFLINE") or is_on("TRANSFORMERS_OFFLINE"):
         raise InputError(f"{absent}, and HF_HUB_OFFLINE forbids a download: unset it, or give a model's folder")
     try:
         return download_model(str(name), WEIGHTS / name)
@@ -54,10 +53,17 @@ def resolve_model(name):
         raise InputError(f"{absent}, and {endpoint()} cannot be reached ({reason}): {advise}") from error
 
 
+def is_on(variable):
+    """Whether an environment variable says yes, as huggingface_hub reads it."""
+    return (os.environ.get(variable) or "").upper() in ("1", "ON", "YES", "TRUE")
+
+
 def advice(code):
-    if code in (401, 403):
-        return "check the name; for a private or gated model, set HF_TOKEN to a token that may read it"
-    return "check the name"
+    if code not in (401, 403):
+        return "check the name"
+    token, where = user_token()
+    sent = f" (what {where} holds was sent)" if token else ""  # an expired one is refused for public models, too
+    return f"check the name; for a private or gated model, set HF_TOKEN to a token that may read it{sent}"
 
 
 def model_name(folder):
@@ -97,9 +103,17 @@ def full_name(name):
 
 def hub_cache():
     """Where huggingface_hub keeps its downloads."""
-    home = os.environ.get("HF_HOME") or CACHE / "huggingface"
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
-    return Path(os.path.expandvars(os.path.expanduser(cache)))
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{hub_home()}/hub"
+    return expanded(cache)
+
+
+def hub_home():
+    return expanded(os.environ.get("HF_HOME") or CACHE / "huggingface")
+
+
+def expanded(path):
+    """With ~ and $VARIABLES filled in."""
+    return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
 def is_complete(folder):
@@ -215,7 +229,22 @@ def fetch_model(name, part):
 
 def authorization():
     """The header with the user's token, if there is one; it goes to no other host than the endpoint."""
-    token = os.environ.get("HF_TOKEN", "").strip()
+    token, where = user_token()
     if not re.fullmatch("[!-~]*", token):
-        raise InputError("HF_TOKEN holds blanks or other characters that no token has: set it anew, or unset it")
+        raise InputError(f"{where} holds blanks or other characters that no token has: set it anew, or remove it")
     return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def user_token():
+    """The user's token, "" for none, and where it stands. As in huggingface_hub variables go before the file."""
+    if is_on("HF_HUB_DISABLE_IMPLICIT_TOKEN"):
+        return "", "nothing"
+    variable = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "HUGGING_FACE_HUB_TOKEN"  # the latter is of old versions
+    if token := without_line_ends(os.environ.get(variable, "")):
+        return token, variable
+    path = expanded(os.environ.get("HF_TOKEN_PATH") or hub_home() / "token")  # what `hf auth login` writes
+    return without_line_ends(read_text(path)) if os.path.exists(path) else "", str(path)
+
+
+def without_line_ends(token):
+    return token.replace("\r", "").replace("\n", "").strip()

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -145,13 +147,16 @@ def errs(status):
     return lambda handler, content, headers: send(handler, status)
 
 
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_DISABLE_IMPLICIT_TOKEN")
+
+
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
     """An empty `weights/`, an empty HuggingFace cache, an empty current directory, no server."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setattr(hub, "WEIGHTS", home / "weights")
-    for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN"):
+    for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", *TOKEN_VARIABLES):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("HF_HOME", str(home / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
@@ -348,6 +353,111 @@ def test_two_at_once(fake, weights, tiny, capsys):
     assert contents(weights) == {f"gpt2/{name}": content for name, content in needed(tiny).items()}
     assert len(fake.ranges("model.safetensors")) == 2 and len(fake.ranges("vocab.json")) == 1
     assert capsys.readouterr().err.count("waiting for another process") == 3
+
+
+# ---- the token ----
+
+
+def set_token(case, home, monkeypatch):
+    """Set a case's variables and write its files, HF_HOME's among them; HERE stands for the folder."""
+    for key in (*TOKEN_VARIABLES, "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(key, raising=False)
+    for name, text in case.items():
+        if "/" in name:
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / name).write_text(text)
+        else:
+            monkeypatch.setenv(name, text.replace("HERE", str(home)))
+
+
+LOGIN = {"HF_HOME": "HERE/hf", "hf/token": "hf_file"}
+TOKENS = {  # what is set, files by their paths -> the token
+    "nothing": ({"HF_HOME": "HERE/hf"}, None),
+    "the login's": (LOGIN, "hf_file"),
+    "with a line end": ({"HF_HOME": "HERE/hf", "hf/token": " hf_file\r\n"}, "hf_file"),
+    "an empty file": ({"HF_HOME": "HERE/hf", "hf/token": "\n"}, None),
+    "a variable before the file": ({"HF_TOKEN": "hf_new", **LOGIN}, "hf_new"),
+    "new before old": ({"HF_TOKEN": "hf_new", "HUGGING_FACE_HUB_TOKEN": "hf_old", "HF_HOME": "HERE/hf"}, "hf_new"),
+    "the old one before the file": ({"HF_TOKEN": "", "HUGGING_FACE_HUB_TOKEN": "hf_old", **LOGIN}, "hf_old"),
+    "a blank variable": ({"HF_TOKEN": " \n", "HUGGING_FACE_HUB_TOKEN": "hf_old", **LOGIN}, "hf_file"),
+    "a file of one's own": ({"HF_TOKEN_PATH": "HERE/mine/secret", "mine/secret": "hf_mine", **LOGIN}, "hf_mine"),
+    "a file that is not there": ({"HF_TOKEN_PATH": "HERE/mine/none", **LOGIN}, None),
+    "~ and variables": (
+        {"HOME": "HERE", "MINE": "mine", "HF_TOKEN_PATH": "~/${MINE}/secret", "mine/secret": "hf_mine"}, "hf_mine"),
+    "the usual place": ({"HOME": "HERE", ".cache/huggingface/token": "hf_file"}, "hf_file"),
+    "XDG's place": ({"XDG_CACHE_HOME": "HERE/xdg", "xdg/huggingface/token": "hf_file"}, "hf_file"),
+    "forbidden": ({"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_TOKEN": "hf_new", **LOGIN}, None),
+    "not forbidden": ({"HF_HUB_DISABLE_IMPLICIT_TOKEN": "0", "HF_TOKEN": "hf_new", "HF_HOME": "HERE/hf"}, "hf_new"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_the_token_is_found_and_seen_by_the_hub_alone(name, fake, weights, tiny, tmp_path, monkeypatch):
+    case, token = TOKENS[name]
+    set_token(case, tmp_path / "user", monkeypatch)
+    monkeypatch.setattr(hub, "CACHE", Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser())
+    fake.repositories["openai-community/gpt2"] = tiny
+    assert contents(resolve_model("gpt2")) == needed(tiny)
+    seen = {(host, header) for host, _, header, _ in fake.requests}
+    assert seen == {("127.0.0.1", token and f"Bearer {token}"), ("localhost", None)}
+
+
+ASK = """
+import importlib, json, os, sys
+from huggingface_hub import constants, get_token
+from huggingface_hub.utils import build_hf_headers
+before, tokens = dict(os.environ), []
+for variables in json.load(sys.stdin):
+    os.environ.clear()
+    os.environ.update(before | variables)
+    importlib.reload(constants)
+    tokens.append(build_hf_headers().get("authorization"))
+json.dump(tokens, sys.stdout)
+"""
+
+
+def test_the_token_is_huggingface_hubs(tmp_path, monkeypatch):
+    """The table above against the package itself."""
+    pytest.importorskip("huggingface_hub")
+    variables = []
+    for i, (case, _) in enumerate(TOKENS.values()):
+        with monkeypatch.context() as context:
+            set_token(case, tmp_path / str(i), context)
+            variables.append({name: os.environ[name] for name in case if "/" not in name})
+    for key in (*TOKEN_VARIABLES, "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    asked = subprocess.run([sys.executable, "-c", ASK], input=json.dumps(variables), capture_output=True, text=True)
+    expected = [token and f"Bearer {token}" for _, token in TOKENS.values()]
+    assert dict(zip(TOKENS, json.loads(asked.stdout), strict=True)) == dict(zip(TOKENS, expected, strict=True))
+
+
+def test_no_token_goes_with_a_refusal_into_the_message(fake, weights, monkeypatch):
+    """But where it stood: an expired one is the reason why a public model is refused."""
+    (weights.parent / "hf").mkdir()
+    (weights.parent / "hf" / "token").write_text("hf_expired")
+    fake.refuse = 401
+    message = complaint("nobody/nothing")
+    assert f"(what {weights.parent}/hf/token holds was sent)" in message and "hf_expired" not in message
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    message = complaint("nobody/nothing")
+    assert "(what HF_TOKEN holds was sent)" in message and "hf_expired" not in message
+
+
+def test_a_token_that_is_none(fake, weights, monkeypatch):
+    path = weights.parent / "hf" / "token"
+    path.mkdir(parents=True)
+    assert f"cannot read {path}: Is a directory" in complaint("gpt2")
+    path.rmdir()
+    path.write_bytes(b"\xff\xfe")
+    assert f"{path} is not UTF-8 text" in complaint("gpt2")
+    path.write_text("hf_a hf_b")
+    message = complaint("gpt2")
+    assert f"{path} holds blanks" in message and "hf_a" not in message
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_\xe9")
+    message = complaint("gpt2")
+    assert "HUGGING_FACE_HUB_TOKEN holds blanks or other" in message and "hf_" not in message
+    assert fake.requests == []
 
 
 # ---- what cannot be downloaded ----
