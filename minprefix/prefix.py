@@ -50,7 +50,7 @@ def stack_prefixes(prefixes, rows):
     for site in {site: None for prefix in prefixes for site in prefix}:
         parts = [prefix.get(site) for prefix in prefixes]
         some = next(kv for kv in parts if kv is not None)
-        parts = [some[:, :, :, :0] if kv is None else kv for kv in parts]
+        parts = [some[:, :, :, :0] if kv is None else kv.to(some.device) for kv in parts]
         shapes = {(*kv.shape[:3], *kv.shape[4:]) for kv in parts}
         if len(shapes) > 1:
             raise InputError(f"the prefixes' {site!r} parts are of different models: {' and '.join(map(str, shapes))}")

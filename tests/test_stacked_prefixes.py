@@ -7,12 +7,13 @@ import torch
 
 import sample
 from minprefix import Prefix, load_model, stack_prefixes
+from minprefix.attention import causal_mask
 from minprefix.bart import BART
-from minprefix.baselines import save_trained
+from minprefix.baselines import load_trained, save_trained
 from minprefix.files import InputError
 from minprefix.generate import generate_ids
 from minprefix.gpt2 import GPT2
-from minprefix.prefix import FoldedInfix, FoldedPrefix, save_prefix
+from minprefix.prefix import FoldedInfix, FoldedPrefix, fingerprint, save_prefix
 from tests.test_scripts import call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
@@ -28,8 +29,12 @@ LENGTHS, OFFSETS = (3, 1, 8, 5), (3, 0, 8, 11)
 
 @pytest.fixture(scope="module", params=SHAPES)
 def model(request):
+    return random_model(request.param)
+
+
+def random_model(kind):
     torch.manual_seed(5)
-    model = (GPT2 if request.param == "gpt2" else BART)(SHAPES[request.param])
+    model = (GPT2 if kind == "gpt2" else BART)(SHAPES[kind])
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, mean=float("weight" in name and p.dim() == 1), std=0.3)
     if model.encoder_decoder:
@@ -128,6 +133,57 @@ def test_what_does_not_fit_is_refused(model, prefixes):
         model(*inputs(model, 2), prefix=stack_prefixes([prefixes[0], too_long], [0, 1]))
 
 
+# ---- embeddings beside prefixes ----
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return random_model("gpt2")
+
+
+@pytest.fixture(scope="module")
+def mixed(gpt2, tmp_path_factory):
+    """Two embeddings and two prefixes of other lengths and offsets, from files, as sample.py has them."""
+    torch.manual_seed(7)
+    loaded = []
+    for P, offset in zip(LENGTHS, (None, 0, None, 11), strict=True):
+        path = tmp_path_factory.mktemp("mixed") / "x.safetensors"
+        if offset is None:
+            tensors = {"embedding": torch.randn(P, 32) * 2}
+            save_trained(path, tensors, fingerprint(gpt2), {"method": "embedding"})
+        else:
+            prefix = FoldedPrefix({"decoder": torch.randn(2, 2, 2, P, 16) * 2}, offset)
+            save_prefix(path, prefix, gpt2, {})
+        loaded.append(load_trained(path, gpt2))
+    return loaded
+
+
+def test_embeddings_and_prefixes_share_a_batch(gpt2, mixed):
+    test_logits_are_those_of_each_row_alone(gpt2, mixed)
+    torch.manual_seed(7)
+    virtual = (torch.randn(LENGTHS[0], 32) * 2).double()  # the first of them, in front of the text by hand
+    (ids,) = inputs(gpt2, 1)
+    x = torch.cat([virtual, gpt2.wte(ids[0])]) + gpt2.wpe.weight[: LENGTHS[0] + ids.size(1)]
+    for block in gpt2.h:
+        x = block(x.view(1, -1, 32), [], causal_mask(x.size(-2), x))[0]
+    expected = gpt2.logits(gpt2.ln_f(x))[:, LENGTHS[0] :]
+    for rows in ([0], [0, 3], [2, 0, 1]):
+        batch = ids.expand(len(rows), -1)
+        row = gpt2(batch, prefix=stack_prefixes(mixed, rows))[rows.index(0)]
+        torch.testing.assert_close(row[None], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_requests_over_embeddings_and_prefixes_are_the_single_runs(gpt2, mixed, beams):
+    test_64_requests_over_4_prefixes_are_the_single_runs(gpt2, mixed, beams)
+
+
+def test_prefixes_on_several_devices_are_stacked(mixed):
+    """What a file holds is loaded on the CPU, what the model makes of an embedding is where the model is."""
+    there = FoldedPrefix({"decoder": mixed[0]["decoder"].to("meta")}, mixed[0].position_offset)  # instead of a GPU
+    assert stack_prefixes([there, *mixed[1:]], [0, 1, 2, 3])["decoder"].device.type == "meta"
+
+
 # ---- sample.py ----
 
 
@@ -166,6 +222,23 @@ def test_sample_writes_each_request_as_it_does_alone(world, capsys, monkeypatch,
         own = [i for i, row in enumerate(rows) if row["prefix"] == name]
         alone = call(sample, capsys, "--prefix", path, "--input", *(rows[i]["source"] for i in own), *FEW, *search)
         assert alone[1].split("\n")[:-1] == [texts[i] for i in own], name
+
+
+def test_sample_takes_an_embedding_beside_a_prefix(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, info = load_model(write_tiny_model(tmp_path / "model")), {"base_model": "model", "task": "e2e"}
+    torch.manual_seed(8)
+    save_prefix("a.safetensors", Prefix(model, 4, 0).fold(), model, info)
+    embedding = {"embedding": torch.randn(2, 32) * 3}
+    save_trained("embedding.safetensors", embedding, fingerprint(model), {**info, "method": "embedding"})
+    rows = [{"source": f"name[Inn {i}]", "prefix": name} for i, name in enumerate(["embedding", "a", "embedding"])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = ("--prefix", "a.safetensors", "--prefix", "embedding.safetensors")
+    code, out, err = call(sample, capsys, *paths, "--file", "rows.jsonl", *FEW)
+    assert code == 0, err
+    alone = [call(sample, capsys, "--prefix", f"{row['prefix']}.safetensors", "--input", row["source"], *FEW)[1]
+             for row in rows]  # fmt: skip
+    assert out == "".join(alone) and len(set(alone)) > 1
 
 
 @pytest.mark.parametrize(
