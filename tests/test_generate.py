@@ -10,6 +10,8 @@ from minprefix.attention import Cache
 from minprefix.files import InputError
 from minprefix.generate import generate, generate_ids
 from minprefix.gpt2 import GPT2, to_huggingface
+from minprefix.prefix import FoldedInfix
+from tests.test_methods import reference_infix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 V, END, P, L, H, D = 100, 7, 3, 2, 2, 16
@@ -126,6 +128,38 @@ def test_beam_search_is_the_naive_one(model, sources, kind):
         options = {"length_penalty": length_penalty, "forbidden": forbidden, "batch_size": 5}
         ours = generate_ids(model, sources, END, END, prefix, beams, NEW, **options)
         assert ours == naive
+
+
+@pytest.mark.parametrize("position_offset", [P, 0])
+def test_beam_search_with_an_infix_is_the_naive_one(model, sources, position_offset):
+    infix = FoldedInfix(make_prefix("shared", 0), position_offset)
+    sources = sources[:16]
+    behind = [infix.at(torch.tensor([len(source)])) for source in sources]
+    for beams, length_penalty, forbidden in ((4, 0.0, range(40, 60)), (2, 2.0, ()), (3, 1.0, ())):
+        naive = [naive_beam_search(model, source, at, beams, length_penalty, forbidden)
+                 for source, at in zip(sources, behind, strict=True)]  # fmt: skip
+        options = {"length_penalty": length_penalty, "forbidden": forbidden, "batch_size": 7}
+        assert generate_ids(model, sources, END, END, infix, beams, NEW, **options) == naive
+    lengths = {len(target) for target in naive}
+    assert min(lengths) < NEW == max(lengths)  # some texts end and leave their batch, others run on
+    assert naive != generate_ids(model, sources, END, END, infix, 1, NEW)
+    for other in (None, FoldedInfix(infix, P - position_offset), make_prefix("shared", 0)):
+        assert naive != generate_ids(model, sources, END, END, other, 3, NEW)
+
+
+def test_beam_search_with_an_infix_is_the_naive_one_over_numpy(model, sources):
+    """The oracle knows of the model only what it is by definition: no line of it is shared with the search."""
+    infix = FoldedInfix(make_prefix("shared", 0), P)
+
+    def in_numpy(ids, source_length):
+        """What a model answers; ids (1, T), of which the first are the source."""
+        ids = ids[0].tolist()
+        logits = reference_infix(model, ids[:source_length], ids[source_length:], infix["decoder"])
+        return torch.from_numpy(logits)[None]
+
+    sources = sources[:5]
+    naive = [naive_beam_search(in_numpy, source, len(source), 3, 1.0) for source in sources]
+    assert generate_ids(model, sources, END, END, infix, 3, NEW, batch_size=3) == naive
 
 
 class Table:
