@@ -90,7 +90,9 @@ def find_model(name):
     bare = name.rpartition("/")[2]
     for owned in dict.fromkeys([name, full_name(name), *([bare] if full_name(bare) == name else [])]):
         repository = hub_cache() / f"models--{owned.replace('/', '--')}"
-        with contextlib.suppress(OSError, ValueError):  # no such model there; a file that is no text
+        if not os.path.isfile(repository / "refs" / "main"):
+            continue
+        with contextlib.suppress(OSError, ValueError):  # it may not be read; it is no text
             commit = (repository / "refs" / "main").read_text(encoding="ascii").strip()
             if re.fullmatch("[0-9a-f]{40}", commit) and is_complete(repository / "snapshots" / commit):
                 return repository / "snapshots" / commit

@@ -26,6 +26,7 @@ def load_model(name, device="cpu", dtype=torch.float32):
     state = KINDS[model.config["model_type"]][1](read_tensors(folder), model.config)
     check_state(state, model.state_dict(), folder)
     model.load_state_dict(state, assign=True)
+    model.folder = folder.resolve()
     return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
 
 

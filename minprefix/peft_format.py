@@ -46,7 +46,7 @@ def read_adapter(folder):
     base = config.get("base_model_name_or_path")
     if isinstance(base, str) and base:
         info["base_model"] = base
-    return {"decoder": kv}, P, {**info, "format": "peft"}
+    return {"decoder": kv}, P, {**info, "format": "peft", "task_type": f"{config.get('task_type')!s:.40}"}
 
 
 def read_table(folder):

@@ -5,6 +5,7 @@ Shapes: P prefix length, L layers, H heads, D head dimension, C = H * D model di
 
 import copy
 import json
+import os
 import runpy
 from importlib import metadata
 from itertools import cycle, islice
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 from minprefix.attention import first_position, is_infix
 from minprefix.checkpoint import read_safetensors, write_safetensors
 from minprefix.files import InputError
+from minprefix.hub import find_model, is_hub_name
+from minprefix.load import load_model
 from minprefix.peft_format import read_adapter
 
 
@@ -255,9 +258,15 @@ def check_fits(prefix, model, path):
         if sites[site] != (L, H, D):
             shapes = f"{(L, H, D)}, this model {sites[site]}"
             raise InputError(f"{path} was made for {base}: its {site} prefix has (layers, heads, dim) {shapes}")
-    if prefix.info.get("format") == "peft" and "base_fingerprint" not in prefix.info:
-        return  # PEFT notes no more of its base model than a name
-    check_fingerprint(prefix.info, model, path)
+    peft = prefix.info.get("format") == "peft"
+    if peft and (prefix.info["task_type"] == "SEQ_2_SEQ_LM") != model.encoder_decoder:
+        needed = "SEQ_2_SEQ_LM" if model.encoder_decoder else "CAUSAL_LM"
+        kinds = f"its task_type is {prefix.info['task_type']}, this model needs {needed}"
+        raise InputError(f"{path} was made for {base}, a model of another kind: {kinds}")
+    if peft and "base_fingerprint" not in prefix.info:
+        check_named_base(prefix.info.get("base_model", ""), model, path)
+    else:
+        check_fingerprint(prefix.info, model, path)
 
 
 def check_fingerprint(info, model, path):
@@ -266,10 +275,31 @@ def check_fingerprint(info, model, path):
         norms = [float(norm) for norm in json.loads(info.get("base_fingerprint", ""))]
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: the base model's fingerprint in its metadata is not a list of numbers") from error
-    own = fingerprint(model)
-    if len(norms) != len(own) or not all(abs(a - b) <= 0.005 * b for a, b in zip(norms, own, strict=True)):
+    if not is_fingerprint(norms, model):
         base = info.get("base_model", "another model")
         raise InputError(f"{path} was made for {base}: this model has the same shape, but other weights")
+
+
+def is_fingerprint(norms, model):
+    own = fingerprint(model)
+    return len(norms) == len(own) and all(abs(a - b) <= 0.005 * b for a, b in zip(norms, own, strict=True))
+
+
+def check_named_base(base, model, path):
+    """InputError if the base model of an adapter that PEFT wrote is on this machine, and has other weights than this.
+
+    PEFT notes no more of it than a name: where there is no model of that name, any of the same shape is taken.
+    """
+    folder = Path(base) if os.path.isdir(base) else find_model(base) if is_hub_name(base) else None
+    if folder is None or folder.resolve() == getattr(model, "folder", None):
+        return
+    try:
+        named = load_model(folder)
+    except InputError:  # that folder holds something else
+        return
+    if not is_fingerprint(fingerprint(named), model):
+        correct = "if it is for this one, correct base_model_name_or_path in its adapter_config.json"
+        raise InputError(f"{path} was made for {base}: this model has the same shape, but other weights; {correct}")
 
 
 def version():

@@ -77,7 +77,8 @@ def import_adapter(args):
     folder = base_folder(prefix.info, args)
     model = load_model(folder)
     check_fits(prefix, model, args.prefix)
-    save_prefix(args.to, prefix, model, {**prefix.info, "base_model": model_name(folder) or str(folder.resolve())})
+    info = {key: value for key, value in prefix.info.items() if key != "task_type"}  # PEFT's word for the kind of model
+    save_prefix(args.to, prefix, model, {**info, "base_model": model_name(folder) or str(folder.resolve())})
     print(f"wrote a prefix of length {prefix.position_offset} to {args.to}")
 
 

@@ -1,12 +1,13 @@
 """PEFT adapters in and out, against PEFT itself; and adapters that are damaged, hostile or of another kind."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 import sample
-from minprefix import Prefix, load_model, load_prefix, prefix_tool
+from minprefix import Prefix, hub, load_model, load_prefix, prefix_tool
 from minprefix.checkpoint import read_safetensors, write_safetensors
 from minprefix.files import InputError
 from minprefix.prefix import save_prefix
@@ -21,6 +22,8 @@ BART_LAYERS = {"encoder_layers": 4, "decoder_layers": 4, "decoder_attention_head
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peft")
     write_tiny_model(folder / "gpt2")
+    write_tiny_model(folder / "twin", seed=1)
+    write_tiny_bart(folder / "alike", decoder_layers=2, decoder_attention_heads=4)  # its decoder is of gpt2's shape
     write_tiny_bart(folder / "bart", **BART_LAYERS)
     write_tiny_bart(folder / "bart3", **BART_LAYERS | {"encoder_layers": 3, "decoder_layers": 3})
     return folder
@@ -118,6 +121,19 @@ GOOD = torch.zeros(3, 128)
     [
         ({"peft_type": "LORA"}, None, {}, "'LORA'"),
         ({"peft_type": ["PREFIX_TUNING"]}, None, {}, "peft_type"),
+        ({"peft_type": "PROMPT_TUNING"}, None, {}, "peft_type is 'PROMPT_TUNING', only PREFIX_TUNING is a prefix"),
+        ({"peft_type": ...}, None, {}, "peft_type is None"),
+        ({"num_virtual_tokens": ...}, None, {}, "num_virtual_tokens is None"),
+        ({"num_layers": ...}, None, {}, "num_layers is None"),
+        ({"num_attention_heads": ...}, None, {}, "num_attention_heads is None"),
+        ({"token_dim": ...}, None, {}, "token_dim is None"),
+        ({"num_layers": 3}, None, {}, r"\(3, 128\).* asks for \(3, 192\)"),
+        ({"token_dim": 64}, None, {}, r"\(3, 128\).* asks for \(3, 256\)"),
+        ({"num_layers": 1, "token_dim": 64}, None, {}, r"\(layers, heads, dim\) \(1, 4, 16\), this model \(2, 4, 8\)"),
+        ({"num_layers": 4, "token_dim": 16}, None, {}, r"\(layers, heads, dim\) \(4, 4, 4\), this model \(2, 4, 8\)"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, None, {},
+         "made for gpt2, a model of another kind: its task_type is SEQ_2_SEQ_LM, this model needs CAUSAL_LM"),
+        ({"base_model_name_or_path": "twin"}, None, {}, "made for twin: this model has the same shape, but other wei"),
         ({"num_virtual_tokens": 4}, None, {}, r"\(3, 128\).* asks for \(4, 128\)"),
         ({"num_virtual_tokens": 2**40}, None, {}, "num_virtual_tokens is 1099511627776"),
         ({"num_virtual_tokens": True}, None, {}, "num_virtual_tokens is True"),
@@ -134,16 +150,55 @@ GOOD = torch.zeros(3, 128)
         ({}, {}, {}, "holds none"),
         ({}, {"prompt_embeddings": GOOD.long()}, {}, "torch.int64"),
         ({}, {"prompt_embeddings": GOOD + float("nan")}, {}, "not finite"),
+        ({}, {"prompt_embeddings": GOOD.index_fill(1, torch.tensor(127), float("-inf"))}, {}, "not finite"),
         ({}, None, {"base_fingerprint": "[1.0]"}, "other weights"),
         ({}, None, {"base_fingerprint": "x"}, "fingerprint"),
     ],
 )  # fmt: skip
 def test_adapters_that_do_not_fit(config, tensors, info, message, tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}))
-    tensors = {"prompt_embeddings": GOOD} if tensors is None else tensors
-    write_safetensors(tmp_path / "adapter_model.safetensors", tensors, info)
-    with pytest.raises(InputError, match=message):
+    write_folder(tmp_path, config, tensors, info)
+    with pytest.raises(InputError, match=message) as caught:
         load_prefix(tmp_path, load_model("gpt2"))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def write_folder(folder, config, tensors=None, info=None):
+    """An adapter for gpt2 but for what differs in `config`; ... is a key that is not there."""
+    config = {key: value for key, value in {**CONFIG, **config}.items() if value is not ...}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {"prompt_embeddings": GOOD} if tensors is None else tensors
+    write_safetensors(folder / "adapter_model.safetensors", tensors, info)
+
+
+def test_an_adapter_for_gpt2_does_not_fit_a_bart_of_the_same_shape(tmp_path, world):
+    write_folder(tmp_path, {})
+    load_prefix(tmp_path, load_model("gpt2"))
+    for task_type in ("CAUSAL_LM", None, ..., ["SEQ_2_SEQ_LM"], "x" * 5000):
+        write_folder(tmp_path, {"task_type": task_type})
+        with pytest.raises(InputError, match="this model needs SEQ_2_SEQ_LM") as caught:
+            load_prefix(tmp_path, load_model("alike"))
+        assert len(str(caught.value)) < 500
+    write_folder(tmp_path, {"task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": "alike"})
+    load_prefix(tmp_path, load_model("alike"))
+
+
+def test_what_the_base_models_name_tells(tmp_path, world, monkeypatch):
+    """Other weights under that name are told if they are on this machine; else the name proves nothing."""
+    gpt2, twin = load_model("gpt2"), load_model("twin")
+    monkeypatch.setattr(hub, "WEIGHTS", world)
+    (tmp_path / "empty").mkdir()
+    copy = str(shutil.copytree(world / "gpt2", tmp_path / "copy"))
+    for base in ("gpt2", "./gpt2", copy, str(world / "gpt2"), "elsewhere/gpt2", "/home/them/model", "", None, ...,
+                 str(tmp_path / "empty"), "a\0b", "n" * 5000):  # fmt: skip
+        write_folder(tmp_path, {"base_model_name_or_path": base})
+        load_prefix(tmp_path, gpt2)
+    monkeypatch.chdir(tmp_path)  # by the name alone, then by a path
+    for base in ("twin", str(world / "twin")):
+        write_folder(tmp_path, {"base_model_name_or_path": base})
+        load_prefix(tmp_path, twin)
+        load_prefix(tmp_path, load_model(world / "twin", dtype=torch.bfloat16))
+        with pytest.raises(InputError, match="but other weights; if it is for this one, correct base_model_name_or_pa"):
+            load_prefix(tmp_path, gpt2)
 
 
 def test_folders_that_are_no_adapter(tmp_path, world, capsys):
