@@ -101,8 +101,9 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
     sums = dict(NO_SUMS)  # since the last row of the log
     if resume and (out / "checkpoint.pt").exists():
         step, log, best, sums = load_checkpoint(out / "checkpoint.pt", settings, tuned, optimizer, schedule)
-    for left in out.glob("checkpoint.pt.*.tmp") if distributed.rank() == 0 else ():
-        left.unlink()  # a process was killed as it wrote it
+    for name in ("checkpoint.pt", "log.jsonl") if distributed.rank() == 0 else ():
+        for left in out.glob(f"{name}.*.tmp"):
+            left.unlink()  # a process was killed as it wrote it
     losses, since = [], time.perf_counter()  # of the last steps, on the device; when the first of them began
 
     def read_losses():

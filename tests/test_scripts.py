@@ -198,7 +198,8 @@ def stop_and_resume(world, capsys, out, disturb):
     assert shlex.split(line.partition("; go on with: ")[2])[1:] == [*sys.argv, "--resume"], err
     assert not list(out.glob("*.tmp")) and not (out / "prefix.safetensors").exists()
     state = torch.load(out / "checkpoint.pt", weights_only=True)
-    (out / "checkpoint.pt.killed.tmp").write_text("half")
+    for name in ("checkpoint.pt", "log.jsonl"):
+        (out / f"{name}.killed.tmp").write_text("half")
     assert call(train, capsys, *common, out, "--resume")[0] == 0 and not list(out.glob("*.tmp"))
     logs = [[json.loads(row) for row in open(folder / "log.jsonl")] for folder in (out, whole)]
     for row in sum(logs, []):
