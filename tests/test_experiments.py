@@ -1,14 +1,20 @@
 """python -m minprefix.experiments: the plans, that a study goes on where it was stopped, the table, the error lines.
 
-But for one study of a single real run, train.py and sample.py are stand-ins that note how they were called.
+But for one study with a real run, train.py and sample.py are stand-ins that note how they were called.
 """
 
 import json
+import os
 import shlex
+import shutil
+import signal
 import sys
+import threading
+import time
 from argparse import Namespace
 
 import pytest
+import torch
 
 import sample
 import train
@@ -87,6 +93,7 @@ def calls(scripts):
     return (scripts / "calls.txt").read_text().split()
 
 
+REAL_SCRIPTS, REAL_MEASURE = experiments.SCRIPTS, experiments.measure
 SPEED = {"training example": 0.01, "text": 0.02}
 TUNING = ["prefix-0.033-seed101", "prefix-0.1-seed101", "prefix-0.3-seed101"]
 RUNS = ["1-seed101", "1-seed102", "10-seed101", "10-seed102"]
@@ -229,20 +236,45 @@ def test_adapter_widths_of_gpt2_medium(tmp_path):
     assert shares == pytest.approx([0.03, 0.001], rel=0.03)
 
 
-def test_a_real_study(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(world)
-    monkeypatch.setattr(studies, "LENGTHS", (2,))
-    monkeypatch.setenv("PATH", "")  # no Java: METEOR would take longer than all the rest
+def stop_in_training(log):
+    """Send this process, that of the study, a SIGTERM once a run of it has trained for a while."""
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_real_study_stopped_in_a_run_comes_to_the_same(scripts, world, capsys, monkeypatch):
+    """Its first run is done by the stand-ins, to save time; its second by the real scripts, once without a stop."""
     rates = world / "model" / "learning-rates-e2e-full.json"
-    rates.write_text('{"prefix": {"0.01": 1.0}}')
+    rates.write_text('{"prefix": {"0.1": 1.0}}')
+    whole, half = scripts / "whole" / "length", scripts / "half" / "length"
+    options = ("--steps", 60, "--seeds", 101, "--limit-test", 2, "--jobs", 64)  # so many jobs are of one thread each
+    monkeypatch.setattr(studies, "LENGTHS", (1,))
     try:
-        code, out, err = run(capsys, "length", tmp_path, "--steps", 2, "--seeds", 101, "--limit-test", 2)
+        assert run(capsys, "length", whole.parent, *options)[0] == 0
+        shutil.copytree(whole, half)
+        monkeypatch.setattr(studies, "LENGTHS", (1, 2))
+        monkeypatch.setattr(experiments, "SCRIPTS", REAL_SCRIPTS)
+        monkeypatch.setenv("PATH", "")  # no Java: METEOR would take longer than all the rest
+        threading.Thread(target=stop_in_training, args=(half / "2-seed101" / "log.jsonl",), daemon=True).start()
+        stopped = run(capsys, "length", half.parent, *options)
+        left = torch.load(half / "2-seed101" / "checkpoint.pt", weights_only=True)["step"]
+        done = [row["run"] for _, row in json_rows(half / "rows.jsonl")]
+        resumed = run(capsys, "length", half.parent, *options)
+        monkeypatch.setattr(experiments, "measure", REAL_MEASURE)
+        uninterrupted = run(capsys, "length", whole.parent, *options)
     finally:
         rates.unlink()
-    assert code == 0, err
-    ((_, row),) = json_rows(tmp_path / "length" / "rows.jsonl")
-    assert row["scores"]["test"].keys() >= {"BLEU", "NIST", "ROUGE-L", "CIDEr", "slots"} and row["dev_loss"] > 0
-    assert "| 2 | 1 | " in out and not (tmp_path / "length" / "2-seed101" / "checkpoint.pt").exists()
+    assert [code for code, _, _ in (stopped, resumed, uninterrupted)] == [143, 0, 0]
+    assert done == ["1-seed101"] and 0 < left < 60 and not list(half.rglob("checkpoint.pt"))
+    assert calls(scripts) == ["1-seed101"]  # what was done is not done again
+    rows, expected = ([row for _, row in json_rows(study / "rows.jsonl")] for study in (half, whole))
+    rows[1].pop("seconds"), expected[1].pop("seconds")
+    assert rows == expected and len(rows) == 2
+    assert rows[1]["scores"]["test"].keys() >= {"BLEU", "NIST", "ROUGE-L", "CIDEr", "slots"} and rows[1]["dev_loss"] > 0
+    for name in ("2-seed101/prefix.safetensors", "2-seed101/test.txt", "table.md"):
+        assert (half / name).read_bytes() == (whole / name).read_bytes(), name
+    assert "| 2 | 1 | " in resumed[1]
 
 
 ROWS = [
