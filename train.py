@@ -33,36 +33,11 @@ from minprefix.hub import model_name, resolve_model
 from minprefix.linear import packed_weights
 from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype, save_model
 from minprefix.prefix import count_numbers, fingerprint, parameter_shares, save_prefix
+from minprefix.settings import OPTIONS, default_settings, other_options
 from minprefix.training import train
 
-# The paper's settings for full-size models; for the bundled those that weights/README.md chose on dev sets.
-PAPER = {
-    "gpt2": {"prefix_length": 5, "hidden": 512, "adapter_width": 108, "batch_size": 10, "epochs": 5},
-    "bart": {"prefix_length": 200, "hidden": 800, "adapter_width": 108, "batch_size": 16, "epochs": 30,
-             "eval_every": 1000},
-}
-PAPER_TASK = {  # what the paper sets otherwise for these, for GPT-2
-    "webnlg": {"lr": 5e-5, "batch_size": 5},
-    "dart": {"lr": 5e-5, "batch_size": 5, "epochs": 10, "prefix_length": 10},
-}
-BUNDLED = {
-    "gpt2-mini": {"prefix_length": 100, "hidden": 0, "adapter_width": 28, "batch_size": 16, "steps": 1500},
-    "bart-mini": {"prefix_length": 20, "hidden": 512, "adapter_width": 25, "batch_size": 16, "steps": 750},
-}
-LR = {
-    "gpt2": {"prefix": 8e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5, "embedding": 8e-5, "infix": 8e-5},
-    "bart": {"prefix": 5e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5},
-    "gpt2-mini": {"prefix": 0.1, "finetune": 1e-3, "top2": 1e-3, "adapter": 3e-3, "embedding": 0.1, "infix": 0.1},
-    "bart-mini": {"prefix": 3e-3, "finetune": 1e-3, "top2": 1e-3, "adapter": 3e-3},
-}
-METHODS = {  # what each is called where its texts are compared, and the options that set it
-    "prefix": ("the prefix", {"prefix_length", "hidden", "sites", "offset", "init"}),
-    "finetune": ("fine-tuning", set()),
-    "top2": ("fine-tuning", set()),
-    "adapter": ("adapters", {"adapter_width"}),
-    "embedding": ("virtual tokens", {"prefix_length", "hidden"}),
-    "infix": ("the infix", {"prefix_length", "hidden", "init"}),
-}
+NOUNS = {"prefix": "the prefix", "finetune": "fine-tuning", "top2": "fine-tuning", "adapter": "adapters",
+         "embedding": "virtual tokens", "infix": "the infix"}  # as their texts are compared  # fmt: skip
 # What a resumed run may do otherwise; train() itself looks at the data, the model and its dtype, and the steps.
 MAY_CHANGE = ("model", "task", "data", "epochs", "steps", "eval_inputs", "beams", "dtype", "device", "out", "resume")
 EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
@@ -76,7 +51,7 @@ def parse_args():
     add("--data", help="folder with the task's files; E2E: else data/e2e, else a download, else the bundled sample")
     add("--topics", nargs="+", metavar="TOPIC", help="train and take dev losses on these only (WebNLG: categories)")
     add("--topic-field", default="topic", metavar="NAME", help="the key of a JSONL row's topic (%(default)s)")
-    add("--method", choices=METHODS, default="prefix", help="what is trained (%(default)s)")
+    add("--method", choices=OPTIONS, default="prefix", help="what is trained (%(default)s)")
     add("--max-source", type=int, help="cut sources to so many tokens (BART 512; GPT-2's are not cut)")
     add("--prefix-length", type=int, help="virtual tokens (5, BART 200; gpt2-mini 100, bart-mini 20)")
     add("--adapter-width", type=int, help="of an adapter's bottleneck (108; gpt2-mini 28, bart-mini 25: 3%% of it)")
@@ -112,22 +87,14 @@ def parse_args():
 
 def fill_defaults(args):
     """What the command line leaves open, for this model and task."""
-    name, kind = model_name(args.model), str(read_config(args.model).get("model_type"))
-    settings = BUNDLED.get(name) or {**PAPER.get(kind, {}), **(PAPER_TASK.get(args.task, {}) if kind == "gpt2" else {})}
-    lr = LR.get(name if name in BUNDLED else kind, {}).get(args.method)
-    settings = {"lr": lr, **settings}
-    defaults = {"eval_every": 100, "beams": recipe(args.task)["beams"], **settings}
-    defaults = {key: value for key, value in defaults.items() if key not in other_options(args.method)}
+    kind = str(read_config(args.model).get("model_type"))
+    settings = default_settings(model_name(args.model), kind, args.task, args.method)
+    defaults = {"beams": recipe(args.task)["beams"], **settings}
     if args.epochs is not None or args.steps is not None:
         defaults = {key: value for key, value in defaults.items() if key not in ("epochs", "steps")}
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-
-
-def other_options(method):
-    """The options that set other methods only."""
-    return set().union(*(options for _, options in METHODS.values())) - METHODS[method][1]
 
 
 def check(args):
@@ -310,7 +277,7 @@ def spread(items, most):
 
 def make_writers(args, model, path, device, dtype):
     """Who writes without and with what was trained, read back from its file: how it is called -> (model, prefix)."""
-    noun = METHODS[args.method][0]
+    noun = NOUNS[args.method]
     before, after = ("before", "after") if noun == "fine-tuning" else ("without", "with")
     if args.method in ("prefix", "embedding", "infix"):  # the model is as it was
         writers = (model, None), (model, load_trained(path, model))

@@ -27,7 +27,7 @@ from minprefix import signals
 from minprefix.baselines import Adapters
 from minprefix.batches import collate, encode_pairs
 from minprefix.checkpoint import read_config
-from minprefix.data import find_e2e, json_rows, load_examples
+from minprefix.data import SUMMARISATION, TRIPLES, find_e2e, json_rows, load_examples
 from minprefix.examples import on_topics
 from minprefix.files import InputError, atomic_write, check_above_zero, read_json, run_main
 from minprefix.generate import generate, recipe
@@ -35,13 +35,13 @@ from minprefix.hub import model_name, resolve_model
 from minprefix.load import empty_model, keep_freed_memory, load_model, pick_device, pick_dtype
 from minprefix.prefix import Prefix
 from minprefix.report import draw, table
+from minprefix.settings import STUDY_STEPS, default_settings
 from minprefix.studies import METHODS, SEEN, STUDIES, TUNED, test_sets, tuning
 from minprefix.tokenizer import load_tokenizer
 from minprefix.training import batch_stream, make_optimizer, training_step
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # the repository, where train.py and sample.py are
-STEPS = {"gpt2-mini": 1000, "bart-mini": 400}  # of 16 examples; for other models the paper's epochs and
-SCHEDULE = {"e2e": (5, 10), "webnlg": (5, 5), "dart": (10, 5), "xsum": (30, 16), "scitldr": (30, 16)}  # batch size
+TASKS = ("e2e", *TRIPLES, *SUMMARISATION)
 START = 20  # seconds that the programs take to start, to read the data and to compile
 
 
@@ -50,7 +50,7 @@ def parse_args():
     add = parser.add_argument
     add("study", choices=STUDIES)
     add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 or BART folder, or a bundled name (%(default)s)")
-    add("--task", choices=SCHEDULE, help="what is learned (e2e; BART scitldr; extrapolation webnlg)")
+    add("--task", choices=TASKS, help="what is learned (e2e; BART scitldr; extrapolation webnlg)")
     add("--data", help="folder with the task's files")
     add("--steps", type=int, help="of a run on all data (gpt2-mini 1000, bart-mini 400, else the paper's epochs)")
     add("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each (101 102; in low data 101)")
@@ -68,8 +68,8 @@ def parse_args():
 def fill(args):
     """What the command line leaves open, and what model, data and machine say."""
     folder = resolve_model(args.model)
-    bart = read_config(folder).get("model_type") == "bart"
-    args.model = model_name(folder) or args.model
+    args.model, args.kind = model_name(folder) or args.model, str(read_config(folder).get("model_type"))
+    bart = args.kind == "bart"
     if args.study == "extrapolation":
         if args.task not in (None, "webnlg"):
             raise InputError(f"--task {args.task}: extrapolation needs topics, those of webnlg")
@@ -87,10 +87,11 @@ def fill(args):
     if args.study == "extrapolation":
         train = on_topics(train, SEEN, "webnlg, train split")
     args.tests = sum(len(inputs(args, *test)) for test in test_sets(args).values())
-    epochs, batch_size = SCHEDULE[args.task]
-    args.batch_size = 16 if args.model in STEPS else batch_size
+    settings = default_settings(args.model, args.kind, args.task)
+    args.batch_size = settings["batch_size"]
     pairs = sum(len(example.references) for example in train)
-    args.steps = args.steps or STEPS.get(args.model) or math.ceil(epochs * pairs / args.batch_size)
+    steps = args.steps or STUDY_STEPS.get(args.model)
+    args.steps = steps or math.ceil(settings["epochs"] * pairs / args.batch_size)
     args.seeds = list(dict.fromkeys(args.seeds or ([101] if args.study in ("low-data", "init") else [101, 102])))
     args.out = args.out or Path("runs", f"studies-{folder.resolve().name}")
     args.device = pick_device("auto")

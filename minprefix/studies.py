@@ -1,13 +1,16 @@
 """The paper's studies (Li & Liang 2021, sections 6 and 7), each a list of runs of train.py and sample.py.
 
-A study is a function of the settings -> its runs. The settings (`args`): model (name or folder), task, data (folder),
-steps and batch_size of a run on all of the data, seeds, samplings (how many, in low data), limit_test, widths (of the
-adapters), methods (those that the model can be trained with) and lr: method -> its learning rate.
+A study is a function of the settings -> its runs. The settings (`args`): model (name or folder), kind (its model_type),
+task, data (folder), steps and batch_size of a run on all of the data, seeds, samplings (how many, in low data),
+limit_test, widths (of the adapters), methods (those that the model can be trained with) and lr: method -> its learning
+rate.
 """
 
 import math
 import re
 from dataclasses import dataclass
+
+from minprefix.settings import learning_rate
 
 METHODS = ("prefix", "finetune", "top2", "adapter 3%", "adapter 0.1%", "embedding")  # --method, and what it may train
 SIZES = (50, 100, 200, 500)
@@ -106,23 +109,17 @@ TUNED = {  # which learning rates a study needs: of what data, for which methods
     "ablation": ("full", ("prefix", "embedding", "infix")),
     "extrapolation": ("topics", ("prefix", "finetune", "adapter 3%")),
 }
-MIDDLE = {  # the middle one of the rates that are tried; the best of earlier trials, so that it is seldom at an edge
-    "gpt2-mini": {"prefix": 0.1, "finetune": 1e-3, "top2": 3e-3, "adapter 3%": 1e-2, "adapter 0.1%": 0.03,
-                  "embedding": 1.0, "infix": 0.3},
-    "bart-mini": {"prefix": 3e-3, "finetune": 1e-3, "top2": 2e-3, "adapter 3%": 6e-3, "adapter 0.1%": 2e-2},
-    "other": {"prefix": 8e-5, "finetune": 5e-5, "top2": 5e-5, "adapter 3%": 8e-5, "adapter 0.1%": 8e-5,
-              "embedding": 8e-5, "infix": 8e-5},
-}  # fmt: skip
-LOW_DATA = {"gpt2-mini": {"prefix": 0.02, "finetune": 3e-4}}  # likewise, for low data where that differs
 
 
 def tuning(args, data, method):
     """A run for each of three learning rates, a factor of 3 apart: seed 101, two fifths of the steps, dev loss only.
 
+    The middle one is the default, which did best in earlier trials: so the best is seldom at an edge.
     data: "full", "low-data" (a sample of 200) or "topics" (WebNLG's seen categories).
     """
-    middles, runs = MIDDLE.get(args.model, MIDDLE["other"]), []
-    middle = {**middles, **(LOW_DATA.get(args.model, {}) if data == "low-data" else {})}[method]
+    default_width = method.removesuffix(" 3%")
+    middle = learning_rate(args.model, args.kind, args.task, default_width, low_data=data == "low-data")
+    runs = []
     for lr in (f"{middle * factor:.2g}" for factor in (1 / 3, 1, 3)):
         what = {"method": method, "lr": lr}
         if data == "low-data":
