@@ -8,7 +8,6 @@ Each run is a call of train.py and of sample.py, in a folder OUT/STUDY/RUN; a ro
 is done. The same command again goes on where it stopped, and writes OUT/STUDY/table.md.
 """
 
-import argparse
 import json
 import math
 import os
@@ -29,10 +28,11 @@ from minprefix.batches import collate, encode_pairs
 from minprefix.checkpoint import read_config
 from minprefix.data import SUMMARISATION, TRIPLES, find_e2e, json_rows, load_examples
 from minprefix.examples import on_topics
-from minprefix.files import InputError, atomic_write, check_above_zero, read_json, run_main
+from minprefix.files import InputError, atomic_write, read_json, run_main
 from minprefix.generate import generate, recipe
 from minprefix.hub import model_name, resolve_model
 from minprefix.load import empty_model, keep_freed_memory, load_model, pick_device, pick_dtype
+from minprefix.options import Parser, check_above_zero
 from minprefix.prefix import Prefix
 from minprefix.report import draw, table
 from minprefix.settings import STUDY_STEPS, default_settings
@@ -46,26 +46,29 @@ START = 20  # seconds that the programs take to start, to read the data and to c
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m minprefix.experiments STUDY", __doc__)
     add = parser.add_argument
-    add("study", choices=STUDIES)
-    add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 or BART folder, or a bundled name (%(default)s)")
-    add("--task", choices=TASKS, help="what is learned (e2e; BART scitldr; extrapolation webnlg)")
-    add("--data", help="folder with the task's files")
-    add("--steps", type=int, help="of a run on all data (gpt2-mini 1000, bart-mini 400, else the paper's epochs)")
+    steps = ", ".join(f"{name} {steps}" for name, steps in STUDY_STEPS.items())
+    add("study", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
+    add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 or BART folder, or a name (%(default)s)")
+    add("--task", choices=TASKS, metavar="TASK", help="e2e, ... (e2e; BART scitldr; extrapolation webnlg)")
+    add("--data", metavar="FOLDER", help="of the task's files (e2e: data/e2e)")
+    add("--steps", type=int, metavar="N", help=f"of a run on all data ({steps}, else by epochs)")
     add("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each (101 102; in low data 101)")
-    add("--samplings", type=int, default=5, help="in low data: samples of each size, runs for each (%(default)s)")
-    add("--limit-test", type=int, help="score the first N test inputs only")
-    add("--out", type=Path, help="folder for all that is written (runs/studies-MODEL)")
-    add("--jobs", type=int, help="runs at a time (one for each CPU core; 1 on a GPU)")
-    add("--dry-run", action="store_true", help="print the commands and the time that they would take, then stop")
+    add("--samplings", type=int, metavar="N", help="samples of each size, in low-data and init (5)")
+    add("--limit-test", type=int, metavar="N", help="score the first N test inputs only")
+    add("--out", type=Path, metavar="FOLDER", help="for all that is written (runs/studies-MODEL)")
+    add("--jobs", type=int, metavar="N", help="runs at a time (one for each CPU core; 1 on a GPU)")
+    add("--dry-run", action="store_true", help="print the commands and their time, then stop")
     args = parser.parse_args()
     check_above_zero(args, ("steps", "samplings", "limit_test", "jobs"))
-    fill(args)
+    if args.samplings is not None and args.study not in ("low-data", "init"):
+        raise InputError(f"--samplings does nothing for the study {args.study}: leave it out")
+    complete(args)
     return args
 
 
-def fill(args):
+def complete(args):
     """What the command line leaves open, and what model, data and machine say."""
     folder = resolve_model(args.model)
     args.model, args.kind = model_name(folder) or args.model, str(read_config(folder).get("model_type"))
@@ -90,8 +93,8 @@ def fill(args):
     settings = default_settings(args.model, args.kind, args.task)
     args.batch_size = settings["batch_size"]
     pairs = sum(len(example.references) for example in train)
-    steps = args.steps or STUDY_STEPS.get(args.model)
-    args.steps = steps or math.ceil(settings["epochs"] * pairs / args.batch_size)
+    args.steps = args.steps or STUDY_STEPS.get(args.model) or math.ceil(settings["epochs"] * pairs / args.batch_size)
+    args.samplings = args.samplings or 5
     args.seeds = list(dict.fromkeys(args.seeds or ([101] if args.study in ("low-data", "init") else [101, 102])))
     args.out = args.out or Path("runs", f"studies-{folder.resolve().name}")
     args.device = pick_device("auto")

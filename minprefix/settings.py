@@ -3,6 +3,13 @@
 How texts are searched for by default is `recipe` in generate.py.
 """
 
+from argparse import Namespace
+
+from minprefix.checkpoint import read_config
+from minprefix.generate import recipe
+from minprefix.hub import model_name
+from minprefix.options import fill
+
 PAPER = {  # by config.json's model_type
     "gpt2": {"prefix_length": 5, "hidden": 512, "adapter_width": 108, "batch_size": 10, "epochs": 5},
     "bart": {"prefix_length": 200, "hidden": 800, "adapter_width": 108, "batch_size": 16, "epochs": 30,
@@ -50,6 +57,15 @@ def default_settings(name: str | None, kind: str, task: str, method: str = "pref
     return {key: value for key, value in settings.items() if key not in other_options(method)}
 
 
+def fill_settings(args: Namespace) -> None:
+    """What the command line of train.py leaves open; args.model is a folder."""
+    kind = str(read_config(args.model).get("model_type"))
+    settings = default_settings(model_name(args.model), kind, args.task, args.method)
+    if args.epochs is not None or args.steps is not None:
+        settings = {key: value for key, value in settings.items() if key not in ("epochs", "steps")}
+    fill(args, {"topic_field": "topic", "low_data_seed": 0, "beams": recipe(args.task)["beams"], **settings})
+
+
 def learning_rate(name: str | None, kind: str, task: str, method: str, low_data: bool = False) -> float | None:
     """The default, and the middle of the rates that a study tries. None for what a model cannot be trained with.
 
@@ -80,7 +96,7 @@ def settings_table() -> str:
             for key, value in default_settings(name, kind, "", method).items():
                 label = f"--lr of {method}" if key == "lr" else f"--{key.replace('_', '-')}"
                 rows.setdefault(label, {})[name] = value
-    cells = [["[by model]", *models]]
+    cells = [["defaults by model", *models]]
     for label in sorted(rows, key=lambda label: (label.startswith("--lr"), label)):
         cells.append([f"  {label}", *(shown(rows[label].get(name)) for name in models)])
     lines = ["".join([f"{label:22}", *(f"{cell:>13}" for cell in row)]) for label, *row in cells]
