@@ -3,6 +3,7 @@
 import argparse
 import math
 from functools import partial
+from typing import NoReturn
 
 from minprefix.files import InputError
 
@@ -13,12 +14,12 @@ DTYPES = ("auto", "float32", "bfloat16")
 class Parser(argparse.ArgumentParser):
     """argparse's, but for the usage (all options, a wall) and for errors, which are raised as InputError."""
 
-    def __init__(self, prog: str, description: str, epilog: str | None = None):
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
         page = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100)
         usage = "%(prog)s [OPTION ...]"
         super().__init__(prog=prog, usage=usage, description=description, epilog=epilog, formatter_class=page)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; {self.prog} --help lists the options")
 
 
