@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from minprefix.attention import causal_mask
 from minprefix.checkpoint import read_safetensors, write_safetensors
 from minprefix.files import InputError
-from minprefix.load import check_state
-from minprefix.prefix import FoldedInfix, FoldedPrefix, Prefix, check_fingerprint, load_prefix, version
+from minprefix.hub import model_name
+from minprefix.load import check_state, save_model
+from minprefix.prefix import FoldedInfix, FoldedPrefix, Prefix, check_fingerprint, load_prefix, save_prefix, version
 
 METHODS = ("prefix", "finetune", "top2", "adapter", "embedding", "infix")
 SUBLAYER_ENDS = ("attn.c_proj", "mlp.c_proj", "attn.out_proj", ".fc2")  # the last product of each, in GPT-2 and BART
@@ -155,7 +156,47 @@ class Infix(Prefix):
         super().__init__(model, length, hidden)
 
 
+def make_tuned(
+    method: str, model: nn.Module, *, length: int | None = None, hidden: int | None = None,
+    adapter_width: int | None = None, position_offset: int | None = None, sites: list[str] | None = None,
+) -> nn.Module:  # fmt: skip
+    """What a method trains on a model: a `Prefix`, or what takes its place."""
+    if method == "prefix":
+        return Prefix(model, length, hidden, position_offset, sites)
+    if method == "finetune":
+        return Finetune(model)
+    if method == "top2":
+        return Finetune(model, top_layers(model))
+    if method == "adapter":
+        return Adapters(model, adapter_width)
+    return {"embedding": Embedding, "infix": Infix}[method](model, length, hidden)
+
+
 # ---- files ----
+
+
+def save_tuned(
+    tuned: nn.Module, model: nn.Module, method: str, out: Path, base: Path, base_fingerprint: list[float], *,
+    task: str, sequence: str, max_source: int | None = None,
+) -> Path:  # fmt: skip
+    """Write what was trained into a run's folder, METHOD.safetensors or the folder of a fine-tuned model -> its path.
+
+    base, base_fingerprint: the model's folder, its fingerprint before training. With it goes what sample.py must know:
+    the task, where sources are cut; sequence: `sequence_form` of the model.
+    """
+    info = {"task": "jsonl" if task.endswith(".jsonl") else task, "sequence": sequence}
+    if max_source:
+        info["max_source"] = str(max_source)
+    if method == "finetune":
+        save_model(model, out / "model", base, minprefix=info)
+        return out / "model"
+    path = out / f"{method}.safetensors"
+    info |= {"method": method, "base_model": model_name(base) or str(base.resolve())}
+    if isinstance(tuned, Prefix):
+        save_prefix(path, tuned.fold(), model, info)
+    else:
+        save_trained(path, tuned.fold(), base_fingerprint, info)
+    return path
 
 
 def trained_file(path):
@@ -178,6 +219,18 @@ def save_trained(path, tensors, base_fingerprint, info):
     """Write what `fold` gives. base_fingerprint: the model's, before training. info: method, base_model, ... (str)."""
     info = {"format": "minprefix", "version": version(), "base_fingerprint": json.dumps(base_fingerprint), **info}
     write_safetensors(path, tensors, info)
+
+
+def told_by_model(model: nn.Module) -> dict[str, str]:
+    """What train.py wrote into the config.json of a fine-tuned model; nothing of any other model."""
+    info = model.config.get("minprefix")
+    return {key: str(value) for key, value in info.items()} if isinstance(info, dict) else {}
+
+
+def trained_max_source(info: dict[str, str]) -> int | None:
+    """Where train.py cut the sources, if it was told to."""
+    length = info.get("max_source", "")
+    return int(length) if length.isascii() and length.isdigit() and len(length) < 8 else None
 
 
 def read_trained(path):

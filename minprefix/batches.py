@@ -5,14 +5,19 @@ GPT-2 reads `" {x} <|endoftext|> {y} <|endoftext|>"` in one sequence, as in the 
 loss. Shapes: B rows, S source tokens, T tokens, N target tokens of a batch.
 """
 
+import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from minprefix.attention import real_tokens
+from minprefix.data import load_examples
+from minprefix.examples import Example, draw_pairs, on_topics, spread
 from minprefix.files import InputError
+from minprefix.tokenizer import Tokenizer
 
 MAX_SOURCE = 512  # tokens of a source that an encoder reads (the paper's XSum articles are cut there, too)
 
@@ -95,6 +100,45 @@ def check_lengths(pairs, model, start, what):
             f"{longest} tokens, but the model has room for {max(room, 0)} from position {start} on: shorten that text "
             f"or the prefix, or {remedy}"
         )
+
+
+# ---- tasks -> what fits the model ----
+
+
+def load_pairs(
+    task: str, split: str, tokenizer: Tokenizer, model: torch.nn.Module, start: int, max_source: int | None = None, *,
+    data: str | None = None, topics: Sequence[str] | None = None, topic_field: str = "topic", limit: int | None = None,
+    low_data: int | None = None, seed: int = 0,
+) -> list[tuple[list[int], list[int]]]:  # fmt: skip
+    """The (source ids, target ids) of a task's split, all of which fit the model; InputError if one does not.
+
+    start: position of the first token after the prefix. data, topic_field: see `load_examples`. topics: pairs on these
+    only. limit: the first so many. low_data: so many, or of "dev" the paper's 30% of it, drawn at random from the seed.
+    """
+    where = f"{task}, {split} split"
+    examples = load_examples(task, split, data, topic_field)
+    if topics:
+        examples = on_topics(examples, topics, where)
+    if low_data:
+        count = math.ceil(3 * low_data / 10) if split == "dev" else low_data
+        examples = draw_pairs(examples, count, seed, where)
+    pairs = encode_pairs(examples[:limit], tokenizer, model, max_source, f"{split} sources")[:limit]
+    check_lengths(pairs, model, start, where)
+    return pairs
+
+
+def load_inputs(
+    task: str, split: str, count: int, tokenizer: Tokenizer, model: torch.nn.Module, start: int,
+    max_source: int | None = None, *, data: str | None = None, new_tokens: int,
+) -> list[Example]:  # fmt: skip
+    """At most `count` Examples of a task's split, evenly spaced; they leave room for so many new tokens."""
+    if count == 0:
+        return []  # there need not be such a split
+    examples = spread(load_examples(task, split, data), count)
+    sources = encode_sources([example.source for example in examples], tokenizer, model, max_source, what=None)
+    longest = [(source, [0] * new_tokens) for source in sources]
+    check_lengths(longest, model, start, f"{task}, {split} split with {new_tokens} new tokens")
+    return examples
 
 
 # ---- ids -> batches ----

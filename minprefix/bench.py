@@ -24,12 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minprefix.batches import collate, encode_pairs, pad, pair_lengths, start_id
 from minprefix.data import Example, load_examples
-from minprefix.files import InputError, check_above_zero, run_main
+from minprefix.files import InputError, run_main
 from minprefix.generate import generate_ids
 from minprefix.hub import resolve_model
 from minprefix.linear import Linear, pack_weights
 from minprefix.load import keep_freed_memory, load_model, pick_device, pick_dtype
 from minprefix.loss import target_loss
+from minprefix.options import check_above_zero
 from minprefix.prefix import Prefix
 from minprefix.tokenizer import load_tokenizer
 from minprefix.training import batch_stream, make_optimizer, training_step

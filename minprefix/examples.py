@@ -1,6 +1,7 @@
 """What an example of a task is: texts that are fit to be used, grouped by source, chosen by topic or by lot."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,3 +63,9 @@ def draw_pairs(examples, count, seed, where):
     if count > len(pairs):
         raise InputError(f"{where} has {len(pairs):,} pairs of a source and a reference: {count:,} cannot be drawn")
     return [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[:count]]
+
+
+def spread(items: Sequence, most: int) -> list:
+    """At most so many of the items, evenly spaced."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -8,7 +8,6 @@ Each run is a call of train.py and of sample.py, in a folder OUT/STUDY/RUN; a ro
 is done. The same command again goes on where it stopped, and writes OUT/STUDY/table.md.
 """
 
-import argparse
 import json
 import math
 import os
@@ -17,6 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -27,49 +28,53 @@ from minprefix import signals
 from minprefix.baselines import Adapters
 from minprefix.batches import collate, encode_pairs
 from minprefix.checkpoint import read_config
-from minprefix.data import find_e2e, json_rows, load_examples
-from minprefix.examples import on_topics
-from minprefix.files import InputError, atomic_write, check_above_zero, read_json, run_main
+from minprefix.data import SUMMARISATION, TRIPLES, find_e2e, json_rows, load_examples
+from minprefix.examples import Example, on_topics
+from minprefix.files import InputError, atomic_write, read_json, run_main
 from minprefix.generate import generate, recipe
 from minprefix.hub import model_name, resolve_model
 from minprefix.load import empty_model, keep_freed_memory, load_model, pick_device, pick_dtype
+from minprefix.options import Parser, check_above_zero
 from minprefix.prefix import Prefix
 from minprefix.report import draw, table
-from minprefix.studies import METHODS, SEEN, STUDIES, TUNED, test_sets, tuning
+from minprefix.settings import STUDY_STEPS, default_settings
+from minprefix.studies import METHODS, SEEN, STUDIES, TUNED, Run, test_sets, tuning
 from minprefix.tokenizer import load_tokenizer
 from minprefix.training import batch_stream, make_optimizer, training_step
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # the repository, where train.py and sample.py are
-STEPS = {"gpt2-mini": 1000, "bart-mini": 400}  # of 16 examples; for other models the paper's epochs and
-SCHEDULE = {"e2e": (5, 10), "webnlg": (5, 5), "dart": (10, 5), "xsum": (30, 16), "scitldr": (30, 16)}  # batch size
+TASKS = ("e2e", *TRIPLES, *SUMMARISATION)
 START = 20  # seconds that the programs take to start, to read the data and to compile
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args() -> Namespace:
+    parser = Parser("python -m minprefix.experiments STUDY", __doc__)
     add = parser.add_argument
-    add("study", choices=STUDIES)
-    add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 or BART folder, or a bundled name (%(default)s)")
-    add("--task", choices=SCHEDULE, help="what is learned (e2e; BART scitldr; extrapolation webnlg)")
-    add("--data", help="folder with the task's files")
-    add("--steps", type=int, help="of a run on all data (gpt2-mini 1000, bart-mini 400, else the paper's epochs)")
+    steps = ", ".join(f"{name} {steps}" for name, steps in STUDY_STEPS.items())
+    add("study", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
+    add("--model", default="gpt2-mini", help="a HuggingFace GPT-2 or BART folder, or a name (%(default)s)")
+    add("--task", choices=TASKS, metavar="TASK", help="e2e, ... (e2e; BART scitldr; extrapolation webnlg)")
+    add("--data", metavar="FOLDER", help="of the task's files (e2e: data/e2e)")
+    add("--steps", type=int, metavar="N", help=f"of a run on all data ({steps}, else by epochs)")
     add("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each (101 102; in low data 101)")
-    add("--samplings", type=int, default=5, help="in low data: samples of each size, runs for each (%(default)s)")
-    add("--limit-test", type=int, help="score the first N test inputs only")
-    add("--out", type=Path, help="folder for all that is written (runs/studies-MODEL)")
-    add("--jobs", type=int, help="runs at a time (one for each CPU core; 1 on a GPU)")
-    add("--dry-run", action="store_true", help="print the commands and the time that they would take, then stop")
+    add("--samplings", type=int, metavar="N", help="samples of each size, in low-data and init (5)")
+    add("--limit-test", type=int, metavar="N", help="score the first N test inputs only")
+    add("--out", type=Path, metavar="FOLDER", help="for all that is written (runs/studies-MODEL)")
+    add("--jobs", type=int, metavar="N", help="runs at a time (one for each CPU core; 1 on a GPU)")
+    add("--dry-run", action="store_true", help="print the commands and their time, then stop")
     args = parser.parse_args()
     check_above_zero(args, ("steps", "samplings", "limit_test", "jobs"))
-    fill(args)
+    if args.samplings is not None and args.study not in ("low-data", "init"):
+        raise InputError(f"--samplings does nothing for the study {args.study}: leave it out")
+    complete(args)
     return args
 
 
-def fill(args):
+def complete(args: Namespace) -> None:
     """What the command line leaves open, and what model, data and machine say."""
     folder = resolve_model(args.model)
-    bart = read_config(folder).get("model_type") == "bart"
-    args.model = model_name(folder) or args.model
+    args.model, args.kind = model_name(folder) or args.model, str(read_config(folder).get("model_type"))
+    bart = args.kind == "bart"
     if args.study == "extrapolation":
         if args.task not in (None, "webnlg"):
             raise InputError(f"--task {args.task}: extrapolation needs topics, those of webnlg")
@@ -87,10 +92,11 @@ def fill(args):
     if args.study == "extrapolation":
         train = on_topics(train, SEEN, "webnlg, train split")
     args.tests = sum(len(inputs(args, *test)) for test in test_sets(args).values())
-    epochs, batch_size = SCHEDULE[args.task]
-    args.batch_size = 16 if args.model in STEPS else batch_size
+    settings = default_settings(args.model, args.kind, args.task)
+    args.batch_size = settings["batch_size"]
     pairs = sum(len(example.references) for example in train)
-    args.steps = args.steps or STEPS.get(args.model) or math.ceil(epochs * pairs / args.batch_size)
+    args.steps = args.steps or STUDY_STEPS.get(args.model) or math.ceil(settings["epochs"] * pairs / args.batch_size)
+    args.samplings = args.samplings or 5
     args.seeds = list(dict.fromkeys(args.seeds or ([101] if args.study in ("low-data", "init") else [101, 102])))
     args.out = args.out or Path("runs", f"studies-{folder.resolve().name}")
     args.device = pick_device("auto")
@@ -99,13 +105,13 @@ def fill(args):
     args.threads = max(1, cores // args.jobs)  # runs of one thread each are faster than one with all threads
 
 
-def inputs(args, split, topics):
+def inputs(args: Namespace, split: str, topics: Sequence[str]) -> list[Example]:
     """The Examples that sample.py writes texts for."""
     examples = load_examples(args.task, split, args.data)
     return (on_topics(examples, topics, f"{args.task}, {split} split") if topics else examples)[: args.limit_test]
 
 
-def adapter_width(folder, share):
+def adapter_width(folder: Path, share: float) -> int:
     """The width of adapters that come nearest to a share of the model's weights: shapes alone, nothing is loaded."""
     model = empty_model(folder)
     total = sum(p.numel() for p in model.parameters())
@@ -114,7 +120,7 @@ def adapter_width(folder, share):
     return max(1, 1 + round((share * total - one) / (two - one)))
 
 
-def main():
+def main() -> None:
     args = parse_args()
     for script in ("train.py", "sample.py"):
         if not (SCRIPTS / script).is_file():
@@ -146,12 +152,12 @@ def main():
     draw(rows, args.out / args.study / "figure.png")
 
 
-def read_rates(path):
+def read_rates(path: Path) -> dict[str, dict[str, float | None]]:
     """method -> {learning rate: dev loss}."""
     return read_json(path) if path.is_file() else {}
 
 
-def best(losses):
+def best(losses: dict[str, float | None]) -> str:
     """The learning rate (a string) with the lowest dev loss; None stands for a run that diverged."""
     finite = [lr for lr in losses if losses[lr] is not None]
     if not finite:
@@ -162,7 +168,7 @@ def best(losses):
 # ---- the plan and its time ----
 
 
-def measure(args):
+def measure(args: Namespace) -> dict[str, float]:
     """Seconds here of a prefix's training on an example, and of a text, with as many threads as a run will have."""
     keep_freed_memory()
     torch.set_num_threads(args.threads)
@@ -183,14 +189,14 @@ def measure(args):
     return {"training example": statistics.median(seconds), "text": (time.perf_counter() - started) / len(sources)}
 
 
-def estimate(run, args, speed):
+def estimate(run: Run, args: Namespace, speed: dict[str, float]) -> float:
     """A run's seconds: fine-tuning takes about 1.5 times as long as training a prefix, a dev loss half as long."""
     trained = run.examples * (1.5 if "finetune" in run.train else 1) + run.dev_examples / 2
     texts = args.tests if run.samples else 0
     return START + trained * speed["training example"] + texts * speed["text"]
 
 
-def show(runs, folder, args, speed):
+def show(runs: list[Run], folder: Path, args: Namespace, speed: dict[str, float]) -> None:
     """Print the runs that are not done yet, with their commands, and what all of it comes to."""
     done = read_rows(folder, runs)
     left = [run for run in runs if run.name not in done]
@@ -204,14 +210,14 @@ def show(runs, folder, args, speed):
           f"{texts:,} texts, {total}")  # fmt: skip
 
 
-def minutes(seconds):
+def minutes(seconds: float) -> str:
     return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"
 
 
 # ---- the runs ----
 
 
-def commands(run, folder):
+def commands(run: Run, folder: Path) -> Iterator[list[str]]:
     """A run's command lines, without Python's: train.py, then sample.py for each set of inputs."""
     out, train, sample = folder / run.name, *(os.path.relpath(SCRIPTS / name) for name in ("train.py", "sample.py"))
     yield [train, *run.train, "--resume", "--out", str(out)]
@@ -219,7 +225,7 @@ def commands(run, folder):
         yield [sample, "--prefix", str(out), *arguments, "--evaluate", "--output", str(out / f"{name}.txt")]
 
 
-def execute(runs, folder, args):
+def execute(runs: list[Run], folder: Path, args: Namespace) -> list[dict]:
     """Do the runs that have no row yet, args.jobs at a time -> the rows of all. InputError when one fails.
 
     However it ends, no process is left; a run that was stopped goes on from its checkpoint.
@@ -265,7 +271,7 @@ def execute(runs, folder, args):
     return [rows[run.name] for run in runs]
 
 
-def start(command, out, args):
+def start(command: list[str], out: Path, args: Namespace) -> subprocess.Popen:
     """A command as a process that writes to OUT/output.txt."""
     out.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(args.threads)} if args.device == "cpu" else {}
@@ -274,7 +280,7 @@ def start(command, out, args):
                                 env={**os.environ, **threads})  # fmt: skip
 
 
-def has_diverged(run, out):
+def has_diverged(run: Run, out: Path) -> bool:
     """True if a learning rate that is tried made training diverge; InputError if a command failed otherwise."""
     line = last_line(out)
     if run.samples or "the loss became" not in line:
@@ -282,12 +288,12 @@ def has_diverged(run, out):
     return True
 
 
-def last_line(out):
+def last_line(out: Path) -> str:
     lines = (out / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line.strip().removeprefix("error: ") for line in reversed(lines) if line.strip()), "it said nothing")
 
 
-def make_row(run, out, diverged):
+def make_row(run: Run, out: Path, diverged: bool) -> dict:
     """What there is to know of a run that is done; one that diverged has no dev loss."""
     row = {"run": run.name, "what": run.what, "train": run.train, "samples": run.samples, "dev_loss": None}
     if not diverged:
@@ -297,7 +303,7 @@ def make_row(run, out, diverged):
     return row
 
 
-def read_rows(folder, runs):
+def read_rows(folder: Path, runs: list[Run]) -> dict[str, dict]:
     """name -> row for all rows of FOLDER/rows.jsonl; InputError if one of these runs was done with other settings."""
     path = folder / "rows.jsonl"
     rows = {row["run"]: row for _, row in json_rows(path)} if path.is_file() else {}

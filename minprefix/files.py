@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import signal
 import sys
@@ -58,14 +57,6 @@ def read_json(path):
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
-
-
-def check_above_zero(args, keys):
-    """InputError if one of these options of a command line is given and not above 0, or not finite."""
-    for key in keys:
-        value = getattr(args, key)
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"--{key.replace('_', '-')} is {value}: it must be above 0, and finite")
 
 
 @contextlib.contextmanager

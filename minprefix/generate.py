@@ -5,6 +5,7 @@ Shapes: B examples, K beams, R = B or B * K rows, S source tokens, N new tokens 
 """
 
 import copy
+import math
 
 import torch
 from tqdm import tqdm
@@ -29,6 +30,17 @@ def recipe(task):
         return {"beams": 6, "length_penalty": 0.8, "no_repeat_ngram": 3, "min_new_tokens": 10, "max_new_tokens": 60}
     return {"beams": 5, "length_penalty": 1.0, "no_repeat_ngram": 0, "min_new_tokens": 0,
             "max_new_tokens": 100 if task in TRIPLES else 64}  # fmt: skip
+
+
+def search_options(task: str, given: dict) -> dict:
+    """The task's `recipe`, but for the options that are given (not None); with "sample" no beams, unless given.
+
+    A text that may not be long need not be as long as the recipe wants it.
+    """
+    options = {**recipe(task), **({"beams": 1} if given.get("sample") else {})}
+    given = {key: given[key] for key in options if given.get(key) is not None}
+    options["min_new_tokens"] = min(options["min_new_tokens"], given.get("max_new_tokens", math.inf))
+    return {**options, **given}
 
 
 def generate(model, tokenizer, sources, prefix=None, beams=5, max_new_tokens=64, max_source=None, what="sources",

@@ -1,13 +1,18 @@
 """The paper's studies (Li & Liang 2021, sections 6 and 7), each a list of runs of train.py and sample.py.
 
-A study is a function of the settings -> its runs. The settings (`args`): model (name or folder), task, data (folder),
-steps and batch_size of a run on all of the data, seeds, samplings (how many, in low data), limit_test, widths (of the
-adapters), methods (those that the model can be trained with) and lr: method -> its learning rate.
+A study is a function of the settings -> its runs. The settings (`args`): model (name or folder), kind (its model_type),
+task, data (folder), steps and batch_size of a run on all of the data, seeds, samplings (how many, in low data),
+limit_test, widths (of the adapters), methods (those that the model can be trained with) and lr: method -> its learning
+rate.
 """
 
 import math
 import re
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from minprefix.settings import learning_rate
 
 METHODS = ("prefix", "finetune", "top2", "adapter 3%", "adapter 0.1%", "embedding")  # --method, and what it may train
 SIZES = (50, 100, 200, 500)
@@ -21,19 +26,19 @@ SEEN = ("Airport", "Astronaut", "City", "ComicsCharacter", "Monument", "Universi
 @dataclass
 class Run:
     name: str  # of its folder
-    what: dict  # what the study varies, but for the seeds: runs alike in this are one row of the table
-    train: list  # train.py's arguments
-    samples: dict  # name of a set of scores -> sample.py's arguments
+    what: dict[str, str | int]  # what the study varies, but for the seeds: runs alike in this are one row of the table
+    train: list[str]  # train.py's arguments
+    samples: dict[str, list[str]]  # name of a set of scores -> sample.py's arguments
     examples: int  # that training sees
     dev_examples: int  # that its evaluations see, all in all
 
 
-def full(args):
+def full(args: Namespace) -> list[Run]:
     """Every method on all of the training data (tables 1 and 2)."""
     return [make_run(args, {"method": method}, method, seed) for method in args.methods for seed in args.seeds]
 
 
-def low_data(args):
+def low_data(args: Namespace) -> list[Run]:
     """Prefix-tuning and fine-tuning on few examples (figure 3)."""
     return [
         low_data_run(args, {"method": method, "examples": size}, method, size, sampling, seed)
@@ -44,7 +49,7 @@ def low_data(args):
     ]
 
 
-def length(args):
+def length(args: Namespace) -> list[Run]:
     """How long a prefix should be (figure 4)."""
     return [
         make_run(args, {"length": length}, "prefix", seed, ["--prefix-length", str(length)])
@@ -53,7 +58,7 @@ def length(args):
     ]
 
 
-def init(args):
+def init(args: Namespace) -> list[Run]:
     """What a prefix is started from when there are few examples (figure 5)."""
     return [
         low_data_run(args, {"started from": words or "random numbers", "examples": size}, "prefix", size, sampling,
@@ -65,7 +70,7 @@ def init(args):
     ]  # fmt: skip
 
 
-def ablation(args):
+def ablation(args: Namespace) -> list[Run]:
     """Where virtual tokens act: in every layer, in the embedding only, or between source and target (table 4)."""
     return [
         make_run(args, {"method": method, "length": length}, method, seed, ["--prefix-length", str(length)])
@@ -75,7 +80,7 @@ def ablation(args):
     ]
 
 
-def extrapolation(args):
+def extrapolation(args: Namespace) -> list[Run]:
     """Trained on some of WebNLG's categories, tested on those and on the others (as table 3 on other data)."""
     return [
         make_run(args, {"method": method}, method, seed, ["--topics", *SEEN])
@@ -84,7 +89,7 @@ def extrapolation(args):
     ]
 
 
-def test_sets(args):
+def test_sets(args: Namespace) -> dict[str, tuple[str, Sequence[str]]]:
     """What a study's runs are tested on: name -> (split, topics or none)."""
     if args.study == "extrapolation":
         return {"seen": ("dev", SEEN), "unseen": ("dev", UNSEEN)}
@@ -106,23 +111,16 @@ TUNED = {  # which learning rates a study needs: of what data, for which methods
     "ablation": ("full", ("prefix", "embedding", "infix")),
     "extrapolation": ("topics", ("prefix", "finetune", "adapter 3%")),
 }
-MIDDLE = {  # the middle one of the rates that are tried; the best of earlier trials, so that it is seldom at an edge
-    "gpt2-mini": {"prefix": 0.1, "finetune": 1e-3, "top2": 3e-3, "adapter 3%": 1e-2, "adapter 0.1%": 0.03,
-                  "embedding": 1.0, "infix": 0.3},
-    "bart-mini": {"prefix": 3e-3, "finetune": 1e-3, "top2": 2e-3, "adapter 3%": 6e-3, "adapter 0.1%": 2e-2},
-    "other": {"prefix": 8e-5, "finetune": 5e-5, "top2": 5e-5, "adapter 3%": 8e-5, "adapter 0.1%": 8e-5,
-              "embedding": 8e-5, "infix": 8e-5},
-}  # fmt: skip
-LOW_DATA = {"gpt2-mini": {"prefix": 0.02, "finetune": 3e-4}}  # likewise, for low data where that differs
 
 
-def tuning(args, data, method):
+def tuning(args: Namespace, data: str, method: str) -> list[Run]:
     """A run for each of three learning rates, a factor of 3 apart: seed 101, two fifths of the steps, dev loss only.
 
+    The middle one is the default, which did best in earlier trials: so the best is seldom at an edge.
     data: "full", "low-data" (a sample of 200) or "topics" (WebNLG's seen categories).
     """
-    middles, runs = MIDDLE.get(args.model, MIDDLE["other"]), []
-    middle = {**middles, **(LOW_DATA.get(args.model, {}) if data == "low-data" else {})}[method]
+    runs, named = [], method.removesuffix(" 3%")  # the default width
+    middle = learning_rate(args.model, args.kind, args.task, named, low_data=data == "low-data")
     for lr in (f"{middle * factor:.2g}" for factor in (1 / 3, 1, 3)):
         what = {"method": method, "lr": lr}
         if data == "low-data":
@@ -136,7 +134,10 @@ def tuning(args, data, method):
 # ---- runs ----
 
 
-def low_data_run(args, what, method, size, sampling, seed, options=(), **others):
+def low_data_run(
+    args: Namespace, what: dict, method: str, size: int, sampling: int, seed: int, options: Sequence[str] = (),
+    **others: str | bool,
+) -> Run:  # fmt: skip
     """A run on a sample of the training data with the paper's settings: 400 steps of 10, 100 of them warm-up."""
     steps = min(400, args.steps)
     options = [*options, "--low-data", str(size), "--low-data-seed", str(sampling), "--warmup", str(steps // 4)]
@@ -144,8 +145,11 @@ def low_data_run(args, what, method, size, sampling, seed, options=(), **others)
     return make_run(args, what, method, seed, options, name=f"sampling{sampling}", **others)
 
 
-def make_run(args, what, method, seed, options=(), *, name=None, lr=None, steps=None, batch_size=None, evaluations=10,
-             dev=500, tested=True):  # fmt: skip
+def make_run(
+    args: Namespace, what: dict, method: str, seed: int, options: Sequence[str] = (), *, name: str | None = None,
+    lr: str | None = None, steps: int | None = None, batch_size: int | None = None, evaluations: int = 10,
+    dev: int = 500, tested: bool = True,
+) -> Run:  # fmt: skip
     """The run of a method with further options of train.py, by default with the settings of the study."""
     steps, batch_size = steps or args.steps, batch_size or args.batch_size
     if method in ("embedding", "infix") and "--prefix-length" not in options:

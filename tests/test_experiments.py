@@ -18,7 +18,7 @@ import torch
 
 import sample
 import train
-from minprefix import experiments, report, studies
+from minprefix import experiments, report, settings, studies
 from minprefix.data import json_rows
 from tests.test_scripts import call
 from tests.tiny import write_tiny_bart, write_tiny_model
@@ -81,7 +81,7 @@ def scripts(world, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "SCRIPTS", tmp_path)
     monkeypatch.setattr(experiments, "measure", lambda args: SPEED)
     monkeypatch.setattr(studies, "LENGTHS", (1, 10))
-    monkeypatch.setitem(studies.MIDDLE["other"], "prefix", 0.1)
+    monkeypatch.setitem(settings.LR["gpt2"], "prefix", 0.1)
     return tmp_path
 
 

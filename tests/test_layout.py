@@ -8,7 +8,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_each_file_imports_only_files_above_it():
-    table = README[README.index("## Read it") :]
+    table = README[README.index("## How it works") :]
     order = [name for name in re.findall(r"`minprefix/(\w+)\.py`", table)]
     assert sorted(order) == sorted(p.stem for p in (ROOT / "minprefix").glob("*.py") if p.stem != "__init__")
     for place, name in enumerate(order):

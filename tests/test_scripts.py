@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -13,7 +14,7 @@ import torch
 
 import sample
 import train
-from minprefix import load_model, load_prefix, load_tokenizer, metrics, training
+from minprefix import experiments, load_model, load_prefix, load_tokenizer, metrics, training
 from minprefix.checkpoint import read_safetensors
 from minprefix.files import run_main
 from minprefix.training import train as train_loop
@@ -332,13 +333,72 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, world, prefix_file, c
     assert_one_clear_line(*BAD[case], capsys, world)
 
 
+WITHOUT_EFFECT = {
+    "a seed of no draw": (train, "--low-data-seed 0", "--low-data-seed does nothing without --low-data"),
+    "a field of no topics": (train, "--topic-field topic", "--topic-field does nothing without --topics"),
+    "a field of no rows": (train, "--task webnlg --topics A --topic-field a", "does nothing for --task webnlg"),
+    "beams of no texts": (train, "--beams 2 --eval-inputs 0", "--beams does nothing without --eval-inputs"),
+    "another method's option": (train, "--method top2 --prefix-length 5", "--prefix-length sets nothing of"),
+    "epochs and steps": (train, "--epochs 1 --steps 9", "--steps: not allowed with argument --epochs"),
+    "two draws": (train, "--limit 1 --low-data 9", "--low-data: not allowed with argument --limit"),
+    "a cold search": (sample, "--input x --temperature 1.0", "--temperature does nothing without --sample"),
+    "likeliest of no draw": (sample, "--input x --top-k 0", "--top-k does nothing without --sample"),
+    "mass of no draw": (sample, "--input x --top-p 1", "--top-p does nothing without --sample"),
+    "seed of no draw": (sample, "--input x --seed 1", "--seed does nothing without --sample"),
+    "penalty of a draw": (sample, "--input x --sample --length-penalty 1", "--length-penalty does nothing without"),
+    "penalty of greedy": (sample, "--input x --beams 1 --length-penalty 1", "--length-penalty does nothing without"),
+    "split of no task": (sample, "--input x --split test", "--split does nothing without --task"),
+    "data of no task": (sample, "--file inputs.jsonl --data e2e", "--data does nothing without --task"),
+    "topics of no task": (sample, "--input x --topics A", "--topics does nothing without --task"),
+    "field of no topic": (sample, "--task rows.jsonl --topic-field a", "--topic-field does nothing without --topics"),
+    "two inputs": (sample, "--input x --file inputs.txt", "--file: not allowed with argument --input"),
+    "an unknown option": (sample, "--input x --nonsense 1", "unrecognized arguments: --nonsense"),
+    "an unknown method": (train, "--method magic", "invalid choice: 'magic'"),
+    "no number": (train, "--steps many", "invalid int value: 'many'"),
+    "an unknown split": (sample, "--task e2e --split nose", "invalid choice: 'nose'"),
+    "samples of all data": (experiments, "full --samplings 2", "--samplings does nothing for the study full"),
+    "an unknown study": (experiments, "fuller", "invalid choice: 'fuller'"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_EFFECT)
+def test_options_without_effect_are_refused_in_one_line(case, world, prefix_file, capsys, monkeypatch):
+    """And before anything is loaded, even if what is given is the default."""
+    monkeypatch.chdir(world)
+    for script in (train, sample, experiments):
+        monkeypatch.setattr(script, "resolve_model", None)
+    script, arguments, message = WITHOUT_EFFECT[case]
+    assert_one_clear_line(script, arguments, message, capsys, world)
+
+
+def test_options_with_effect_are_taken(world, prefix_file, capsys, monkeypatch):
+    monkeypatch.chdir(world)
+    rows = [{**row, "kind": "ab"[i % 2]} for i, row in enumerate(ROWS)]
+    (world / "kinds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = call(train, capsys, "--model", "model", "--task", "kinds.jsonl", "--topics", "a", "--topic-field",
+                        "kind", "--low-data", 5, "--low-data-seed", 1, "--steps", 1, "--eval-inputs", 1, "--beams", 1,
+                        "--out", "kinds")  # fmt: skip
+    assert code == 0 and "5 training pairs" in out and ", 1 beams" in out
+    code, out, _ = call(sample, capsys, "--prefix", "kinds", "--task", "kinds.jsonl", "--topics", "b", "--topic-field",
+                        "kind", "--sample", "--seed", 1, "--temperature", 0.5, "--top-k", 9, "--top-p", 0.9,
+                        "--max-new-tokens", 4, "--data", ".", "--split", "all")  # fmt: skip
+    assert code == 0 and len(out.splitlines()) == 20
+
+
 def test_folded_prefix_file_gives_what_training_measured(prefix_file, world):
     model = load_model(world / "model")
     prefix = load_prefix(prefix_file, model)
     assert prefix.position_offset == 5 and model(torch.tensor([[1, 2]]), prefix).shape == (1, 2, 4096)
 
 
-def test_help_is_readable(capsys):
-    for script in (train, sample):
-        code, out, _ = call(script, capsys, "--help")
-        assert code == 0 and "usage" in out
+@pytest.mark.parametrize("script", [train, sample])
+def test_help_is_a_page(script, capsys):
+    """A line for each option and none wider than 100 columns, its default or what it needs in it; five commands."""
+    code, out, _ = call(script, capsys, "--help")
+    lines = out.splitlines()
+    assert code == 0 and len(lines) < 72 and max(map(len, lines)) <= 100
+    assert out.count(f"    python {script.__name__}.py") >= 5
+    options = set(re.findall(r'"(--[\w-]+)"', open(script.__file__, encoding="utf-8").read()))
+    described = [re.match(r"  (--[\w-]+).*?  +\S", line) for line in lines]
+    described = {match[1] for match in described if match}
+    assert options and options <= described and not any(line.startswith(" " * 20) for line in lines)  # none goes on

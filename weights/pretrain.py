@@ -26,8 +26,9 @@ from tqdm import tqdm
 from minprefix import bart, gpt2
 from minprefix.attention import real_tokens
 from minprefix.batches import pad
-from minprefix.files import InputError, atomic_write, check_above_zero, read_json, run_main
+from minprefix.files import InputError, atomic_write, read_json, run_main
 from minprefix.load import check_state, keep_freed_memory, load_model, save_model
+from minprefix.options import check_above_zero
 from minprefix.tokenizer import load_tokenizer
 from minprefix.training import read_checkpoint
 

@@ -1,0 +1,104 @@
+"""Texts and their scores: a task's metrics over a test set; texts without and with what was trained, side by side."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from minprefix import metrics
+from minprefix.baselines import load_trained
+from minprefix.data import SUMMARISATION, find_e2e
+from minprefix.examples import Example
+from minprefix.files import InputError, atomic_write
+from minprefix.generate import generate
+from minprefix.load import load_model
+from minprefix.slots import slot_accuracy
+from minprefix.tokenizer import Tokenizer
+
+NOUNS = {"prefix": "the prefix", "finetune": "fine-tuning", "top2": "fine-tuning", "adapter": "adapters",
+         "embedding": "virtual tokens", "infix": "the infix"}  # fmt: skip
+
+# ---- a test set ----
+
+
+def check_scorable(task: str, examples: list[Example]) -> None:
+    """InputError, before the work, where texts for these examples could not be scored."""
+    if not all(example.references for example in examples):
+        raise InputError("--evaluate needs references: use --task with a split, or a .jsonl file with targets")
+    if task in SUMMARISATION:
+        metrics.rouge_scorer()  # says which package is missing
+
+
+def evaluate(task: str, examples: list[Example], texts: list[str], path: Path, settings: dict) -> None:
+    """Score the texts; print the scores, with their intervals where there are any, and write both as JSON."""
+    references = [example.references for example in examples]
+    if task in SUMMARISATION:
+        scores, intervals = metrics.summary_score(texts, references)
+    else:
+        scores, intervals = metrics.score(texts, references), {}
+        for metric, needs in (("METEOR", "pip install -e '.[eval]' and Java"), ("TER", "pip install -e '.[eval]'")):
+            if metric not in scores:
+                print(f"{metric} left out: it needs {needs}", file=sys.stderr)
+        if task == "e2e":
+            scores.update(slot_accuracy([example.source for example in examples], texts))
+    bounds = {metric: f" [{low:.4f}, {high:.4f}]" for metric, (low, high) in intervals.items()}
+    print("  ".join(f"{metric} {value:.4f}{bounds.get(metric, '')}" for metric, value in scores.items()))
+    with atomic_write(path) as file:
+        result = {"scores": scores, "intervals": intervals, "inputs": len(texts), "settings": settings}
+        json.dump(result, file, indent=2, default=str)
+
+
+def quick_scores(task: str, texts: list[str], references: list[list[str]]) -> dict[str, float]:
+    """BLEU, or for summaries ROUGE if its package is there."""
+    if task not in SUMMARISATION:
+        return {"BLEU": metrics.bleu(texts, references)}
+    try:
+        return metrics.summary_score(texts, references)[0]
+    except InputError as error:
+        print(error)
+        return {}
+
+
+# ---- without and with what was trained ----
+
+
+def load_writers(method: str, path: Path, model: torch.nn.Module, base: Path, device: str, dtype: torch.dtype) -> dict:
+    """Who writes without and with what a method trained, read back from its file: name -> (model, prefix).
+
+    model: the one of the training; base: the folder it was loaded from.
+    """
+    noun = NOUNS[method]
+    before, after = ("before", "after") if noun == "fine-tuning" else ("without", "with")
+    if method in ("prefix", "embedding", "infix"):  # the model is as it was
+        writers = (model, None), (model, load_trained(path, model))
+    elif method == "finetune":
+        writers = (load_model(base, device, dtype), None), (load_model(path, device, dtype), None)
+    else:
+        model, changed = (load_model(base, device, dtype) for _ in range(2))
+        writers = (model, None), (changed, load_trained(path, changed))
+    return dict(zip((f"{before} {noun}", f"{after} {noun}"), writers, strict=True))
+
+
+def compare(
+    task: str, data: str | None, tokenizer: Tokenizer, writers: dict, test: list[Example], max_source: int | None,
+    search: dict,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Print an example's texts by two writers, name -> (model, prefix), and the scores of all: name -> scores."""
+    sources, references = [e.source for e in test], [e.references for e in test]
+    (before, after), texts, scores = writers, {}, {}
+    for name, (model, prefix) in writers.items():
+        print(f"\nwriting {len(sources)} texts for held-out inputs {name}, {search['beams']} beams")
+        what = "test sources" if name == before else None  # said once
+        texts[name] = generate(
+            model, tokenizer, sources, prefix, max_source=max_source, what=what, progress=True, **search
+        )
+        scores[name] = quick_scores(task, texts[name], references)
+    width = max(map(len, writers))
+    print(f"\n{'input':<{width}}  {sources[0][:600]}\n{before}  {texts[before][0][:200]}")
+    print(f"{after:<{width}}  {texts[after][0]}\n{'reference':<{width}}  {references[0][0]}")
+    sample = task == "e2e" and find_e2e(data) is None
+    what = "the bundled sample, not E2E" if sample else f"{task}, {len(sources)} test inputs"
+    for metric, value in scores[after].items():
+        print(f"{metric} on {what}: {scores[before][metric]:.3f} {before}, {value:.3f} {after}")
+    return scores

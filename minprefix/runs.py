@@ -1,0 +1,77 @@
+"""The folder of a run of train.py, and the commands that go on from it."""
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from minprefix import distributed
+from minprefix.data import SUMMARISATION, TRIPLES
+from minprefix.examples import Example
+from minprefix.files import InputError, WriteError
+from minprefix.hub import model_name
+
+EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was begun there."""
+    return (folder / "checkpoint.pt").exists()
+
+
+def run_folder(out: Path | None, resume: bool, task: str, model: Path) -> Path:
+    """--out; by default runs/TASK-MODEL, or with a number if that is taken, so that no run overwrites another."""
+    if out and not resume and is_run(out):
+        raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+    if out:
+        return out
+    name = Path(model_name(model) or model.resolve()).name
+    first, number = Path("runs", f"{Path(task).stem}-{name}"), 1
+    folder, last = first, first
+    while folder.exists():
+        number += 1
+        folder, last = first.with_name(f"{first.name}-{number}"), folder
+    return last if resume else folder
+
+
+@contextlib.contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """What ends a run from outside says by which command it goes on, if it got as far as a checkpoint."""
+    try:
+        yield
+    except (KeyboardInterrupt, WriteError, distributed.RankLost) as error:
+        if error.args and is_run(out):
+            error.args = (f"{error.args[0]}; go on with: {resume_command(out)}", *error.args[1:])
+        raise
+
+
+def resume_command(out: Path) -> str:
+    """What goes on with the present run, as a line for the shell."""
+    command = [sys.orig_argv[0], *sys.argv]
+    if distributed.world_size() > 1:
+        command = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *sys.argv]
+    command = [word for word in command if word != "--resume"]
+    place = [] if any(word.startswith("--out") for word in command) else ["--out", str(out)]
+    return shlex.join([*command, *place, "--resume"])
+
+
+def sample_command(path: Path, task: str, data: str | None, test: list[Example]) -> str:
+    """What to try first with what was trained: an input, or a split where inputs are a page long or sets of triples."""
+    command = f"python sample.py --{'model' if path.is_dir() else 'prefix'} {shlex.quote(str(path))}"
+    example = EXAMPLE if task == "e2e" else test[0].source if test else "..."
+    if task not in (*SUMMARISATION, *TRIPLES) and len(example) <= 200:
+        return f"{command} --input {shlex.quote(example)}"
+    place = f" --data {shlex.quote(data)}" if data else ""
+    return f"{command} --task {shlex.quote(task)} --split {'test' if test else 'dev'}{place} --limit 10"
+
+
+def texts_folder(trained: Path) -> Path:
+    """Where scored texts go: the folder of the run that trained a prefix or a model, else the current one."""
+    return next((folder for folder in (trained, trained.parent) if is_run(folder)), Path())
+
+
+def disk_size(path: Path) -> int:
+    """The bytes of a file, or of the files in a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))

@@ -1,0 +1,110 @@
+"""The default settings: the paper's for full-size models, for the bundled ones what short runs on dev sets chose.
+
+How texts are searched for by default is `recipe` in generate.py.
+"""
+
+from argparse import Namespace
+
+from minprefix.checkpoint import read_config
+from minprefix.generate import recipe
+from minprefix.hub import model_name
+from minprefix.options import fill
+
+PAPER = {  # by config.json's model_type
+    "gpt2": {"prefix_length": 5, "hidden": 512, "adapter_width": 108, "batch_size": 10, "epochs": 5},
+    "bart": {"prefix_length": 200, "hidden": 800, "adapter_width": 108, "batch_size": 16, "epochs": 30,
+             "eval_every": 1000},
+}  # fmt: skip
+PAPER_TASK = {  # what the paper sets otherwise for these tasks, for GPT-2
+    "webnlg": {"lr": 5e-5, "batch_size": 5},
+    "dart": {"lr": 5e-5, "batch_size": 5, "epochs": 10, "prefix_length": 10},
+}
+BUNDLED = {  # see weights/README.md
+    "gpt2-mini": {"prefix_length": 100, "hidden": 0, "adapter_width": 28, "batch_size": 16, "steps": 1500},
+    "bart-mini": {"prefix_length": 20, "hidden": 512, "adapter_width": 25, "batch_size": 16, "steps": 750},
+}
+LR = {  # learning rates; "adapter" is of 3% of the model's weights, the default width
+    "gpt2": {"prefix": 8e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5, "adapter 0.1%": 8e-5,
+             "embedding": 8e-5, "infix": 8e-5},
+    "bart": {"prefix": 5e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5, "adapter 0.1%": 8e-5},
+    "gpt2-mini": {"prefix": 0.1, "finetune": 1e-3, "top2": 3e-3, "adapter": 1e-2, "adapter 0.1%": 0.03,
+                  "embedding": 1.0, "infix": 0.3},
+    "bart-mini": {"prefix": 3e-3, "finetune": 1e-3, "top2": 2e-3, "adapter": 6e-3, "adapter 0.1%": 2e-2},
+}  # fmt: skip
+LOW_DATA_LR = {"gpt2-mini": {"prefix": 0.02, "finetune": 3e-4}}  # of 50 to 500 examples, in the studies
+STUDY_STEPS = {"gpt2-mini": 1000, "bart-mini": 400}  # of a study's runs on all of the data; others: the paper's epochs
+
+OPTIONS = {  # method -> the options that set it and no other of its kind
+    "prefix": {"prefix_length", "hidden", "sites", "offset", "init"},
+    "finetune": set(),
+    "top2": set(),
+    "adapter": {"adapter_width"},
+    "embedding": {"prefix_length", "hidden"},
+    "infix": {"prefix_length", "hidden", "init"},
+}
+
+
+def default_settings(name: str | None, kind: str, task: str, method: str = "prefix") -> dict:
+    """What train.py trains with where nothing is given: option -> value, those that set another method left out.
+
+    name: the model's, for the bundled ones; kind: else its model_type in config.json.
+    """
+    settings = {"eval_every": 100, "lr": learning_rate(name, kind, task, method)}
+    if name in BUNDLED:
+        settings |= BUNDLED[name]
+    else:
+        settings |= PAPER.get(kind, {}) | paper_task(kind, task)
+    return {key: value for key, value in settings.items() if key not in other_options(method)}
+
+
+def fill_settings(args: Namespace) -> None:
+    """What the command line of train.py leaves open; args.model is a folder."""
+    kind = str(read_config(args.model).get("model_type"))
+    settings = default_settings(model_name(args.model), kind, args.task, args.method)
+    if args.epochs is not None or args.steps is not None:
+        settings = {key: value for key, value in settings.items() if key not in ("epochs", "steps")}
+    fill(args, {"topic_field": "topic", "low_data_seed": 0, "beams": recipe(args.task)["beams"], **settings})
+
+
+def learning_rate(name: str | None, kind: str, task: str, method: str, low_data: bool = False) -> float | None:
+    """The default, and the middle of the rates that a study tries. None for what a model cannot be trained with.
+
+    method: one of train.py's, or "adapter 0.1%".
+    """
+    if low_data and method in LOW_DATA_LR.get(name, {}):
+        return LOW_DATA_LR[name][method]
+    if name in BUNDLED:
+        return LR[name].get(method)
+    return paper_task(kind, task).get("lr", LR.get(kind, {}).get(method))
+
+
+def paper_task(kind: str, task: str) -> dict:
+    return PAPER_TASK.get(task, {}) if kind == "gpt2" else {}
+
+
+def other_options(method: str) -> set[str]:
+    """The options that set other methods only."""
+    return set().union(*OPTIONS.values()) - OPTIONS[method]
+
+
+def settings_table() -> str:
+    """The defaults that depend on the model and the task, for train.py's --help."""
+    models = {"gpt2-mini": "gpt2", "bart-mini": "bart", "other GPT-2": "gpt2", "other BART": "bart"}
+    rows = {}  # what is set -> a value for each model
+    for name, kind in models.items():
+        for method in OPTIONS:
+            for key, value in default_settings(name, kind, "", method).items():
+                label = f"--lr of {method}" if key == "lr" else f"--{key.replace('_', '-')}"
+                rows.setdefault(label, {})[name] = value
+    cells = [["defaults by model", *models]]
+    for label in sorted(rows, key=lambda label: (label.startswith("--lr"), label)):
+        cells.append([f"  {label}", *(shown(rows[label].get(name)) for name in models)])
+    lines = ["".join([f"{label:22}", *(f"{cell:>13}" for cell in row)]) for label, *row in cells]
+    for task, settings in PAPER_TASK.items():
+        options = " ".join(f"--{key.replace('_', '-')} {shown(value)}" for key, value in settings.items())
+        lines.append(f"other GPT-2 on {task}: {options}")
+    return "\n".join(lines)
+
+
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}".replace("e-0", "e-")

@@ -1,0 +1,46 @@
+"""A run's folder, and the command that train.py prints last: one that sample.py takes."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import sample
+from minprefix.examples import Example
+from minprefix.runs import disk_size, sample_command, texts_folder
+
+SHORT, LONG = [Example("item 3", ["It is three."])], [Example("word " * 99, ["Words."])]
+
+
+@pytest.mark.parametrize(
+    "task, data, test, expected",
+    [
+        ("e2e", None, SHORT, "--input 'name[The Golden Lantern]"),
+        ("my.jsonl", None, SHORT, "--input 'item 3'"),
+        ("my.jsonl", None, [], "--input ..."),
+        ("my own.jsonl", "here", LONG, "--task 'my own.jsonl' --split test --data here --limit 10"),
+        ("scitldr", "sci tldr", SHORT, "--task scitldr --split test --data 'sci tldr' --limit 10"),
+        ("webnlg", "webnlg", [], "--task webnlg --split dev --data webnlg --limit 10"),
+    ],
+)
+def test_what_to_try_first(task, data, test, expected, monkeypatch):
+    command = sample_command(Path("runs/a b/prefix.safetensors"), task, data, test)
+    assert command.startswith(f"python sample.py --prefix 'runs/a b/prefix.safetensors' {expected}")
+    monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+    args = sample.parse_args()
+    assert (args.task or args.input) and args.data == (data if args.task else None)
+
+
+def test_a_folder_is_a_model(tmp_path):
+    assert sample_command(tmp_path, "e2e", None, []).startswith(f"python sample.py --model {tmp_path} --input")
+
+
+def test_scored_texts_lie_in_the_run(tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    for name in ("checkpoint.pt", "prefix.safetensors", "model/config.json"):
+        (tmp_path / "run" / name).write_text("four")
+    for trained in ("run", "run/prefix.safetensors", "run/model"):
+        assert texts_folder(tmp_path / trained) == tmp_path / "run"
+    assert texts_folder(tmp_path / "elsewhere.safetensors") == Path()
+    assert disk_size(tmp_path / "run" / "prefix.safetensors") == disk_size(tmp_path / "run" / "model") == 4
