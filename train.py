@@ -30,7 +30,6 @@ from minprefix.examples import draw_pairs, on_topics
 from minprefix.files import InputError, WriteError, atomic_write, check_above_zero, run_main
 from minprefix.generate import recipe
 from minprefix.hub import model_name, resolve_model
-from minprefix.linear import packed_weights
 from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype, save_model
 from minprefix.prefix import count_numbers, fingerprint, parameter_shares, save_prefix
 from minprefix.training import train
@@ -205,7 +204,7 @@ def run(args):
         print(f"nothing to resume in {args.out}: starting")
     mixed = finetune and dtype != torch.float32
     autocast = torch.autocast(device, dtype, enabled=mixed, cache_enabled=False)  # no cache: the weights change
-    with autocast, packed_weights(model, training=True):
+    with autocast:
         log, best_step = train(
             model, tuned, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
             lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, resume=args.resume,
