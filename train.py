@@ -29,7 +29,6 @@ from minprefix.examples import Example, spread
 from minprefix.files import InputError, atomic_write, run_main
 from minprefix.generate import recipe
 from minprefix.hub import resolve_model
-from minprefix.linear import packed_weights
 from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, flag
 from minprefix.prefix import count_numbers, fingerprint, parameter_shares
@@ -148,7 +147,7 @@ def run(args: Namespace) -> None:
     trained, saved, total = count_numbers(tuned, model)
     mixed = finetune and dtype != torch.float32
     autocast = torch.autocast(device, dtype, enabled=mixed, cache_enabled=False)  # no cache: the weights change
-    with autocast, packed_weights(model, training=True):
+    with autocast:
         log, best_step = train(
             model, tuned, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
             lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, resume=args.resume,

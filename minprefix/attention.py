@@ -8,7 +8,6 @@ import torch
 from minprefix.files import InputError
 
 ROOM = 64  # slots that a cache grows by
-FEW_QUERIES = 16  # at most so many look at keys where they lie: for more, products of one long matrix win
 
 
 def attend(q, segments):
@@ -17,15 +16,9 @@ def attend(q, segments):
     A segment is (k, v, mask): k and v (b, H, S, D), b = B or, for what all rows share, 1; mask None, or (T, S) or
     (b, 1, 1 or T, S) to be added to the scores, 0 where a query may look and -inf where not.
     """
-    q = q * q.size(-1) ** -0.5
-    if q.size(2) > FEW_QUERIES:
-        segments = [join(segments, len(q))]
-    # Of few queries the scores are put side by side instead: a step of generation must not copy all keys.
-    scores = [q @ k.mT if mask is None else q @ k.mT + mask for k, _, mask in segments]
-    if len(segments) == 1:
-        return scores[0].softmax(dim=-1) @ segments[0][1]
-    weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([score.size(-1) for score in scores], dim=-1)
-    return sum(w @ v for w, (_, v, _) in zip(weights, segments, strict=True))
+    k, v, mask = join(segments, len(q))
+    scores = (q * q.size(-1) ** -0.5) @ k.mT
+    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
 
 
 def join(segments, B):
@@ -39,6 +32,14 @@ def join(segments, B):
     masks = [mask[None, None] if mask.dim() == 2 else mask for mask in masks]
     rows, queries = max(map(len, masks)), max(mask.size(2) for mask in masks)
     return k, v, torch.cat([mask.expand(rows, 1, queries, -1) for mask in masks], dim=3)
+
+
+def beside(context, mask):
+    """What tokens that are read together look at: the segments before them, and each other as the mask allows.
+
+    As all `look`s do, it takes the tokens' own keys and values (B, H, T, D) and gives the segments for `attend`.
+    """
+    return lambda k, v: [*context, (k, v, mask)]
 
 
 def causal_mask(T, like):
@@ -135,7 +136,7 @@ class Cache:
     All rows of an example look at the same keys, as further queries; a mask says which of them each may see. So no key
     is ever copied or moved, whatever beams survive.
 
-    own: per layer (k, v) (B, H, M, D) of self-attention: the prefix, GPT-2's source, then at each step a token of each
+    own: per layer [k, v] (B, H, M, D) of self-attention: the prefix, GPT-2's source, then at each step a token of each
     row, `filled` in all; the other slots are room for more. None before the first.
     mask: (B, R/B, M), 0 or -inf: padding, other beams' tokens and empty slots are hidden.
     cross: per layer the segments of cross-attention, BART's prefix and source side by side; None for GPT-2.
@@ -154,31 +155,32 @@ class Cache:
         self.cross = cross and [[join(segments, B)] for segments in cross]
         self.position = position
 
-    def segments(self, layer):
-        """What self-attention of a step's tokens sees before them."""
-        return [(*self.own[layer], self.mask[:, None])] if self.own[layer] else []
+    def open(self):
+        """Begin a step: room for a token of each row, which none but its own row may see."""
+        B, beams, M = self.mask.shape
+        if M < self.filled + beams:
+            more = self.mask.new_full((B, beams, ROOM + beams), float("-inf"))
+            self.mask = torch.cat([self.mask, more], dim=2)
+        own = torch.eye(beams, dtype=torch.bool, device=self.mask.device)
+        self.mask[:, :, self.filled : self.filled + beams].masked_fill_(own, 0.0)
 
-    def mask_of_step(self):
-        """(R/B, R/B): of the tokens of a step each row sees its own."""
-        beams = self.mask.size(1)
-        return self.mask.new_full((beams, beams), float("-inf")).fill_diagonal_(0)
+    def look(self, layer):
+        """As `beside`, for a step's tokens: the layer takes in their keys and values, then they look at all it has."""
 
-    def append(self, layer, k, v):
-        """Take in keys and values (B, H, R/B, D) of a step's tokens; `advance` once all layers have."""
-        own, end = self.own[layer] or (k[:, :, :0], v[:, :, :0]), self.filled + k.size(2)
-        if own[0].size(2) < end:
-            own = [torch.cat([x, x.new_zeros(*x.shape[:2], ROOM + k.size(2), x.size(3))], dim=2) for x in own]
-        for buffer, x in zip(own, (k, v), strict=True):
-            buffer[:, :, self.filled : end] = x
-        self.own[layer] = own
+        def look(k, v):
+            own = self.own[layer] or (k[:, :, :0], v[:, :, :0])
+            if lacking := self.mask.size(2) - own[0].size(2):
+                own = [torch.cat([x, x.new_zeros(*x.shape[:2], lacking, x.size(3))], dim=2) for x in own]
+            for buffer, x in zip(own, (k, v), strict=True):
+                buffer[:, :, self.filled : self.filled + x.size(2)] = x
+            self.own[layer] = own
+            return [(*own, self.mask[:, None])]
 
-    def advance(self):
-        step, end = self.mask_of_step(), self.filled + self.mask.size(1)
-        if self.own and self.own[0][0].size(2) > self.mask.size(2):
-            more = self.own[0][0].size(2) - self.mask.size(2)
-            self.mask = torch.cat([self.mask, self.mask.new_full((*self.mask.shape[:2], more), float("-inf"))], dim=2)
-        self.mask[:, :, self.filled : end] = step
-        self.filled, self.position = end, self.position + 1
+        return look
+
+    def close(self):
+        """End a step: all layers have taken its tokens in."""
+        self.filled, self.position = self.filled + self.mask.size(1), self.position + 1
 
     def select(self, rows):
         """Go on from these rows (R',), still the same number for every example: surviving beams, or copies."""

@@ -10,6 +10,7 @@ from torch import nn
 from minprefix.attention import (
     Cache,
     attend,
+    beside,
     causal_mask,
     check_prefix,
     first_position,
@@ -55,10 +56,10 @@ class EncoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(C)
         self.activation = activation
 
-    def forward(self, x, context, mask):
-        """x (B, S, C); context: segments before the tokens' own -> x (B, S, C), the tokens' (k, v) (B, H, S, D)."""
+    def forward(self, x, look):
+        """x (B, S, C); look: see `beside` -> x (B, S, C), the tokens' (k, v) (B, H, S, D)."""
         kv = self.self_attn.kv(x)
-        x = self.self_attn_layer_norm(x + self.self_attn(x, [*context, (*kv, mask)]))
+        x = self.self_attn_layer_norm(x + self.self_attn(x, look(*kv)))
         return self.final_layer_norm(x + self.fc2(self.fc1(x, self.activation))), kv
 
 
@@ -74,10 +75,10 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(C)
         self.activation = activation
 
-    def forward(self, x, context, mask, cross):
+    def forward(self, x, look, cross):
         """As the encoder's, the (k, v) being self-attention's; cross: what cross-attention sees, the source last."""
         kv = self.self_attn.kv(x)
-        x = self.self_attn_layer_norm(x + self.self_attn(x, [*context, (*kv, mask)]))
+        x = self.self_attn_layer_norm(x + self.self_attn(x, look(*kv)))
         x = self.encoder_attn_layer_norm(x + self.encoder_attn(x, cross))
         return self.final_layer_norm(x + self.fc2(self.fc1(x, self.activation))), kv
 
@@ -153,7 +154,7 @@ class BART(nn.Module):
         mask = None if source_mask is None else padding_mask(source_mask, x)
         kept = []
         for layer, context in zip(self.encoder.layers, self._prefix(prefix, "encoder"), strict=True):
-            x, kv = layer(x, context, mask)
+            x, kv = layer(x, beside(context, mask))
             kept.append(kv)
         return x, kept
 
@@ -167,11 +168,10 @@ class BART(nn.Module):
     def step(self, ids, cache):
         """One more token for each row (R,) -> states (R, C) for `logits`; the cache takes it in."""
         x = self._embed(self.decoder, ids, cache.position).unflatten(0, (len(cache.mask), -1))  # (B, R/B, C)
-        mask = cache.mask_of_step()
+        cache.open()
         for n, layer in enumerate(self.decoder.layers):
-            x, (k, v) = layer(x, cache.segments(n), mask, cache.cross[n])
-            cache.append(n, k, v)
-        cache.advance()
+            x, _ = layer(x, cache.look(n), cache.cross[n])
+        cache.close()
         return x.flatten(0, 1)
 
     def activations(self, ids):
@@ -187,7 +187,7 @@ class BART(nn.Module):
         mask = causal_mask(target_ids.size(1), x)
         kept = []
         for layer, context, source in zip(self.decoder.layers, self._prefix(prefix, "decoder"), cross, strict=True):
-            x, kv = layer(x, context, mask, source)
+            x, kv = layer(x, beside(context, mask), source)
             kept.append(kv)
         return x, kept
 

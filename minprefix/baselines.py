@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minprefix.attention import causal_mask
+from minprefix.attention import beside, causal_mask
 from minprefix.checkpoint import read_safetensors, write_safetensors
 from minprefix.files import InputError
 from minprefix.hub import model_name
@@ -137,7 +137,7 @@ def embedding_prefix(model, embedding, info=None):
     x = embedding.to(model.wte.weight)[None] + model.wpe.weight[:P]
     mask, layers = causal_mask(P, x), []
     for block in model.h:
-        x, kv = block(x, [], mask)
+        x, kv = block(x, beside([], mask))
         layers.append(torch.cat(kv))
     return FoldedPrefix({"decoder": torch.stack(layers)}, P, info)
 

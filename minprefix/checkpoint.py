@@ -148,24 +148,24 @@ def read_safetensors(path):
     """A safetensors file as `(tensors, metadata)`: dict of name -> CPU tensor, and dict of str -> str.
 
     The tensors are views of the file, mapped privately (copy-on-write): nothing is read until it is used, and changing
-    one never changes the file. InputError if anything about the file is not as the format says.
+    one never changes the file. Each is a mapping of its own, whose memory is free again when the tensor is gone.
+    InputError if anything about the file is not as the format says.
     """
     refuse_lfs_pointer(path)
     try:
         with open(path, "rb") as file:
             header, data_start = read_header(file, path)
-            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            metadata = header.pop("__metadata__", {})
+            if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+                raise InputError(f"{path}: `__metadata__` must be an object of strings: the file is damaged")
+            entries = {name: check_entry(name, entry, path) for name, entry in header.items()}
+            check_coverage(entries, os.fstat(file.fileno()).st_size - data_start, path)
+            tensors = {
+                name: map_tensor(file, data_start + begin, end - begin, dtype, shape)
+                for name, (begin, end, dtype, shape) in entries.items()
+            }
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InputError(f"{path}: `__metadata__` must be an object of strings: the file is damaged")
-    entries = {name: check_entry(name, entry, path) for name, entry in header.items()}
-    check_coverage(entries, len(buffer) - data_start, path)
-    tensors = {
-        name: map_tensor(buffer, data_start + begin, end - begin, dtype, shape)
-        for name, (begin, end, dtype, shape) in entries.items()
-    }
     return tensors, metadata
 
 
@@ -244,11 +244,13 @@ def check_coverage(entries, size, path):
         raise InputError(f"{path} has {size - position} bytes after its last tensor, expected none: download it again")
 
 
-def map_tensor(buffer, start, length, dtype, shape):
-    """The tensor at byte `start` of the mapped file: a view of it, or a copy where the file does not align it."""
+def map_tensor(file, start, length, dtype, shape):
+    """The tensor at byte `start` of an open file: a view of it, or a copy where the file does not align it."""
     if length == 0:
         return torch.empty(shape, dtype=dtype)
-    data = torch.frombuffer(buffer, dtype=torch.uint8, offset=start, count=length)
+    before = start % mmap.ALLOCATIONGRANULARITY  # a mapping begins at a page
+    buffer = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before)
+    data = torch.frombuffer(buffer, dtype=torch.uint8, offset=before, count=length)
     if start % dtype.itemsize:
         data = data.clone()
     return data.view(dtype).reshape(shape)

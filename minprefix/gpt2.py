@@ -9,6 +9,7 @@ from torch import nn
 from minprefix.attention import (
     Cache,
     attend,
+    beside,
     causal_mask,
     check_prefix,
     first_position,
@@ -34,9 +35,9 @@ class Attention(nn.Module):
         self.c_attn = Linear(C, 3 * C)
         self.c_proj = Linear(C, C)
 
-    def forward(self, x, context, mask):
+    def forward(self, x, look):
         q, k, v = self.qkv(x)
-        y = attend(q, [*context, (k, v, mask)])
+        y = attend(q, look(k, v))
         return self.c_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
     def qkv(self, x):
@@ -63,9 +64,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(C, eps=eps)
         self.mlp = MLP(C, inner, activation)
 
-    def forward(self, x, context, mask):
-        """x (B, T, C); context: segments before the tokens' own -> x (B, T, C), the tokens' (k, v) (B, H, T, D)."""
-        y, kv = self.attn(self.ln_1(x), context, mask)
+    def forward(self, x, look):
+        """x (B, T, C); look: see `beside` -> x (B, T, C), the tokens' (k, v) (B, H, T, D)."""
+        y, kv = self.attn(self.ln_1(x), look)
         x = x + y
         return x + self.mlp(self.ln_2(x)), kv
 
@@ -121,11 +122,10 @@ class GPT2(nn.Module):
     def step(self, ids, cache):
         """One more token for each row (R,) -> states (R, C) for `logits`; the cache takes it in."""
         x = (self.wte(ids) + self.wpe(cache.position)).unflatten(0, (len(cache.mask), -1))  # (B, R/B, C)
-        mask = cache.mask_of_step()
+        cache.open()
         for layer, block in enumerate(self.h):
-            x, (k, v) = block(x, cache.segments(layer), mask)
-            cache.append(layer, k, v)
-        cache.advance()
+            x, _ = block(x, cache.look(layer))
+        cache.close()
         return self.ln_f(x).flatten(0, 1)
 
     def activations(self, ids):
@@ -145,7 +145,7 @@ class GPT2(nn.Module):
         mask = causal_mask(ids.size(1), x)
         kept = []
         for block, context in zip(self.h, contexts, strict=True):
-            x, kv = block(x, context, mask)
+            x, kv = block(x, beside(context, mask))
             kept.append(kv)
         return self.ln_f(x), kept
 

@@ -25,7 +25,7 @@ def linear(x, weight, bias=None, activation=None):
     packed = getattr(weight, "packed", None)
     if packed is not None and not (torch.is_grad_enabled() and x.requires_grad):
         return packed_product(x, packed, bias, len(weight), activation)
-    product = FrozenProduct.apply if hasattr(weight, "packed_transposed") else F.linear
+    product = F.linear if packed is None else FrozenProduct.apply
     y = product(x, weight, bias)
     return ACTIVATIONS[activation](y) if activation else y
 
@@ -53,21 +53,28 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return packed_product(gradient, ctx.weight.packed_transposed, None, ctx.weight.size(1)), None, None
+        transposed = getattr(ctx.weight, "packed_transposed", None)
+        if transposed is None:  # packed for generation, or the head, of which loss.py takes the gradient
+            return gradient @ ctx.weight.packed.to_dense(), None, None
+        return packed_product(gradient, transposed, None, ctx.weight.size(1)), None, None
 
 
 def pack_weights(model, training=False):
-    """From now on the model's products go through packed copies of its frozen weights, which must not change.
+    """From now on the model's products go through its frozen weights in packed form, which must not change.
 
     training: with gradients for what is multiplied, too. In bfloat16 on a CPU that multiplies it; for any other model
-    nothing changes. -> the weights that were not packed before.
+    nothing changes. The numbers are in memory once: in the weights themselves are none until they are unpacked, but
+    for the head's, which may be the embeddings, too. -> the weights that were not packed before.
     """
     weights = {model.head.weight, *(layer.weight for layer in model.modules() if isinstance(layer, Linear))}
     weights = [w for w in weights if packs(w) and not hasattr(w, "packed")]
     for weight in weights:
         weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        if weight is model.head.weight:
+            continue
         if training:
             weight.packed_transposed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().T.contiguous())
+        weight.data = weight.new_full((), torch.nan).expand(weight.shape)  # one number, in the weight's shape
     return weights
 
 
@@ -79,8 +86,10 @@ def packed_weights(model, training=False):
         yield
     finally:
         for weight in weights:
+            if weight is not model.head.weight:
+                weight.data = weight.packed.to_dense()
             del weight.packed
-            if training:
+            if hasattr(weight, "packed_transposed"):
                 del weight.packed_transposed
 
 

@@ -25,9 +25,11 @@ def load_model(name, device="cpu", dtype=torch.float32):
     model = empty_model(folder)
     state = KINDS[model.config["model_type"]][1](read_tensors(folder), model.config)
     check_state(state, model.state_dict(), folder)
+    for name in state:  # one after the other: of a file in another dtype no more than a tensor is in memory
+        state[name] = state[name].to(device=device, dtype=dtype)
     model.load_state_dict(state, assign=True)
     model.folder = folder.resolve()
-    return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+    return model.requires_grad_(False).eval()
 
 
 def empty_model(folder):

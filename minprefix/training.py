@@ -15,6 +15,7 @@ from tqdm import tqdm
 from minprefix import distributed, signals
 from minprefix.batches import bucket_batches, collate, pair_lengths, sorted_batches
 from minprefix.files import InputError, atomic_write
+from minprefix.linear import packed_weights
 from minprefix.loss import target_loss
 from minprefix.prefix import fingerprint
 
@@ -153,7 +154,7 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
     bar = tqdm(total=steps, initial=step, desc="training", unit="step", dynamic_ncols=True,
                disable=distributed.rank() > 0)  # fmt: skip
     batches = batch_stream(train_pairs, batch_size, seed, step)
-    with bar, others:
+    with bar, others, packed_weights(model, training=True):
         try:
             while True:
                 if (step % eval_every == 0 or step == steps) and (not log or log[-1]["step"] < step):

@@ -66,10 +66,7 @@ def cases():
 
 
 @pytest.mark.parametrize("q, segments", [pytest.param(q, segments, id=name) for name, q, segments in cases()])
-@pytest.mark.parametrize("few", [0, T])
-def test_attend_is_its_definition(q, segments, few, monkeypatch):
-    """With the keys put side by side, or the scores."""
-    monkeypatch.setattr(attention, "FEW_QUERIES", few)
+def test_attend_is_its_definition(q, segments):
     expected = definition(q, segments)
     torch.testing.assert_close(attend(q, segments), expected, rtol=0, atol=1e-13)
     in_float32 = attend(q.float(), [[x if x is None else x.float() for x in segment] for segment in segments])
@@ -110,10 +107,8 @@ def test_causal_mask_is_lower_right():
     assert (attend(q[:, :, P:], [(k, v, top_left)]) - whole).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("few", [0, T])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_gradient_of_the_prefix(rows, few, monkeypatch):
-    monkeypatch.setattr(attention, "FEW_QUERIES", few)
+def test_gradient_of_the_prefix(rows):
     torch.manual_seed(0)
     q, k, v = rand(4, H, 2, D), rand(rows, H, 3, D).requires_grad_(), rand(rows, H, 3, D).requires_grad_()
     tokens = segment(4, 2, causal_mask(2, q))
