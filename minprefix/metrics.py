@@ -249,7 +249,7 @@ def rouge_scorer() -> type:
 
 
 def bootstrap(
-    values: Sequence[float], resamples: int = 1000, level: float = 0.95, seed: int = 0
+    values: list[float] | np.ndarray, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
     """(low, high): the percentile bootstrap interval of the mean of `values` (Efron 1979), the same for equal seeds."""
     values, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)

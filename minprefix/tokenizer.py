@@ -1,7 +1,7 @@
 """Byte-level BPE of a GPT-2 or BART folder (`vocab.json` + `merges.txt`, or `tokenizer.json`), run by tiktoken."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class Tokenizer:
     end_id ends a target ("<|endoftext|>" or "</s>"), pad_id fills up a batch.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[list[str]], where: str = "the tokeniser"):
+    def __init__(self, vocab: dict[str, int], merges: Iterable[Sequence[str]], where: str = "the tokeniser"):
         if not vocab or any(type(i) is not int or not 0 <= i < 2**24 for i in vocab.values()):
             raise InputError(f"{where}: the vocabulary must map tokens to small non-negative integers")
         if len(set(vocab.values())) != len(vocab):
