@@ -3,14 +3,22 @@
 Shapes: B rows of queries, H heads, T query tokens, S keys of a segment, D head dimension, L layers, P prefix length.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
 import torch
+from torch import Tensor
 
 from minprefix.files import InputError
 
 ROOM = 64  # slots that a cache grows by
+KV = tuple[Tensor, Tensor]  # keys and values of some tokens in a layer, (B, H, S, D)
+Segment = tuple[Tensor, Tensor, Tensor | None]  # keys, values, mask: see `attend`
+Look = Callable[[Tensor, Tensor], list[Segment]]  # a layer's own keys and values -> what its tokens look at
+PrefixDict = dict[str, Tensor]  # site -> keys and values: see `prefix_segments`
 
 
-def attend(q, segments):
+def attend(q: Tensor, segments: list[Segment]) -> Tensor:
     """Scaled dot-product attention of q (B, H, T, D) over all keys of all segments at once -> (B, H, T, D).
 
     A segment is (k, v, mask): k and v (b, H, S, D), b = B or, for what all rows share, 1; mask None, or (T, S) or
@@ -21,7 +29,7 @@ def attend(q, segments):
     return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
 
 
-def join(segments, B):
+def join(segments: list[Segment], B: int) -> Segment:
     """Segments side by side as one, for B rows."""
     if len(segments) == 1 and len(segments[0][0]) == B:
         return segments[0]
@@ -34,31 +42,31 @@ def join(segments, B):
     return k, v, torch.cat([mask.expand(rows, 1, queries, -1) for mask in masks], dim=3)
 
 
-def beside(context, mask):
+def beside(context: list[Segment], mask: Tensor | None) -> Look:
     """What tokens that are read together look at: the segments before them, and each other as the mask allows.
 
-    As all `look`s do, it takes the tokens' own keys and values (B, H, T, D) and gives the segments for `attend`.
+    It is given the tokens' own keys and values (B, H, T, D), and gives the segments for `attend`.
     """
     return lambda k, v: [*context, (k, v, mask)]
 
 
-def causal_mask(T, like):
+def causal_mask(T: int, like: Tensor) -> Tensor:
     """(T, T): token t may look at tokens 0..t. dtype and device of the tensor `like`."""
     return torch.full((T, T), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
 
 
-def real_tokens(lengths, S):
+def real_tokens(lengths: Tensor, S: int) -> Tensor:
     """(B, S), true at the tokens of right-padded rows of `lengths` (B,)."""
     return torch.arange(S, device=lengths.device) < lengths[:, None]
 
 
-def padding_mask(real, like):
+def padding_mask(real: Tensor, like: Tensor) -> Tensor:
     """(B, 1, 1, S) from (B, S), true or 1 at the tokens: the padding is hidden. dtype and device of `like`."""
     pads = real.to(like.device) == 0
     return torch.zeros(pads.shape, dtype=like.dtype, device=like.device).masked_fill(pads, float("-inf"))[:, None, None]
 
 
-def prefix_segments(prefix, site, n_layer, like):
+def prefix_segments(prefix: PrefixDict | None, site: str, n_layer: int, like: Tensor) -> list[list[Segment]]:
     """What each layer sees of a prefix at one site: for each layer a list with one segment for `attend`, or none.
 
     prefix: None, or a dict site -> (L, 2, H, P, D) for the whole batch, or (L, 2, b, H, P, D) for b rows, or a stack
@@ -75,7 +83,7 @@ def prefix_segments(prefix, site, n_layer, like):
     return [[(k, v, mask)] for k, v in kv.unbind(0)]
 
 
-def check_prefix(prefix, sites, B):
+def check_prefix(prefix: PrefixDict | None, sites: dict[str, tuple[int, int, int]], B: int) -> None:
     """InputError unless each tensor of a prefix is for one of the model's sites {site: (L, H, D)} and B rows."""
     if is_infix(prefix) and prefix.source_lengths is None:
         raise InputError("where do the sources end? a model takes infix.at(source_lengths), not the infix itself")
@@ -90,19 +98,19 @@ def check_prefix(prefix, sites, B):
             raise InputError(f"the prefix for {site!r} has shape {tuple(kv.shape)}, needed is {shape}")
 
 
-def row_count(prefix, kv):
+def row_count(prefix: PrefixDict | None, kv: Tensor) -> int:
     """How many rows a prefix's tensor kv is for, 1 for the whole batch."""
     if getattr(prefix, "rows", None) is not None:
         return len(prefix.rows)
     return kv.size(2) if kv.dim() == 6 else 1
 
 
-def prefix_length(prefix, site):
+def prefix_length(prefix: PrefixDict | None, site: str) -> int:
     """P, the number of virtual tokens at a site."""
     return 0 if prefix is None or site not in prefix else prefix[site].size(-2)
 
 
-def first_position(prefix):
+def first_position(prefix: PrefixDict | None) -> int | Tensor:
     """Position id of the (decoder's) first token: what the prefix was trained with, by default its length.
 
     Of a stack of prefixes (B,), one for each row, on the CPU.
@@ -113,12 +121,12 @@ def first_position(prefix):
     return offset if rows is None else offset[rows]
 
 
-def is_infix(prefix):
+def is_infix(prefix: PrefixDict | None) -> TypeGuard[Any]:  # of a class further down the list of files
     """Whether a prefix stands between source and target (see prefix.py, FoldedInfix)."""
     return hasattr(prefix, "source_lengths")
 
 
-def position_ids(ids, start, n_positions):
+def position_ids(ids: Tensor, start: int | Tensor, n_positions: int) -> Tensor:
     """(T,) for tokens ids (B, T), the first at `start`, or (B, T) for starts (B,); InputError if they are too many."""
     T, last = ids.size(1), int(max(start)) if torch.is_tensor(start) else start
     if last + T > n_positions:
@@ -143,11 +151,13 @@ class Cache:
     position: (R,) position ids of the next token.
     """
 
-    def __init__(self, fixed, cross, position, dtype):
+    def __init__(
+        self, fixed: list[list[Segment]], cross: list[list[Segment]] | None, position: Tensor, dtype: torch.dtype
+    ):
         """fixed, cross: per layer the segments that are there before the first step, on `position`'s device."""
         B = len(position)
         fixed = [join(segments, B) if segments else None for segments in fixed]
-        self.own = [segment and segment[:2] for segment in fixed]
+        self.own: list[Any] = [segment and segment[:2] for segment in fixed]
         self.filled = fixed[0][0].size(2) if fixed and fixed[0] else 0
         self.mask = torch.zeros(B, 1, self.filled, dtype=dtype, device=position.device)
         if self.filled and fixed[0][2] is not None:
@@ -155,7 +165,7 @@ class Cache:
         self.cross = cross and [[join(segments, B)] for segments in cross]
         self.position = position
 
-    def open(self):
+    def open(self) -> None:
         """Begin a step: room for a token of each row, which none but its own row may see."""
         B, beams, M = self.mask.shape
         if M < self.filled + beams:
@@ -164,10 +174,10 @@ class Cache:
         own = torch.eye(beams, dtype=torch.bool, device=self.mask.device)
         self.mask[:, :, self.filled : self.filled + beams].masked_fill_(own, 0.0)
 
-    def look(self, layer):
+    def look(self, layer: int) -> Look:
         """As `beside`, for a step's tokens: the layer takes in their keys and values, then they look at all it has."""
 
-        def look(k, v):
+        def look(k: Tensor, v: Tensor) -> list[Segment]:
             own = self.own[layer] or (k[:, :, :0], v[:, :, :0])
             if lacking := self.mask.size(2) - own[0].size(2):
                 own = [torch.cat([x, x.new_zeros(*x.shape[:2], lacking, x.size(3))], dim=2) for x in own]
@@ -178,16 +188,16 @@ class Cache:
 
         return look
 
-    def close(self):
+    def close(self) -> None:
         """End a step: all layers have taken its tokens in."""
         self.filled, self.position = self.filled + self.mask.size(1), self.position + 1
 
-    def select(self, rows):
+    def select(self, rows: Tensor) -> None:
         """Go on from these rows (R',), still the same number for every example: surviving beams, or copies."""
         self.mask = self.mask.flatten(0, 1)[rows].unflatten(0, (len(self.mask), -1))
         self.position = self.position[rows]
 
-    def keep(self, examples):
+    def keep(self, examples: Tensor) -> None:
         """Go on with these examples (B',) alone: the texts of the others are finished."""
         self.own = [kv and [x[examples] for x in kv] for kv in self.own]
         self.cross = self.cross and [

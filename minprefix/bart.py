@@ -4,11 +4,17 @@ Shapes: B rows, S source tokens, T target tokens, C model dimension, H heads, D 
 L layers, P prefix length.
 """
 
+from typing import Any, Literal
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minprefix.attention import (
+    KV,
     Cache,
+    Look,
+    PrefixDict,
+    Segment,
     attend,
     beside,
     causal_mask,
@@ -29,25 +35,25 @@ TIED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.we
 
 
 class Attention(nn.Module):
-    def __init__(self, C, H):
+    def __init__(self, C: int, H: int):
         super().__init__()
         self.n_head = H
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(C, C) for _ in range(4))
 
-    def kv(self, states):
+    def kv(self, states: Tensor) -> KV:
         """Keys and values (B, H, S, D) of states (B, S, C), to be looked at by `forward`."""
         return self.heads(self.k_proj(states)), self.heads(self.v_proj(states))
 
-    def forward(self, x, segments):
+    def forward(self, x: Tensor, segments: list[Segment]) -> Tensor:
         """x (B, T, C) looks at the segments -> (B, T, C)."""
         return self.out_proj(attend(self.heads(self.q_proj(x)), segments).transpose(1, 2).flatten(2))
 
-    def heads(self, x):
+    def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, C, H, inner, activation):
+    def __init__(self, C: int, H: int, inner: int, activation: str):
         super().__init__()
         self.self_attn = Attention(C, H)
         self.self_attn_layer_norm = nn.LayerNorm(C)
@@ -56,7 +62,7 @@ class EncoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(C)
         self.activation = activation
 
-    def forward(self, x, look):
+    def forward(self, x: Tensor, look: Look) -> tuple[Tensor, KV]:
         """x (B, S, C); look: see `beside` -> x (B, S, C), the tokens' (k, v) (B, H, S, D)."""
         kv = self.self_attn.kv(x)
         x = self.self_attn_layer_norm(x + self.self_attn(x, look(*kv)))
@@ -64,7 +70,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, C, H, inner, activation):
+    def __init__(self, C: int, H: int, inner: int, activation: str):
         super().__init__()
         self.self_attn = Attention(C, H)
         self.self_attn_layer_norm = nn.LayerNorm(C)
@@ -75,7 +81,7 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(C)
         self.activation = activation
 
-    def forward(self, x, look, cross):
+    def forward(self, x: Tensor, look: Look, cross: list[Segment]) -> tuple[Tensor, KV]:
         """As the encoder's, the (k, v) being self-attention's; cross: what cross-attention sees, the source last."""
         kv = self.self_attn.kv(x)
         x = self.self_attn_layer_norm(x + self.self_attn(x, look(*kv)))
@@ -86,7 +92,7 @@ class DecoderLayer(nn.Module):
 class Stack(nn.Module):
     """The encoder or the decoder: its position table, its layers; its word embeddings if they are not shared."""
 
-    def __init__(self, layer, config, side):
+    def __init__(self, layer: type[EncoderLayer] | type[DecoderLayer], config: dict[str, Any], side: str):
         super().__init__()
         C, activation = config["d_model"], config["activation_function"]
         H, inner = config[f"{side}_attention_heads"], config[f"{side}_ffn_dim"]
@@ -100,9 +106,10 @@ class Stack(nn.Module):
 class BART(nn.Module):
     """config: the dict of a HuggingFace BART `config.json`. Parameter names are HuggingFace's."""
 
-    encoder_decoder = True
+    encoder_decoder: Literal[True] = True
+    final_logits_bias: Tensor
 
-    def __init__(self, config):
+    def __init__(self, config: dict[str, Any]):
         super().__init__()
         self.config = config = check_config(config)
         C, V = config["d_model"], config["vocab_size"]
@@ -121,7 +128,10 @@ class BART(nn.Module):
         )
         self.prefix_sites = {"encoder": encoder, "decoder": decoder, "cross": decoder}  # site -> (L, H, D)
 
-    def forward(self, source_ids, target_ids, source_mask=None, prefix=None):
+    def forward(
+        self, source_ids: Tensor, target_ids: Tensor, source_mask: Tensor | None = None,
+        prefix: PrefixDict | None = None,
+    ) -> Tensor:  # fmt: skip
         """source_ids (B, S), target_ids (B, T): the decoder's inputs -> logits (B, T, V).
 
         source_mask (B, S): true or 1 at tokens (one in a row at least), false or 0 at padding; None: no padding.
@@ -129,16 +139,19 @@ class BART(nn.Module):
         """
         return self.logits(self.hidden(source_ids, target_ids, source_mask, prefix))
 
-    def logits(self, states):
+    def logits(self, states: Tensor) -> Tensor:
         """Decoder states (..., C) -> logits (..., V)."""
         return linear(states, self.head.weight, self.final_logits_bias[0])
 
     @property
-    def head(self):
+    def head(self) -> nn.Embedding | Linear:
         """The layer whose weight (V, C) makes logits of states."""
         return self.shared if self.config["tie_word_embeddings"] else self.lm_head
 
-    def hidden(self, source_ids, target_ids, source_mask=None, prefix=None, start=None):
+    def hidden(
+        self, source_ids: Tensor, target_ids: Tensor, source_mask: Tensor | None = None,
+        prefix: PrefixDict | None = None, start: int | Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """As `forward`, but the decoder's states (B, T, C) before `logits`: the loss needs few of those.
 
         start: position id of the decoder's first token, if it is not the one that the prefix sets.
@@ -146,7 +159,9 @@ class BART(nn.Module):
         cross = self._cross(source_ids, source_mask, prefix)
         return self._decode(target_ids, cross, prefix, first_position(prefix) if start is None else start)[0]
 
-    def encode(self, source_ids, source_mask=None, prefix=None):
+    def encode(
+        self, source_ids: Tensor, source_mask: Tensor | None = None, prefix: PrefixDict | None = None
+    ) -> tuple[Tensor, list[KV]]:
         """source_ids (B, S) -> the encoder's states (B, S, C), and the tokens' (k, v) of each of its layers."""
         check_prefix(prefix, self.prefix_sites, len(source_ids))
         positions = position_ids(source_ids, 0, self.n_positions)  # no prefix shifts these
@@ -158,14 +173,14 @@ class BART(nn.Module):
             kept.append(kv)
         return x, kept
 
-    def prefill(self, source_ids, lengths, prefix=None):
+    def prefill(self, source_ids: Tensor, lengths: Tensor, prefix: PrefixDict | None = None) -> Cache:
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`: the encoder runs once."""
         source_mask = real_tokens(lengths, source_ids.size(1))
         cross = self._cross(source_ids, source_mask, prefix)
         position = torch.as_tensor(first_position(prefix)).to(lengths).expand_as(lengths)
         return Cache(self._prefix(prefix, "decoder"), cross, position, self.decoder.embed_positions.weight.dtype)
 
-    def step(self, ids, cache):
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
         """One more token for each row (R,) -> states (R, C) for `logits`; the cache takes it in."""
         x = self._embed(self.decoder, ids, cache.position).unflatten(0, (len(cache.mask), -1))  # (B, R/B, C)
         cache.open()
@@ -174,14 +189,16 @@ class BART(nn.Module):
         cache.close()
         return x.flatten(0, 1)
 
-    def activations(self, ids):
+    def activations(self, ids: Tensor) -> dict[str, list[KV]]:
         """Keys and values that the model computes for tokens ids (1, T), as source and target -> {site: [(k, v)]}."""
         states, encoder = self.encode(ids)
         cross = [layer.encoder_attn.kv(states) for layer in self.decoder.layers]
         decoder = self._decode(ids, [[(*kv, None)] for kv in cross], None, 0)[1]
         return {"encoder": encoder, "decoder": decoder, "cross": cross}
 
-    def _decode(self, target_ids, cross, prefix, start):
+    def _decode(
+        self, target_ids: Tensor, cross: list[list[Segment]], prefix: PrefixDict | None, start: int | Tensor
+    ) -> tuple[Tensor, list[KV]]:
         """target_ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each decoder layer."""
         x = self._embed(self.decoder, target_ids, position_ids(target_ids, start, self.n_positions))
         mask = causal_mask(target_ids.size(1), x)
@@ -191,7 +208,7 @@ class BART(nn.Module):
             kept.append(kv)
         return x, kept
 
-    def _cross(self, source_ids, source_mask, prefix):
+    def _cross(self, source_ids: Tensor, source_mask: Tensor | None, prefix: PrefixDict | None) -> list[list[Segment]]:
         """What each decoder layer's cross-attention looks at: its prefix and the encoder's view of the source."""
         states, _ = self.encode(source_ids, source_mask, prefix)
         mask = None if source_mask is None else padding_mask(source_mask, states)
@@ -201,16 +218,16 @@ class BART(nn.Module):
             for layer, context in zip(self.decoder.layers, contexts, strict=True)
         ]
 
-    def _embed(self, stack, ids, positions):
+    def _embed(self, stack: Stack, ids: Tensor, positions: Tensor) -> Tensor:
         """ids (B, T), positions (T,) or (B, T) -> (B, T, C)."""
         words = self.shared if self.config["tie_word_embeddings"] else stack.embed_tokens
         return stack.layernorm_embedding(words(ids) * self.scale + stack.embed_positions(positions + POSITION_OFFSET))
 
-    def _prefix(self, prefix, site):
+    def _prefix(self, prefix: PrefixDict | None, site: str) -> list[list[Segment]]:
         return prefix_segments(prefix, site, self.prefix_sites[site][0], self.decoder.embed_positions.weight)
 
 
-def check_config(config):
+def check_config(config: dict[str, Any]) -> dict[str, Any]:
     """A BART config.json as the model needs it, defaults filled in; InputError where this model cannot follow it."""
     sides = ("encoder", "decoder")
     keys = ["vocab_size", "max_position_embeddings", "d_model"]
@@ -232,7 +249,7 @@ def check_config(config):
     return config
 
 
-def from_huggingface(tensors, config):
+def from_huggingface(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """HuggingFace's tensors under this model's names; of a tied embedding one, however many copies are stored."""
     tensors = bare_names(tensors, "model.")
     state = {name: tensor for name, tensor in tensors.items() if not name.endswith(".version")}  # fairseq's marks
@@ -251,7 +268,7 @@ def from_huggingface(tensors, config):
     return state
 
 
-def to_huggingface(model):
+def to_huggingface(model: BART) -> dict[str, Tensor]:
     """The inverse of `from_huggingface`: tensors for a `model.safetensors` that HuggingFace loads as it is."""
     state = model.state_dict()
     if "shared.weight" not in state:  # untied: HuggingFace has a tensor of that name all the same, and does not use it

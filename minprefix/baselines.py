@@ -6,17 +6,19 @@ H heads, D head dimension.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minprefix.attention import beside, causal_mask
 from minprefix.checkpoint import read_safetensors, write_safetensors
 from minprefix.files import InputError
+from minprefix.gpt2 import GPT2
 from minprefix.hub import model_name
-from minprefix.load import check_state, save_model
+from minprefix.load import Model, check_state, save_model
 from minprefix.prefix import FoldedInfix, FoldedPrefix, Prefix, check_fingerprint, load_prefix, save_prefix, version
 
 METHODS = ("prefix", "finetune", "top2", "adapter", "embedding", "infix")
@@ -32,21 +34,21 @@ class Finetune(nn.Module):
 
     position_offset = 0
 
-    def __init__(self, model, modules=None):
+    def __init__(self, model: Model, modules: list[nn.Module] | None = None):
         super().__init__()
         if any(p.dtype.itemsize < 4 for p in model.parameters()):
             raise InputError("the weights to be fine-tuned are of half precision: load the model in float32")
         self.trained = nn.ModuleList([model] if modules is None else modules).requires_grad_(True)
         self.weights = parameters_of(model, self.trained)
 
-    def forward(self):
+    def forward(self) -> None:
         return None
 
-    def fold(self):
+    def fold(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.weights.items()}
 
 
-def top_layers(model, count=2):
+def top_layers(model: Model, count: int = 2) -> list[nn.Module]:
     """The modules of FT-TOP2: the top layers (BART: of the decoder), GPT-2's last layer norm, and the LM head.
 
     As in the authors' code (`top_layers == 2` trains `transformer.wte`), a tied head stays tied: the embeddings of the
@@ -57,7 +59,7 @@ def top_layers(model, count=2):
     return [*model.h[-count:], model.ln_f, model.head]
 
 
-def parameters_of(model, modules):
+def parameters_of(model: Model, modules: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
     """The model's parameters that belong to some of its modules, by their names in the model."""
     own = {id(p) for module in modules for p in module.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in own}
@@ -69,13 +71,13 @@ class Adapter(nn.Module):
     It begins as the identity. The weights are float32, the products are made in the dtype of y.
     """
 
-    def __init__(self, C, width):
+    def __init__(self, C: int, width: int):
         super().__init__()
         self.down, self.up = nn.Linear(C, width), nn.Linear(width, C)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, y):
+    def forward(self, y: Tensor) -> Tensor:
         h = F.linear(y, self.down.weight.to(y.dtype), self.down.bias.to(y.dtype)).relu()
         return y + F.linear(h, self.up.weight.to(y.dtype), self.up.bias.to(y.dtype))
 
@@ -89,7 +91,7 @@ class Adapters(nn.Module):
 
     position_offset = 0
 
-    def __init__(self, model, width):
+    def __init__(self, model: Model, width: int):
         super().__init__()
         layers = {name: layer for name, layer in model.named_modules() if name.endswith(SUBLAYER_ENDS)}
         self.names = list(layers)
@@ -97,10 +99,10 @@ class Adapters(nn.Module):
         for layer, adapter in zip(layers.values(), self.adapters, strict=True):
             layer.register_forward_hook(lambda layer, x, y, adapter=adapter: adapter(y))
 
-    def forward(self):
+    def forward(self) -> None:
         return None
 
-    def fold(self):
+    def fold(self) -> dict[str, Tensor]:
         adapters = zip(self.names, self.adapters, strict=True)
         return {f"{name}.{key}": p for name, adapter in adapters for key, p in adapter.state_dict().items()}
 
@@ -112,7 +114,7 @@ class Embedding(nn.Module):
     that the frozen model has for them. hidden: width of an MLP that they come out of; 0 trains them directly.
     """
 
-    def __init__(self, model, length, hidden=512):
+    def __init__(self, model: Model, length: int, hidden: int = 512):
         super().__init__()
         if model.encoder_decoder:
             raise InputError("--method embedding needs GPT-2: BART's encoder reads such tokens and the text together")
@@ -123,15 +125,15 @@ class Embedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(C, hidden), nn.Tanh(), nn.Linear(hidden, C)) if hidden else nn.Identity()
         self.model = (model,)  # in a tuple, for its parameters are not this module's
 
-    def forward(self):
+    def forward(self) -> FoldedPrefix:
         return embedding_prefix(self.model[0], self.mlp(self.embedding))
 
     @torch.no_grad()
-    def fold(self):
+    def fold(self) -> dict[str, Tensor]:
         return {"embedding": self.mlp(self.embedding)}
 
 
-def embedding_prefix(model, embedding, info=None):
+def embedding_prefix(model: GPT2, embedding: Tensor, info: dict[str, str] | None = None) -> FoldedPrefix:
     """The prefix that the embeddings (P, C) of virtual tokens at a GPT-2's first positions amount to."""
     P = len(embedding)
     x = embedding.to(model.wte.weight)[None] + model.wpe.weight[:P]
@@ -150,16 +152,19 @@ class Infix(Prefix):
 
     folded = FoldedInfix
 
-    def __init__(self, model, length, hidden=512):
+    def __init__(self, model: Model, length: int, hidden: int = 512):
         if model.encoder_decoder:
             raise InputError("--method infix needs GPT-2: no sequence of BART's holds the source and then the target")
         super().__init__(model, length, hidden)
 
 
+Tuned = Prefix | Finetune | Adapters | Embedding  # what is trained
+
+
 def make_tuned(
-    method: str, model: nn.Module, *, length: int | None = None, hidden: int | None = None,
+    method: str, model: Model, *, length: int | None = None, hidden: int | None = None,
     adapter_width: int | None = None, position_offset: int | None = None, sites: list[str] | None = None,
-) -> nn.Module:  # fmt: skip
+) -> Tuned:  # fmt: skip
     """What a method trains on a model: a `Prefix`, or what takes its place."""
     if method == "prefix":
         return Prefix(model, length, hidden, position_offset, sites)
@@ -176,7 +181,7 @@ def make_tuned(
 
 
 def save_tuned(
-    tuned: nn.Module, model: nn.Module, method: str, out: Path, base: Path, base_fingerprint: list[float], *,
+    tuned: Tuned, model: Model, method: str, out: Path, base: Path, base_fingerprint: list[float], *,
     task: str, sequence: str, max_source: int | None = None,
 ) -> Path:  # fmt: skip
     """Write what was trained into a run's folder, METHOD.safetensors or the folder of a fine-tuned model -> its path.
@@ -199,7 +204,7 @@ def save_tuned(
     return path
 
 
-def trained_file(path):
+def trained_file(path: str | Path) -> Path:
     """What a run saved: that file itself; in a run's folder METHOD.safetensors, or the folder of a fine-tuned model.
 
     A PEFT folder stands for itself.
@@ -215,13 +220,15 @@ def trained_file(path):
     raise InputError(f"nothing at {path} that train.py saves: train first, or check the path")
 
 
-def save_trained(path, tensors, base_fingerprint, info):
+def save_trained(
+    path: str | Path, tensors: dict[str, Tensor], base_fingerprint: list[float], info: dict[str, str]
+) -> None:
     """Write what `fold` gives. base_fingerprint: the model's, before training. info: method, base_model, ... (str)."""
     info = {"format": "minprefix", "version": version(), "base_fingerprint": json.dumps(base_fingerprint), **info}
     write_safetensors(path, tensors, info)
 
 
-def told_by_model(model: nn.Module) -> dict[str, str]:
+def told_by_model(model: Model) -> dict[str, str]:
     """What train.py wrote into the config.json of a fine-tuned model; nothing of any other model."""
     info = model.config.get("minprefix")
     return {key: str(value) for key, value in info.items()} if isinstance(info, dict) else {}
@@ -233,7 +240,7 @@ def trained_max_source(info: dict[str, str]) -> int | None:
     return int(length) if length.isascii() and length.isdigit() and len(length) < 8 else None
 
 
-def read_trained(path):
+def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a run saved in a file, or PEFT in a folder -> tensors by name, and what it says of them (dict of str)."""
     if Path(path).is_dir():
         prefix = load_prefix(path)
@@ -245,7 +252,7 @@ def read_trained(path):
 
 
 @torch.no_grad()
-def load_trained(path, model):
+def load_trained(path: str | Path, model: Model) -> FoldedPrefix | None:
     """Put what a run saved on its base model -> the prefix for the model to take, or None if the model was changed.
 
     InputError if the file is damaged, or was made for another model.
@@ -273,7 +280,7 @@ def load_trained(path, model):
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise InputError(f"{path}: tensor {name!r} holds numbers that are not finite")
-    if method == "embedding":
+    if method == "embedding" and not model.encoder_decoder:
         return embedding_prefix(model, tensors["embedding"], info)
     for name, tensor in tensors.items():
         expected[name].copy_(tensor)

@@ -9,33 +9,39 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minprefix.attention import real_tokens
 from minprefix.data import load_examples
 from minprefix.examples import Example, draw_pairs, on_topics, spread
 from minprefix.files import InputError
+from minprefix.load import Model
 from minprefix.tokenizer import Tokenizer
 
+Pair = tuple[list[int], list[int]]  # the ids of a source, those of a target
 MAX_SOURCE = 512  # tokens of a source that an encoder reads (the paper's XSum articles are cut there, too)
 
 
 # ---- examples -> token ids ----
 
 
-def sequence_form(model):
+def sequence_form(model: Model) -> str:
     """What the model reads and writes for a source x and a target y, to be noted in a prefix file."""
     return "<s>{x}</s> -> <s>{y}</s>" if model.encoder_decoder else " {x} <|endoftext|> {y} <|endoftext|>"
 
 
-def start_id(model, tokenizer):
+def start_id(model: Model, tokenizer: Tokenizer) -> int:
     """The token that a target's first one follows: what BART's decoder starts from, or GPT-2's separator."""
     return model.config["decoder_start_token_id"] if model.encoder_decoder else tokenizer.end_id
 
 
-def encode_sources(texts, tokenizer, model, max_source=None, what="sources"):
+def encode_sources(
+    texts: list[str], tokenizer: Tokenizer, model: Model, max_source: int | None = None, what: str | None = "sources"
+) -> list[list[int]]:
     """The source ids of each text, cut to max_source tokens: one line on stderr says how many of `what` had to be.
 
     what: a name for that line, None for silence.
@@ -61,14 +67,17 @@ def encode_sources(texts, tokenizer, model, max_source=None, what="sources"):
     return sources
 
 
-def encode_target(text, tokenizer, model):
+def encode_target(text: str, tokenizer: Tokenizer, model: Model) -> list[int]:
     """The ids to be written for a text y, the end token last."""
     if model.encoder_decoder:
         return [tokenizer.special["<s>"], *tokenizer.encode(text), tokenizer.end_id]
     return [*tokenizer.encode(f" {text} "), tokenizer.end_id]
 
 
-def encode_pairs(examples, tokenizer, model, max_source=None, what="sources"):
+def encode_pairs(
+    examples: list[Example], tokenizer: Tokenizer, model: Model, max_source: int | None = None,
+    what: str | None = "sources",
+) -> list[Pair]:  # fmt: skip
     """One (source ids, target ids) for each reference of each example, in order; see `encode_sources`."""
     sources = encode_sources([example.source for example in examples], tokenizer, model, max_source, what)
     return [
@@ -78,12 +87,12 @@ def encode_pairs(examples, tokenizer, model, max_source=None, what="sources"):
     ]
 
 
-def pair_lengths(pairs):
+def pair_lengths(pairs: list[Pair]) -> list[int]:
     """How many tokens of each pair the model reads: the source, and one before each token of the target."""
     return [len(source) + len(target) for source, target in pairs]
 
 
-def check_lengths(pairs, model, start, what):
+def check_lengths(pairs: list[Pair], model: Model, start: int, what: str) -> None:
     """InputError if a pair of `what` (a name for the message) has more tokens than the model has positions for.
 
     start: position of the first token after the prefix, which takes its positions from GPT-2's whole sequence, from
@@ -146,19 +155,19 @@ def load_inputs(
 
 @dataclass
 class Batch:
-    inputs: tuple  # what model.hidden takes: GPT-2's (ids,) or BART's (source_ids, target_ids, source_mask)
-    index: torch.Tensor  # (N,) int64, positions b * T + t of model.hidden's states whose next token is in the target
-    labels: torch.Tensor  # (N,) int64, those next tokens
-    source_lengths: torch.Tensor  # (B,) int64
+    inputs: tuple[Any, ...]  # what model.hidden takes: GPT-2's (ids,), BART's (source_ids, target_ids, source_mask)
+    index: Tensor  # (N,) int64, positions b * T + t of model.hidden's states whose next token is in the target
+    labels: Tensor  # (N,) int64, those next tokens
+    source_lengths: Tensor  # (B,) int64
     rows: int  # B
 
-    def to(self, device):
+    def to(self, device: str | torch.device) -> "Batch":
         inputs = tuple(x.to(device) for x in self.inputs)
-        tensors = (x.to(device) for x in (self.index, self.labels, self.source_lengths))
-        return Batch(inputs, *tensors, self.rows)
+        index, labels, lengths = (x.to(device) for x in (self.index, self.labels, self.source_lengths))
+        return Batch(inputs, index, labels, lengths, self.rows)
 
 
-def collate(pairs, tokenizer, model):
+def collate(pairs: list[Pair], tokenizer: Tokenizer, model: Model) -> Batch:
     """A list of B (source ids, target ids) -> Batch, rows padded on the right."""
     start, pad_id = start_id(model, tokenizer), tokenizer.pad_id
     sources, targets = [source for source, _ in pairs], [[start, *target[:-1]] for _, target in pairs]
@@ -175,13 +184,13 @@ def collate(pairs, tokenizer, model):
     return Batch(inputs, torch.tensor(index), torch.tensor(labels), lengths, len(pairs))
 
 
-def pad(rows, value):
+def pad(rows: list[list[int]], value: int) -> Tensor:
     """Lists of ids -> (B, T) int64, filled up on the right."""
     T = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (T - len(row))] for row in rows])
 
 
-def bucket_batches(lengths, batch_size, seed, epoch):
+def bucket_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """One epoch's batches as lists of indices: each index once, rows of like length together, all full but one.
 
     Rows are shuffled, sorted by length inside windows of up to 50 batches, and the batches are shuffled. There are
@@ -198,7 +207,7 @@ def bucket_batches(lengths, batch_size, seed, epoch):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def sorted_batches(lengths, batch_size):
+def sorted_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
     """Batches for evaluation: each index once, the longest first, so that what exceeds the memory does so at once."""
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -11,9 +11,12 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from minprefix.files import InputError, atomic_write, read_json
 
@@ -22,9 +25,10 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
+Entry = tuple[int, int, torch.dtype, list[int]]  # of a safetensors header: begin, end, dtype, shape
 
 
-def read_config(folder):
+def read_config(folder: str | Path) -> dict[str, Any]:
     """A model folder's `config.json` as a dict; InputError if the folder or the file is missing or unusable.
 
     Where there is a `generation_config.json`, BART's forced first and last tokens are those that it names or none, and
@@ -43,14 +47,14 @@ def read_config(folder):
     return {**config, **forced, **({start: generation[start]} if start in generation else {})}
 
 
-def read_object(path):
+def read_object(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, expected an object: download it again")
     return value
 
 
-def read_tensors(folder):
+def read_tensors(folder: str | Path) -> dict[str, Tensor]:
     """All tensors of a model folder by their stored names, on the CPU, in their stored shapes and dtypes.
 
     Reads the first that is there of `model.safetensors`, its sharded form `model.safetensors.index.json`,
@@ -68,7 +72,7 @@ def read_tensors(folder):
     raise InputError(f"{folder} has no weights: expected model.safetensors or pytorch_model.bin, whole or sharded")
 
 
-def bare_names(tensors, start):
+def bare_names(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
     """The tensors under their names without `start` before them, as some folders have them and others have not."""
     bare = {}
     for name, tensor in tensors.items():
@@ -79,13 +83,13 @@ def bare_names(tensors, start):
     return bare
 
 
-def check_folder(folder):
+def check_folder(folder: str | Path) -> Path:
     if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder: give the folder of a HuggingFace model")
     return Path(folder)
 
 
-def refuse_lfs_pointer(path):
+def refuse_lfs_pointer(path: str | Path) -> None:
     """A repository cloned without Git LFS has a few lines of text where the weights should be: say so."""
     try:
         with open(path, "rb") as file:
@@ -99,10 +103,11 @@ def refuse_lfs_pointer(path):
 # ---- shards ----
 
 
-def read_shards(index_path, read):
+def read_shards(index_path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of all shards that an index file lists."""
     weight_map = read_index(index_path)
-    tensors, stored_in = {}, {}
+    tensors: dict[str, Tensor] = {}
+    stored_in: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
         path = index_path.parent / shard
         if not os.path.isfile(path):
@@ -117,7 +122,7 @@ def read_shards(index_path, read):
     return tensors
 
 
-def read_index(index_path):
+def read_index(index_path: Path) -> dict[str, str]:
     """The `weight_map` of an index file, tensor name -> shard's file name; InputError unless all are plain names."""
     index = read_object(index_path)
     weight_map = index.get("weight_map")
@@ -128,7 +133,7 @@ def read_index(index_path):
     return weight_map
 
 
-def check_shard_name(shard, name, index_path):
+def check_shard_name(shard: object, name: str, index_path: Path) -> None:
     # An index must not make us read files elsewhere, so a shard is a plain file name: no separators, no `..`, no drive.
     # The name decides, not where the file resolves to: in HuggingFace's cache every file of a snapshot folder is a
     # symlink to ../../blobs/..., put there by the user's own download and not by the index.
@@ -144,8 +149,8 @@ def check_shard_name(shard, name, index_path):
 # optionally "__metadata__": {str: str}; offsets count from the header's end, row-major, little-endian.
 
 
-def read_safetensors(path):
-    """A safetensors file as `(tensors, metadata)`: dict of name -> CPU tensor, and dict of str -> str.
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file as `(tensors, metadata)`, the tensors by name, on the CPU.
 
     The tensors are views of the file, mapped privately (copy-on-write): nothing is read until it is used, and changing
     one never changes the file. Each is a mapping of its own, whose memory is free again when the tensor is gone.
@@ -169,7 +174,7 @@ def read_safetensors(path):
     return tensors, metadata
 
 
-def read_header(file, path):
+def read_header(file: IO[bytes], path: str | Path) -> tuple[dict[str, Any], int]:
     """The header of an open safetensors file as a dict, and the byte at which the tensors' data begins."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
@@ -191,7 +196,7 @@ def read_header(file, path):
     return header, 8 + length
 
 
-def unique_keys(pairs):
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = {}
     for key, value in pairs:
         if key in unique:
@@ -200,12 +205,12 @@ def unique_keys(pairs):
     return unique
 
 
-def refuse_constant(constant):
+def refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def check_entry(name, entry, path):
-    """One header entry as `(begin, end, dtype, shape)`: byte offsets into the data, a torch dtype, a list of sizes."""
+def check_entry(name: str, entry: object, path: str | Path) -> Entry:
+    """One header entry as `(begin, end, dtype, shape)`: byte offsets into the data, and what they hold."""
     where = f"{path}: tensor {name!r:.200}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise InputError(f"{where} has no dtype, shape and data_offsets in the header: the file is damaged")
@@ -225,11 +230,11 @@ def check_entry(name, entry, path):
     return begin, end, dtype, shape
 
 
-def is_list_of_sizes(value):
+def is_list_of_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)  # True is no size
 
 
-def check_coverage(entries, size, path):
+def check_coverage(entries: dict[str, Entry], size: int, path: str | Path) -> None:
     """The tensors must cover the `size` bytes of data exactly: no overlap, no gap, nothing missing or left over."""
     position = 0
     for name, (begin, end, _, _) in sorted(entries.items(), key=lambda item: item[1][:2]):
@@ -244,7 +249,7 @@ def check_coverage(entries, size, path):
         raise InputError(f"{path} has {size - position} bytes after its last tensor, expected none: download it again")
 
 
-def map_tensor(file, start, length, dtype, shape):
+def map_tensor(file: BinaryIO, start: int, length: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
     """The tensor at byte `start` of an open file: a view of it, or a copy where the file does not align it."""
     if length == 0:
         return torch.empty(shape, dtype=dtype)
@@ -256,8 +261,8 @@ def map_tensor(file, start, length, dtype, shape):
     return data.view(dtype).reshape(shape)
 
 
-def write_safetensors(path, tensors, metadata=None):
-    """Write a dict of name -> tensor (any device, strides and shape) and a dict of str -> str as a safetensors file.
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors by name (any device, strides and shape) and metadata as a safetensors file.
 
     The same tensors always give the same bytes. The file appears whole or not at all. InputError if it cannot be
     written, ValueError if a name, dtype or metadata value is one that the format does not have.
@@ -266,7 +271,8 @@ def write_safetensors(path, tensors, metadata=None):
     if "__metadata__" in tensors or not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise ValueError("metadata must be a dict of str to str, and no tensor may be called `__metadata__`")
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, position = ({"__metadata__": metadata} if metadata else {}), 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
     # Larger element sizes come first: then every tensor is aligned in the file, and can be mapped.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     for name in order:
@@ -288,7 +294,7 @@ def write_safetensors(path, tensors, metadata=None):
 # ---- .bin: what torch.save writes, a pickle in a zip file, or (before PyTorch 1.6) followed by the raw data ----
 
 
-def read_bin(path):
+def read_bin(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a `.bin` file, memory-mapped where its format allows; nothing in it is ever executed."""
     refuse_lfs_pointer(path)
     try:
@@ -310,7 +316,7 @@ def read_bin(path):
     return {name: check_bin_tensor(name, value, path) for name, value in loaded.items()}
 
 
-def is_uncompressed_zip(path):
+def is_uncompressed_zip(path: str | Path) -> bool:
     # torch.load(mmap=True) refuses the old format, and takes a compressed tensor's bytes for the tensor itself.
     try:
         with zipfile.ZipFile(path) as archive:
@@ -322,7 +328,7 @@ def is_uncompressed_zip(path):
         return False
 
 
-def check_bin_tensor(name, value, path):
+def check_bin_tensor(name: object, value: object, path: str | Path) -> Tensor:
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
         found = f"entry {name!r:.200} ({type(value).__name__})"
         raise InputError(f"{path}: {found} is not a named tensor: save only the model's state_dict")

@@ -2,19 +2,23 @@
 
 import functools
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 WORTH_IT = 2**19  # elements, of a function's first argument: on fewer, compiling gains nothing
+T = TypeVar("T")
 
 
 @functools.cache
-def compiled(function):
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
     """The function, compiled at its first call on a large tensor, for all sizes at once; as it is where that fails."""
     fast = torch.compile(function, dynamic=True)
     works = None  # not known yet
 
-    def call(*args):
+    def call(*args: Tensor) -> T:
         nonlocal works
         if works is False or args[0].numel() < WORTH_IT:
             return function(*args)

@@ -1,20 +1,22 @@
 """A run's losses by step: as text for the terminal, and as a PNG where matplotlib is installed."""
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from minprefix.files import atomic_write
 
 
-def series(log):
+def series(log: list[dict[str, float]]) -> Iterator[tuple[str, str, list[float], list[float]]]:
     """What a log of `train` holds: (name, mark, steps, losses) of the training loss and the dev loss."""
     for key, name, mark in (("loss", "training loss", "."), ("dev_loss", "dev loss", "o")):
         rows = [row for row in log if key in row]
         yield name, mark, [row["step"] for row in rows], [row[key] for row in rows]
 
 
-def text_curve(log, width=64, height=9):
+def text_curve(log: list[dict[str, float]], width: int = 64, height: int = 9) -> str:
     """The losses of a log of at least two rows as lines of text, on a logarithmic scale."""
     steps = np.linspace(0, log[-1]["step"], width)
     curves = [(mark, np.log(np.maximum(np.interp(steps, x, y), 1e-9))) for _, mark, x, y in series(log)]
@@ -29,7 +31,7 @@ def text_curve(log, width=64, height=9):
     return "\n".join([*lines, f"{'step 0':>11}{log[-1]['step']:>{width}}", f"{'':11}{legend}"])
 
 
-def plot_curve(log, path):
+def plot_curve(log: list[dict[str, float]], path: str | Path) -> bool:
     """Write the same as a PNG, if matplotlib is there: whether it is."""
     try:
         from matplotlib.figure import Figure

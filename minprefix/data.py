@@ -9,7 +9,9 @@ import re
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -50,7 +52,7 @@ PAIR = r"([^\[\],:|]+)\[([^\[\]]+)\]\s*"  # no two neighbours match the same cha
 # ---- tasks -> examples ----
 
 
-def load_examples(task, split, data=None, topic_field="topic"):
+def load_examples(task: str, split: str, data: str | Path | None = None, topic_field: str = "topic") -> list[Example]:
     """The list of Examples of a task's split; `data` is the folder to look in.
 
     topic_field: the key of a JSONL row, of any task that is read from rows, whose value is the Example's topic.
@@ -93,7 +95,7 @@ def load_examples(task, split, data=None, topic_field="topic"):
     raise InputError(f"there is no split {split!r} of a task {task!r}: known are {known}")
 
 
-def format_source(task, text):
+def format_source(task: str, text: str) -> str:
     """A user's input as the text x that the task's examples have: E2E's mr or linearised text, else the text itself.
 
     WebNLG and DART: triples, `Alan_Bean : occupation : Test_pilot | Alan_Bean : nationality : United_States`.
@@ -107,7 +109,7 @@ def format_source(task, text):
     return collapse(text) if task in SUMMARISATION else text
 
 
-def linearise_e2e(mr, where="the input"):
+def linearise_e2e(mr: str, where: str = "the input") -> str:
     """`name[Blue Spice], eatType[pub]` -> `name : Blue Spice | Type : pub`."""
     pairs = re.findall(PAIR, mr) if re.fullmatch(f"{PAIR}(?:,{PAIR})*", mr) else []
     pairs = [(slot.strip(), value.strip()) for slot, value in pairs]
@@ -119,7 +121,7 @@ def linearise_e2e(mr, where="the input"):
     return " | ".join(f"{SLOT_NAMES.get(slot, slot)} : {value}" for slot, value in pairs)
 
 
-def load_e2e(split, folder):
+def load_e2e(split: str, folder: Path | None) -> list[Example]:
     """The Examples of an E2E split in a folder, or of the bundled sample if that is None."""
     if folder is None:
         rows = [(f"bundled {split} sample", mr, ref) for mr, ref in sample_rows(split)]
@@ -128,7 +130,7 @@ def load_e2e(split, folder):
     return grouped([Example(linearise_e2e(mr, where), [ref]) for where, mr, ref in rows])
 
 
-def read_e2e_csv(path):
+def read_e2e_csv(path: Path) -> list[tuple[str, str, str]]:
     """The rows of a CSV file with the columns mr and ref as (where, mr, ref)."""
     if not path.is_file():
         raise InputError(f"{path} is missing: {GET_E2E}")
@@ -161,7 +163,7 @@ def read_e2e_csv(path):
 # ---- where the E2E files come from ----
 
 
-def find_e2e(data=None):
+def find_e2e(data: str | Path | None = None) -> Path | None:
     """The folder of the E2E files: `data` if given, else data/e2e, downloaded if need be; None: the bundled sample."""
     if data is not None:
         if not Path(data).is_dir():
@@ -173,7 +175,7 @@ def find_e2e(data=None):
 
 
 @functools.cache  # one try, one message
-def download_e2e():
+def download_e2e() -> Path | None:
     """Download the E2E files to data/e2e and return that; if anything fails, say so and return None."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(download(E2E_URL)))
@@ -194,7 +196,7 @@ def download_e2e():
         return None
 
 
-def download(url):
+def download(url: str) -> bytes:
     """The bytes at a URL. Some exception if the server is not there, errs, stalls, dawdles or sends too much."""
     deadline, content = time.monotonic() + DEADLINE, bytearray()
     with open_url(url, TIMEOUT)[0] as response:
@@ -213,7 +215,7 @@ def download(url):
 # ---- own data ----
 
 
-def load_jsonl(path, split, topic_field):
+def load_jsonl(path: Path, split: str, topic_field: str) -> list[Example]:
     """The Examples of a user's file; `load_examples` says what the splits are."""
     if split == "all":
         return read_jsonl(path, topic_field)
@@ -232,7 +234,7 @@ def load_jsonl(path, split, topic_field):
     return examples[:-held_out] if split == "train" else examples[-held_out:]
 
 
-def read_jsonl(path, topic_field, labelled=False):
+def read_jsonl(path: Path, topic_field: str, labelled: bool = False) -> list[Example]:
     """The Examples of a JSONL file's rows, in order; InputError if `labelled` and one has no reference."""
     if not path.is_file():
         raise InputError(f'{path} is missing: expected a file of rows like {{"source": "...", "target": "..."}}')
@@ -242,7 +244,7 @@ def read_jsonl(path, topic_field, labelled=False):
     return examples
 
 
-def json_rows(path):
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) for each line of a JSONL file that is not blank."""
     for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split at U+2028
         if not line.strip():
@@ -257,7 +259,7 @@ def json_rows(path):
         yield number, row
 
 
-def parse_row(row, where, topic_field, labelled=False):
+def parse_row(row: dict[str, Any], where: str, topic_field: str, labelled: bool = False) -> Example:
     """A JSONL row as an Example, for all tasks; `labelled` if it must have a reference.
 
     x is "source" or else "document": a string, or a list of sentences, which are joined by blanks. The texts y are
@@ -265,7 +267,7 @@ def parse_row(row, where, topic_field, labelled=False):
     the value of topic_field, if that is a string or a number. Other keys are ignored.
     """
     x = next((key for key in ("source", "document") if key in row), None)
-    y = next((key for key in ("target", "references", "summary") if key in row), None)
+    y = next((key for key in ("target", "references", "summary") if key in row), "target")
     if x is None:
         raise InputError(f"{where}: a JSONL row without a source: its keys are {list(row)!r:.200}")
     if "target" in row and "references" in row:
@@ -291,7 +293,7 @@ def parse_row(row, where, topic_field, labelled=False):
 # ---- summarisation ----
 
 
-def given_folder(task, data, layout):
+def given_folder(task: str, data: str | Path | None, layout: str) -> Path:
     """`data` as the folder of a task that is not downloaded."""
     if data is None:
         raise InputError(f"{task} is not downloaded: give --data a folder with its files: {layout}")
@@ -300,7 +302,7 @@ def given_folder(task, data, layout):
     return Path(data)
 
 
-def load_scitldr(split, folder, topic_field):
+def load_scitldr(split: str, folder: Path, topic_field: str) -> list[Example]:
     """The Examples of a SciTLDR split: an abstract with its summaries, one in train, up to four in dev and test."""
     path = folder / f"{split}.jsonl"
     if not path.is_file():
@@ -308,7 +310,7 @@ def load_scitldr(split, folder, topic_field):
     return [collapse_example(example) for example in read_jsonl(path, topic_field, labelled=True)]
 
 
-def load_xsum(split, folder, topic_field):
+def load_xsum(split: str, folder: Path, topic_field: str) -> list[Example]:
     """The Examples of an XSum split, whichever its layout, without the rows that lack a document or a summary."""
     path = find_xsum(split, folder)
     if path.suffix == ".source":
@@ -330,7 +332,7 @@ def load_xsum(split, folder, topic_field):
     return examples
 
 
-def find_xsum(split, folder):
+def find_xsum(split: str, folder: Path) -> Path:
     """The one file in a folder that has the documents of a split: NAME.source, NAME.jsonl or NAME.json."""
     names = [name + ending for name in XSUM_NAMES[split] for ending in (".source", ".jsonl", ".json")]
     found = [name for name in names if (folder / name).is_file()]
@@ -341,7 +343,7 @@ def find_xsum(split, folder):
     return folder / found[0]
 
 
-def line_rows(source, target):
+def line_rows(source: Path, target: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) for each line of two line files, of which one has the sources and one the targets.
 
     Blank lines at a file's end do not matter, unless the other file has a text there.
@@ -359,7 +361,7 @@ def line_rows(source, target):
         yield number, {"source": x, "target": y}
 
 
-def read_lines(path):
+def read_lines(path: Path) -> list[str]:
     """The lines of a text file; the line end of the last does not begin another."""
     text = read_text(path)
     if "\r" in text and "\n" not in text:
@@ -368,6 +370,6 @@ def read_lines(path):
     return lines if lines[-1] else lines[:-1]
 
 
-def collapse_example(example):
+def collapse_example(example: Example) -> Example:
     """An Example with the white space in its texts collapsed."""
     return Example(collapse(example.source), [collapse(y) for y in example.references], example.topic)

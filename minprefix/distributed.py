@@ -8,23 +8,28 @@ import contextlib
 import datetime
 import os
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from minprefix.files import InputError
+
+T = TypeVar("T")
 
 
 class RankLost(InputError):
     """Another process of the run has ended, killed perhaps."""
 
 
-def each_rank(main):
+def each_rank(main: Callable[[], None]) -> Callable[[], None]:
     """A script's `main` as each process of torchrun runs it; what ends several of them alike is said by one."""
     if not dist.is_torchelastic_launched():
         return main
 
-    def run():
+    def run() -> None:
         store, rank, size = next(dist.rendezvous("env://"))
         try:
             backends = "cpu:gloo,cuda:nccl" if use_own_gpu() else "gloo"
@@ -46,7 +51,7 @@ def each_rank(main):
     return run
 
 
-def use_own_gpu():
+def use_own_gpu() -> bool:
     """Have "cuda" mean a GPU that no other process of the run uses; whether there are GPUs. InputError if too few."""
     if not torch.cuda.is_available():
         return False
@@ -57,33 +62,33 @@ def use_own_gpu():
     return True
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size():
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(items):
+def share(items: list[T]) -> list[T]:
     """What this rank does of a list that all ranks have: every world_size-th item."""
     return items[rank() :: world_size()]
 
 
-def joined(items):
+def joined(items: list[T]) -> list[T]:
     """What all ranks made of their shares, in the order of the whole list."""
     if world_size() == 1:
         return items
-    parts = [None] * world_size()
+    parts: list[Any] = [None] * world_size()
     with others_alive():
         dist.all_gather_object(parts, items)
-    whole = [None] * sum(map(len, parts))
+    whole: list[Any] = [None] * sum(map(len, parts))
     for i, part in enumerate(parts):
         whole[i :: len(parts)] = part
     return whole
 
 
-def add_up(tensors):
+def add_up(tensors: list[Tensor]) -> None:
     """Replace tensors by their sums over all ranks, in one message."""
     if world_size() == 1:
         return
@@ -95,7 +100,7 @@ def add_up(tensors):
 
 
 @contextlib.contextmanager
-def others_alive():
+def others_alive() -> Iterator[None]:
     """RankLost where a collective operation fails."""
     try:
         yield

@@ -9,7 +9,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPMessage, HTTPResponse
+from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
+from urllib.request import Request
 
 from tqdm import tqdm
 
@@ -27,25 +31,27 @@ class Broken(Exception):
 class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects as urllib does, but sends a token to no other host, and keeps the headers on the way."""
 
-    def __init__(self):
-        self.headers = []
+    def __init__(self) -> None:
+        self.headers: list[HTTPMessage] = []
 
-    def redirect_request(self, request, response, code, message, headers, url):
+    def redirect_request(
+        self, request: Request, response: IO[bytes], code: int, message: str, headers: HTTPMessage, url: str
+    ) -> Request | None:
         followed = super().redirect_request(request, response, code, message, headers, url)
-        if urlsplit(url)[:2] != urlsplit(request.full_url)[:2]:  # scheme and host
+        if followed and urlsplit(url)[:2] != urlsplit(request.full_url)[:2]:  # scheme and host
             followed.remove_header("Authorization")
         self.headers.append(headers)
         return followed
 
 
-def open_url(url, timeout, headers=None):
+def open_url(url: str, timeout: float, headers: dict[str, str] | None = None) -> tuple[HTTPResponse, list[HTTPMessage]]:
     """The response at a URL, and the headers of all answers on the way to it, its own last.
 
     In a thread that is given up if need be: urllib's timeout bounds neither name look-up nor slow headers.
     """
     result, redirects = [], Redirects()
 
-    def work():
+    def work() -> None:
         try:
             request = urllib.request.Request(url, headers=headers or {})
             result.append(urllib.request.build_opener(redirects).open(request, timeout=timeout))
@@ -62,7 +68,7 @@ def open_url(url, timeout, headers=None):
     return result[0], [*redirects.headers, result[0].headers]
 
 
-def fetch(url, path, headers=None):
+def fetch(url: str, path: Path, headers: dict[str, str] | None = None) -> tuple[Path, list[HTTPMessage]]:
     """Download a URL as a neighbour of `path`, PATH.ETAG-SIZE.part, and check it: that file, and the answers' headers.
 
     A part that is there already is gone on with, if it is still the same file on the server. Raises HTTPError if the
@@ -83,7 +89,7 @@ def fetch(url, path, headers=None):
             time.sleep(PAUSE * 2 ** (failures - 1))
 
 
-def fetch_once(url, path, headers):
+def fetch_once(url: str, path: Path, headers: dict[str, str]) -> tuple[Path, list[HTTPMessage]]:
     parts = parts_of(path)
     start = max(parts[0].stat().st_size - 1, 0) if parts else 0  # the last byte again, as a range may not be empty
     response, answers = open_range(url, parts, start, headers)
@@ -105,11 +111,13 @@ def fetch_once(url, path, headers):
     return part, answers
 
 
-def parts_of(path):
+def parts_of(path: Path) -> list[Path]:
     return list(path.parent.glob(f"{glob.escape(path.name)}.*.part"))
 
 
-def open_range(url, parts, start, headers):
+def open_range(
+    url: str, parts: list[Path], start: int, headers: dict[str, str]
+) -> tuple[HTTPResponse, list[HTTPMessage]]:
     """`open_url` from byte `start` on; Broken where another try may help."""
     try:
         return open_url(url, TIMEOUT, {**headers, "Range": f"bytes={start}-"} if start else headers)
@@ -128,7 +136,7 @@ def open_range(url, parts, start, headers):
         raise Broken(f"{type(error).__name__}: {error}") from error
 
 
-def identity(url, response, answers):
+def identity(url: str, response: HTTPResponse, answers: list[HTTPMessage]) -> tuple[str, int]:
     """The ETag of a file and its size; the hub tells those of the file itself before it redirects to another host."""
     etag = next((answer["X-Linked-Etag"] for answer in answers if answer["X-Linked-Etag"]), response.headers["ETag"])
     size = next((answer["X-Linked-Size"] for answer in answers if answer["X-Linked-Size"]), None)
@@ -142,7 +150,7 @@ def identity(url, response, answers):
     return etag, int(size)
 
 
-def copy(response, file, size, name):
+def copy(response: HTTPResponse, file: IO[bytes], size: int, name: str) -> None:
     """Write the rest of a response to a file that shall have `size` bytes at the end."""
     with tqdm(total=size, initial=file.tell(), unit="B", unit_scale=True, desc=name, leave=False, disable=None) as bar:
         while file.tell() <= size:
@@ -163,7 +171,7 @@ def copy(response, file, size, name):
     os.fsync(file.fileno())
 
 
-def check_digest(part, etag):
+def check_digest(part: Path, etag: str) -> None:
     """Broken, and the file removed, unless it is what an ETag says that is a SHA-256 or git's SHA-1 of a blob."""
     if re.fullmatch("[0-9a-f]{64}", etag):
         digest = hashlib.sha256()

@@ -20,12 +20,12 @@ class EmptyText(InputError):
     """A text of the input is empty. Its own class, for XSum has such rows and goes on without them."""
 
 
-def collapse(text):
+def collapse(text: str) -> str:
     """A text with each run of white space, line ends included, as one blank."""
     return " ".join(text.split())
 
 
-def check_text(text, where):
+def check_text(text: object, where: str) -> str:
     """A text without the blanks around it; InputError if it is none, empty, or not fit to be written to a file."""
     if not isinstance(text, str):
         raise InputError(f"{where} is a JSON {type(text).__name__}, a string is needed")
@@ -36,25 +36,25 @@ def check_text(text, where):
     return text.strip()
 
 
-def grouped(examples):
+def grouped(examples: list[Example]) -> list[Example]:
     """One Example for each distinct source and topic, in the order of the first, with all of its references."""
-    by_source = {}
+    by_source: dict[tuple[str, str | None], Example] = {}
     for example in examples:
         first = by_source.setdefault((example.source, example.topic), Example(example.source, [], example.topic))
         first.references.extend(example.references)
     return list(by_source.values())
 
 
-def on_topics(examples, topics, where):
+def on_topics(examples: list[Example], topics: Sequence[str], where: str) -> list[Example]:
     """The Examples on one of these topics, in order; InputError if none is on one of them. where: for the message."""
-    there = {example.topic for example in examples} - {None}
+    there = {example.topic for example in examples if example.topic is not None}
     if missing := [topic for topic in topics if topic not in there]:
         known = f"the topics there are {', '.join(sorted(there))}" if there else "the examples there have no topics"
         raise InputError(f"{where} has nothing on the topic {missing[0]!r}: {known:.500}")
     return [example for example in examples if example.topic in topics]
 
 
-def draw_pairs(examples, count, seed, where):
+def draw_pairs(examples: list[Example], count: int, seed: int, where: str) -> list[Example]:
     """`count` of the examples' (source, reference) pairs, drawn at random from `seed` alone: Examples of one reference.
 
     A smaller draw from the same seed is the beginning of a larger one. InputError if there are too few pairs.

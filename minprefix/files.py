@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from minprefix import signals
 
@@ -14,7 +16,7 @@ from minprefix import signals
 class InputError(Exception):
     """The user's input is at fault; the message is one line: what is wrong, where, and what to do."""
 
-    def __init__(self, message):
+    def __init__(self, message: str):
         line = " ".join(message.split())
         if len(line) > 2000:  # a file's contents in it have no end
             line = f"{line[:1000]} [...] {line[-900:]}"
@@ -26,7 +28,7 @@ class WriteError(InputError):
     """A file could not be written: the disk is full, say. Another try may succeed."""
 
 
-def run_main(main):
+def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`: an InputError becomes one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143."""
     try:
         with signals.raised():
@@ -40,7 +42,7 @@ def run_main(main):
         sys.exit(128 + number)
 
 
-def read_text(path):
+def read_text(path: str | Path) -> str:
     """The UTF-8 text of a file (or of stdin, for "-"), a byte-order mark dropped, line ends kept as they are."""
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
@@ -51,7 +53,7 @@ def read_text(path):
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
 
 
-def read_json(path):
+def read_json(path: str | Path) -> Any:
     """A JSON file's value."""
     try:
         return json.loads(read_text(path))
@@ -60,10 +62,10 @@ def read_json(path):
 
 
 @contextlib.contextmanager
-def atomic_write(path, mode="w"):
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary neighbour of `path` for writing; rename it to `path` only if the block succeeds."""
     path = Path(path)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)

@@ -6,21 +6,26 @@ Shapes: B examples, K beams, R = B or B * K rows, S source tokens, N new tokens 
 
 import copy
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from minprefix.attention import row_count
+from minprefix.attention import Cache, PrefixDict, row_count
 from minprefix.batches import encode_sources, start_id
 from minprefix.data import SUMMARISATION, TRIPLES
 from minprefix.files import InputError
 from minprefix.linear import packed_weights
-from minprefix.load import check_vocabulary
+from minprefix.load import Model, check_vocabulary
+from minprefix.tokenizer import Tokenizer
 
 LEAVE = 0.75  # finished texts leave a batch as soon as no more than this share of it is unfinished
+Constrain = Callable[[Tensor, Tensor], None]  # scores (R, V), past (R, t): sets what may not follow to -inf
 
 
-def recipe(task):
+def recipe(task: str) -> dict[str, Any]:
     """How a task's texts are usually searched for: options of `generate`.
 
     Summaries: as BART's authors decode XSum (Lewis et al. 2020), with the length penalty of the paper's runs. Else the
@@ -43,8 +48,10 @@ def search_options(task: str, given: dict) -> dict:
     return {**options, **given}
 
 
-def generate(model, tokenizer, sources, prefix=None, beams=5, max_new_tokens=64, max_source=None, what="sources",
-             **options):  # fmt: skip
+def generate(
+    model: Model, tokenizer: Tokenizer, sources: list[str], prefix: PrefixDict | None = None, beams: int = 5,
+    max_new_tokens: int = 64, max_source: int | None = None, what: str | None = "sources", **options: Any,
+) -> list[str]:  # fmt: skip
     """The text that the model writes for each source text: list of str -> list of str, without white space around.
 
     max_source, what: longer sources are cut, and that is said, see `encode_sources`. options: those of `generate_ids`;
@@ -69,10 +76,12 @@ def generate(model, tokenizer, sources, prefix=None, beams=5, max_new_tokens=64,
 
 @torch.inference_mode()
 def generate_ids(
-    model, sources, start_id, end_id, prefix=None, beams=5, max_new_tokens=64, *, min_new_tokens=0, length_penalty=1.0,
-    no_repeat_ngram=0, sample=False, temperature=1.0, top_k=0, top_p=1.0, generator=None, forbidden=(),
-    forced_first=None, forced_last=None, batch_size=16, progress=False,
-):  # fmt: skip
+    model: Model, sources: list[list[int]], start_id: int, end_id: int, prefix: PrefixDict | None = None,
+    beams: int = 5, max_new_tokens: int = 64, *, min_new_tokens: int = 0, length_penalty: float = 1.0,
+    no_repeat_ngram: int = 0, sample: bool = False, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    generator: torch.Generator | None = None, forbidden: Iterable[int] = (), forced_first: int | None = None,
+    forced_last: int | None = None, batch_size: int = 16, progress: bool = False,
+) -> list[list[int]]:  # fmt: skip
     """What the model makes of each source: list of token ids -> list of token ids, without start and end token.
 
     prefix: as the model takes it; a tensor with a row dimension has one row for each source (or one for all).
@@ -90,7 +99,7 @@ def generate_ids(
     device = next(model.parameters()).device
     forbidden = torch.tensor(list(forbidden), dtype=torch.long, device=device)
 
-    def constrain(scores, past):
+    def constrain(scores: Tensor, past: Tensor) -> None:
         """Set the scores (R, V) of tokens that may not follow the generated ones, past (R, t), to -inf."""
         t = past.size(1)
         scores[:, forbidden] = float("-inf")
@@ -103,12 +112,12 @@ def generate_ids(
         if forced is not None:
             scores.fill_(float("-inf"))[:, forced] = 0.0
 
-    def choose(logits):
+    def choose(logits: Tensor) -> Tensor:
         return _draw(logits, temperature, top_k, top_p, generator) if sample else logits.argmax(dim=-1)
 
     # The longest first: batches of like lengths, and what does not fit (model or memory) fails at once.
     order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
-    targets = [None] * len(sources)
+    targets: list[Any] = [None] * len(sources)
     with tqdm(total=len(sources), unit="source", disable=not progress) as bar:
         for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
             cache = _prefill(model, sources, batch, prefix, max_new_tokens, device)
@@ -123,7 +132,10 @@ def generate_ids(
     return targets
 
 
-def _one_by_one(model, cache, ids, end_id, max_new_tokens, constrain, choose):
+def _one_by_one(
+    model: Model, cache: Cache, ids: Tensor, end_id: int, max_new_tokens: int, constrain: Constrain,
+    choose: Callable[[Tensor], Tensor],
+) -> Tensor:  # fmt: skip
     """From the start tokens ids (B,), the token that `choose` picks at each step -> (B, N), end_id after its end."""
     tokens = torch.full((len(ids), max_new_tokens), end_id, device=ids.device)
     place = torch.arange(len(ids), device=ids.device)  # of the running rows in `tokens`
@@ -140,7 +152,7 @@ def _one_by_one(model, cache, ids, end_id, max_new_tokens, constrain, choose):
     return tokens
 
 
-def _bar_repeats(scores, past, n):
+def _bar_repeats(scores: Tensor, past: Tensor, n: int) -> None:
     """Set the scores (R, V) of tokens that would complete an n-gram which past (R, t) has already to -inf."""
     if past.size(1) < n:
         return
@@ -150,7 +162,7 @@ def _bar_repeats(scores, past, n):
     scores.scatter_add_(1, ngrams[:, :, -1], scores.new_zeros(repeats.shape).masked_fill(repeats, -torch.inf))
 
 
-def _draw(logits, temperature, top_k, top_p, generator):
+def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
     """Logits (B, V) -> a sampled token id for each row (B,)."""
     logits = logits / temperature
     if top_k:
@@ -164,7 +176,10 @@ def _draw(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-def _beam_search(model, cache, ids, end_id, beams, max_new_tokens, length_penalty, constrain):
+def _beam_search(
+    model: Model, cache: Cache, ids: Tensor, end_id: int, beams: int, max_new_tokens: int, length_penalty: float,
+    constrain: Constrain,
+) -> Tensor:  # fmt: skip
     """From the start tokens ids (B,), the best sequence of each example -> (B, N), end_id after its end.
 
     The search of HuggingFace's generate with early_stopping=False: of the 2K best continuations the K best that do not
@@ -215,7 +230,10 @@ def _beam_search(model, cache, ids, end_id, beams, max_new_tokens, length_penalt
     return result
 
 
-def _prefill(model, sources, batch, prefix, max_new_tokens, device):
+def _prefill(
+    model: Model, sources: list[list[int]], batch: list[int], prefix: PrefixDict | None, max_new_tokens: int,
+    device: torch.device,
+) -> Cache:  # fmt: skip
     """The Cache of the sources number `batch`, the longest first; InputError if that one leaves too little room."""
     lengths = [len(sources[i]) for i in batch]
     # Any id pads, nothing looks at padding; one column at least, since a model may not take empty rows.
@@ -239,7 +257,7 @@ def _prefill(model, sources, batch, prefix, max_new_tokens, device):
     return cache
 
 
-def _rows(prefix, batch):
+def _rows(prefix: Any, batch: list[int]) -> Any:
     """The rows `batch` of a prefix whose rows differ; else the prefix as it is."""
     if prefix is None or all(row_count(prefix, kv) == 1 for kv in prefix.values()):
         return prefix
@@ -253,8 +271,11 @@ def _rows(prefix, batch):
     return part
 
 
-def _check(model, sources, prefix, beams, max_new_tokens, min_new_tokens, length_penalty, no_repeat_ngram, sample,
-           temperature, top_k, top_p, forbidden, batch_size):  # fmt: skip
+def _check(
+    model: Model, sources: list[list[int]], prefix: PrefixDict | None, beams: int, max_new_tokens: int,
+    min_new_tokens: int, length_penalty: float, no_repeat_ngram: int, sample: bool, temperature: float, top_k: int,
+    top_p: float, forbidden: Iterable[int], batch_size: int,
+) -> None:  # fmt: skip
     """InputError where the options of `generate_ids` make no sense."""
     allowed = model.config["vocab_size"] - len(set(forbidden))
     rows = {row_count(prefix, kv) for kv in (prefix or {}).values()} - {1, len(sources)}

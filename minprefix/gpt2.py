@@ -3,11 +3,17 @@
 Shapes: B rows, T tokens, C model dimension, H heads, D head dimension, V vocabulary, L layers, P prefix length.
 """
 
+from typing import Any, Literal
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minprefix.attention import (
+    KV,
     Cache,
+    Look,
+    PrefixDict,
+    Segment,
     attend,
     beside,
     causal_mask,
@@ -29,42 +35,42 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # HuggingFace st
 
 
 class Attention(nn.Module):
-    def __init__(self, C, H):
+    def __init__(self, C: int, H: int):
         super().__init__()
         self.n_head = H
         self.c_attn = Linear(C, 3 * C)
         self.c_proj = Linear(C, C)
 
-    def forward(self, x, look):
+    def forward(self, x: Tensor, look: Look) -> tuple[Tensor, KV]:
         q, k, v = self.qkv(x)
         y = attend(q, look(k, v))
         return self.c_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
-    def qkv(self, x):
+    def qkv(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> queries, keys and values, each (B, H, T, D)."""
         return self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
 
 
 class MLP(nn.Module):
-    def __init__(self, C, inner, activation):
+    def __init__(self, C: int, inner: int, activation: str):
         super().__init__()
         self.c_fc = Linear(C, inner)
         self.c_proj = Linear(inner, C)
         self.activation = activation
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(self.c_fc(x, self.activation))
 
 
 class Block(nn.Module):
-    def __init__(self, C, H, inner, eps, activation):
+    def __init__(self, C: int, H: int, inner: int, eps: float, activation: str):
         super().__init__()
         self.ln_1 = nn.LayerNorm(C, eps=eps)
         self.attn = Attention(C, H)
         self.ln_2 = nn.LayerNorm(C, eps=eps)
         self.mlp = MLP(C, inner, activation)
 
-    def forward(self, x, look):
+    def forward(self, x: Tensor, look: Look) -> tuple[Tensor, KV]:
         """x (B, T, C); look: see `beside` -> x (B, T, C), the tokens' (k, v) (B, H, T, D)."""
         y, kv = self.attn(self.ln_1(x), look)
         x = x + y
@@ -74,9 +80,9 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """config: the dict of a HuggingFace GPT-2 `config.json`. Parameter names are HuggingFace's."""
 
-    encoder_decoder = False
+    encoder_decoder: Literal[False] = False
 
-    def __init__(self, config):
+    def __init__(self, config: dict[str, Any]):
         super().__init__()
         self.config = config = check_config(config)
         C, H, L, V = config["n_embd"], config["n_head"], config["n_layer"], config["vocab_size"]
@@ -90,27 +96,27 @@ class GPT2(nn.Module):
             self.lm_head = Linear(C, V, bias=False)
         self.prefix_sites = {"decoder": (L, H, C // H)}  # site -> (L, H, D)
 
-    def forward(self, ids, prefix=None):
+    def forward(self, ids: Tensor, prefix: PrefixDict | None = None) -> Tensor:
         """ids (B, T), prefix {"decoder": (L, 2, [B,] H, P, D)} or None -> logits (B, T, V)."""
         return self.logits(self.hidden(ids, prefix))
 
-    def logits(self, states):
+    def logits(self, states: Tensor) -> Tensor:
         """States (..., C) -> logits (..., V)."""
         return linear(states, self.head.weight)
 
     @property
-    def head(self):
+    def head(self) -> nn.Embedding | Linear:
         """The layer whose weight (V, C) makes logits of states."""
         return self.wte if self.config["tie_word_embeddings"] else self.lm_head
 
-    def hidden(self, ids, prefix=None, start=None):
+    def hidden(self, ids: Tensor, prefix: PrefixDict | None = None, start: int | Tensor | None = None) -> Tensor:
         """As `forward`, but the states (B, T, C) before `logits`: the loss needs few of those.
 
         start: position id of the first token, if it is not the one that the prefix sets.
         """
         return self._run(ids, prefix, first_position(prefix) if start is None else start)[0]
 
-    def prefill(self, ids, lengths, prefix=None):
+    def prefill(self, ids: Tensor, lengths: Tensor, prefix: PrefixDict | None = None) -> Cache:
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`."""
         start = first_position(prefix)
         prefix = prefix.at(lengths) if is_infix(prefix) else prefix
@@ -119,7 +125,7 @@ class GPT2(nn.Module):
         fixed = [[*context, (*kv, mask)] for context, kv in zip(self._prefix(prefix), source, strict=True)]
         return Cache(fixed, None, lengths + torch.as_tensor(start).to(lengths), self.wte.weight.dtype)
 
-    def step(self, ids, cache):
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
         """One more token for each row (R,) -> states (R, C) for `logits`; the cache takes it in."""
         x = (self.wte(ids) + self.wpe(cache.position)).unflatten(0, (len(cache.mask), -1))  # (B, R/B, C)
         cache.open()
@@ -128,11 +134,11 @@ class GPT2(nn.Module):
         cache.close()
         return self.ln_f(x).flatten(0, 1)
 
-    def activations(self, ids):
+    def activations(self, ids: Tensor) -> dict[str, list[KV]]:
         """Keys and values that the model computes for tokens ids (1, T) -> {site: [(k, v) of each layer]}."""
         return {"decoder": self._run(ids, None, 0)[1]}
 
-    def _run(self, ids, prefix, start):
+    def _run(self, ids: Tensor, prefix: PrefixDict | None, start: int | Tensor) -> tuple[Tensor, list[KV]]:
         """ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each layer."""
         check_prefix(prefix, self.prefix_sites, len(ids))
         positions, contexts = position_ids(ids, start, self.n_positions), self._prefix(prefix)
@@ -149,11 +155,11 @@ class GPT2(nn.Module):
             kept.append(kv)
         return self.ln_f(x), kept
 
-    def _prefix(self, prefix):
+    def _prefix(self, prefix: PrefixDict | None) -> list[list[Segment]]:
         return prefix_segments(prefix, "decoder", len(self.h), self.wte.weight)
 
 
-def check_config(config):
+def check_config(config: dict[str, Any]) -> dict[str, Any]:
     """A GPT-2 config.json as the model needs it, defaults filled in; InputError where this model cannot follow it."""
     defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
     keys = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
@@ -170,7 +176,7 @@ def check_config(config):
     return config
 
 
-def from_huggingface(tensors, config):
+def from_huggingface(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """HuggingFace's tensors under this model's names; mask buffers and the second copy of a tied head are dropped."""
     state = {}
     for name, tensor in bare_names(tensors, "transformer.").items():
@@ -182,7 +188,7 @@ def from_huggingface(tensors, config):
     return state
 
 
-def to_huggingface(model):
+def to_huggingface(model: GPT2) -> dict[str, Tensor]:
     """The inverse of `from_huggingface`: tensors for a `model.safetensors` that HuggingFace loads as it is."""
     tensors = {}
     for name, tensor in model.state_dict().items():

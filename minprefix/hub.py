@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -24,7 +25,7 @@ OWNERS = {
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # either whole, or as NAME.index.json and shards
 
 
-def resolve_model(name):
+def resolve_model(name: str | Path) -> Path:
     """The folder of a model: `name` is a path to one, or a model's name.
 
     A name is looked for in `weights/` (with the bundled models), then in HuggingFace's cache, then on the hub, from
@@ -53,12 +54,12 @@ def resolve_model(name):
         raise InputError(f"{absent}, and {endpoint()} cannot be reached ({reason}): {advise}") from error
 
 
-def is_on(variable):
+def is_on(variable: str) -> bool:
     """Whether an environment variable says yes, as huggingface_hub reads it."""
     return (os.environ.get(variable) or "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def advice(code):
+def advice(code: int) -> str:
     if code not in (401, 403):
         return "check the name"
     token, where = user_token()
@@ -66,7 +67,7 @@ def advice(code):
     return f"check the name; for a private or gated model, set HF_TOKEN to a token that may read it{sent}"
 
 
-def model_name(folder):
+def model_name(folder: str | Path) -> str | None:
     """The name by which `resolve_model` finds a folder in `weights/` or HuggingFace's cache; None for one elsewhere."""
     folder = Path(folder).resolve()
     cached = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -77,13 +78,13 @@ def model_name(folder):
     return None
 
 
-def is_hub_name(name):
+def is_hub_name(name: str) -> bool:
     """Whether it can be NAME or OWNER/NAME on the hub; if so, it is safe as a path below a folder."""
     part = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
     return len(name) <= 96 and bool(re.fullmatch(f"(?:{part}/)?{part}", name, re.A)) and not re.search(r"--|\.\.", name)
 
 
-def find_model(name):
+def find_model(name: str) -> Path | None:
     """The folder of a model's name in `weights/`, or else a complete snapshot in HuggingFace's cache, or None."""
     if (WEIGHTS / name).is_dir():
         return WEIGHTS / name
@@ -99,29 +100,29 @@ def find_model(name):
     return None
 
 
-def full_name(name):
+def full_name(name: str) -> str:
     return f"{OWNERS[name]}/{name}" if name in OWNERS else name
 
 
-def hub_cache():
+def hub_cache() -> Path:
     """Where huggingface_hub keeps its downloads."""
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{hub_home()}/hub"
     return expanded(cache)
 
 
-def hub_home():
+def hub_home() -> Path:
     return expanded(os.environ.get("HF_HOME") or CACHE / "huggingface")
 
 
-def expanded(path):
+def expanded(path: str | Path) -> Path:
     """With ~ and $VARIABLES filled in."""
     return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
-def is_complete(folder):
+def is_complete(folder: Path) -> bool:
     """Whether a folder has all files that a model needs."""
 
-    def has(*names):
+    def has(*names: str) -> bool:
         return all((folder / name).is_file() for name in names)
 
     if not has("config.json") or not (has("vocab.json", "merges.txt") or has("tokenizer.json")):
@@ -139,14 +140,14 @@ def is_complete(folder):
 # ---- the hub: ENDPOINT/NAME/resolve/REVISION/FILE ----
 
 
-def endpoint():
+def endpoint() -> str:
     url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w.~/-]*)?", url, re.A):
         raise InputError(f"HF_ENDPOINT is {url!r:.200}: expected an address like https://huggingface.co")
     return url
 
 
-def download_model(name, folder):
+def download_model(name: str, folder: Path) -> Path:
     """Download a model of the hub; the folder appears whole or not at all. What breaks off is gone on with next time.
 
     It grows in .NAME.part beside the folder; of several processes that want it, one downloads and the others wait.
@@ -177,7 +178,7 @@ def download_model(name, folder):
 
 
 @contextlib.contextmanager
-def locked(folder):
+def locked(folder: Path) -> Iterator[None]:
     """Wait until no other process is in here with the same folder; the lock of one that dies goes with it."""
     import fcntl  # not on Windows
 
@@ -193,7 +194,7 @@ def locked(folder):
         os.close(handle)
 
 
-def fetch_model(name, part):
+def fetch_model(name: str, part: Path) -> dict[str, Path]:
     """Fetch what minprefix needs of a model into a folder: file name -> the checked download, still under a .part name.
 
     All files are of one commit, the one that `main` is now.
@@ -206,7 +207,7 @@ def fetch_model(name, part):
     commit = next((answer["X-Repo-Commit"] for answer in answers if answer["X-Repo-Commit"]), "main")
     files = {"config.json": config}
 
-    def get(file_name):
+    def get(file_name: str) -> bool:
         """Fetch a file, if there is one: whether there is."""
         try:
             files[file_name] = fetch(f"{url}/{quote(commit)}/{quote(file_name)}", part / file_name, headers)[0]
@@ -229,7 +230,7 @@ def fetch_model(name, part):
     raise InputError(f"{name} on the hub has no weights: neither {' nor '.join(WEIGHT_FILES)}, whole or in shards")
 
 
-def authorization():
+def authorization() -> dict[str, str]:
     """The header with the user's token, if there is one; it goes to no other host than the endpoint."""
     token, where = user_token()
     if not re.fullmatch("[!-~]*", token):
@@ -237,7 +238,7 @@ def authorization():
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-def user_token():
+def user_token() -> tuple[str, str]:
     """The user's token, "" for none, and where it stands. As in huggingface_hub variables go before the file."""
     if is_on("HF_HUB_DISABLE_IMPLICIT_TOKEN"):
         return "", "nothing"
@@ -248,5 +249,5 @@ def user_token():
     return without_line_ends(read_text(path)) if os.path.exists(path) else "", str(path)
 
 
-def without_line_ends(token):
+def without_line_ends(token: str) -> str:
     return token.replace("\r", "").replace("\n", "").strip()

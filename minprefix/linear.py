@@ -4,10 +4,12 @@
 generation multiplies few rows at a time, so that most of its time goes into reading weights, and training gains too.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minprefix.compiled import compiled
@@ -16,11 +18,11 @@ POST_OPS = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_new": ("gelu", "
 
 
 class Linear(nn.Linear):
-    def forward(self, x, activation=None):
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
         return linear(x, self.weight, self.bias, activation)
 
 
-def linear(x, weight, bias=None, activation=None):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """x (..., C) times weight (N, C), plus bias (N,) or None, through one of `ACTIVATIONS` or none -> (..., N)."""
     packed = getattr(weight, "packed", None)
     if packed is not None and not (torch.is_grad_enabled() and x.requires_grad):
@@ -30,7 +32,7 @@ def linear(x, weight, bias=None, activation=None):
     return ACTIVATIONS[activation](y) if activation else y
 
 
-def packed_product(x, packed, bias, N, activation=None):
+def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, N: int, activation: str | None = None) -> Tensor:
     """x (..., C) times a packed matrix (N, C), likewise -> (..., N)."""
     post_op, algorithm = POST_OPS[activation]
     C, rows = x.size(-1), x.reshape(-1, x.size(-1))
@@ -47,19 +49,19 @@ class FrozenProduct(torch.autograd.Function):
     """A packed product in training: the gradient of x is a product with the packed transpose; there is no other."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         return packed_product(x, weight.packed, bias, len(weight))
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         transposed = getattr(ctx.weight, "packed_transposed", None)
         if transposed is None:  # packed for generation, or the head, of which loss.py takes the gradient
             return gradient @ ctx.weight.packed.to_dense(), None, None
         return packed_product(gradient, transposed, None, ctx.weight.size(1)), None, None
 
 
-def pack_weights(model, training=False):
+def pack_weights(model: Any, training: bool = False) -> list[Tensor]:  # a GPT2 or BART, which import this file
     """From now on the model's products go through its frozen weights in packed form, which must not change.
 
     training: with gradients for what is multiplied, too. In bfloat16 on a CPU that multiplies it; for any other model
@@ -79,7 +81,7 @@ def pack_weights(model, training=False):
 
 
 @contextmanager
-def packed_weights(model, training=False):
+def packed_weights(model: Any, training: bool = False) -> Iterator[None]:
     """`pack_weights` within the context."""
     weights = pack_weights(model, training)
     try:
@@ -93,19 +95,19 @@ def packed_weights(model, training=False):
                 del weight.packed_transposed
 
 
-def packs(weight):
+def packs(weight: Tensor) -> bool:
     return (weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.requires_grad
             and packs_bfloat16())  # fmt: skip
 
 
-def packs_bfloat16():
+def packs_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # ---- GPT-2's activation, of which torch's own is slow on CPU ----
 
 
-def gelu_new(x):
+def gelu_new(x: Tensor) -> Tensor:
     """GPT-2's GELU, by the tanh approximation."""
     if torch.compiler.is_compiling():
         return gelu_by_sigmoid(x)
@@ -114,12 +116,12 @@ def gelu_new(x):
     return F.gelu(x, approximate="tanh")
 
 
-def gelu_by_sigmoid(x):
+def gelu_by_sigmoid(x: Tensor) -> Tensor:
     """The same by tanh(u) = 2 sigmoid(2u) - 1, which inductor's CPU code computes twice as fast."""
     return x * torch.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
 
 
-def gelu_gradient(x, gradient):
+def gelu_gradient(x: Tensor, gradient: Tensor) -> Tensor:
     """Of the loss by x, from that by gelu_new(x)."""
     s = torch.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
     return (gradient * (s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)))
@@ -127,12 +129,12 @@ def gelu_gradient(x, gradient):
 
 class GeluNew(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return compiled(gelu_by_sigmoid)(x.reshape(-1)).view(x.shape)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return compiled(gelu_gradient)(x.reshape(-1), gradient.reshape(-1)).view(x.shape)
 

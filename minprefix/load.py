@@ -4,19 +4,29 @@ import ctypes
 import json
 import shutil
 import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from minprefix import bart, gpt2
 from minprefix.checkpoint import read_config, read_tensors, write_safetensors
 from minprefix.files import InputError, atomic_write
 from minprefix.hub import resolve_model
+from minprefix.tokenizer import Tokenizer
 
-KINDS = {"gpt2": (gpt2.GPT2, gpt2.from_huggingface), "bart": (bart.BART, bart.from_huggingface)}
+Model = gpt2.GPT2 | bart.BART
+FromHuggingFace = Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]  # tensors, config -> tensors
+KINDS: dict[str, tuple[type[Model], FromHuggingFace]] = {
+    "gpt2": (gpt2.GPT2, gpt2.from_huggingface),
+    "bart": (bart.BART, bart.from_huggingface),
+}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def load_model(name, device="cpu", dtype=torch.float32):
+def load_model(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """The model in a folder, or of a name (see `resolve_model`): frozen, in eval mode, on a device, in a dtype.
 
     InputError when the folder, its config.json or its tensors are missing, malformed or of an unsupported kind.
@@ -32,7 +42,7 @@ def load_model(name, device="cpu", dtype=torch.float32):
     return model.requires_grad_(False).eval()
 
 
-def empty_model(folder):
+def empty_model(folder: str | Path) -> Model:
     """The model that a folder's config.json describes, without weights: on torch's device "meta", in no memory."""
     config = read_config(folder)
     kind = config.get("model_type")
@@ -42,7 +52,7 @@ def empty_model(folder):
         return KINDS[kind][0](config)
 
 
-def save_model(model, folder, tokenizer_folder=None, **config):
+def save_model(model: Model, folder: Path, tokenizer_folder: Path | None = None, **config: Any) -> None:
     """Write a model as a folder that `load_model` and HuggingFace read, in its dtype, with a tokeniser's files.
 
     config: what config.json shall say beside the model's own.
@@ -51,14 +61,14 @@ def save_model(model, folder, tokenizer_folder=None, **config):
     tensors = (bart if model.encoder_decoder else gpt2).to_huggingface(model)
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    for name in TOKENIZER_FILES if tokenizer_folder else ():
-        if (tokenizer_folder / name).is_file():
+    for name in TOKENIZER_FILES:
+        if tokenizer_folder and (tokenizer_folder / name).is_file():
             shutil.copy(tokenizer_folder / name, folder / name)
     with atomic_write(folder / "config.json") as file:  # last: a folder without one is no model
         json.dump({**model.config, "dtype": dtype, **config}, file, indent=2)
 
 
-def check_state(state, expected, folder):
+def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: str | Path) -> None:
     """InputError unless the tensors are exactly those that the model needs, by name, shape and kind of number."""
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:
@@ -72,7 +82,7 @@ def check_state(state, expected, folder):
             raise InputError(f"{folder}: tensor {name!r} holds {tensor.dtype}, not floating-point numbers")
 
 
-def check_vocabulary(tokenizer, model, where="the tokeniser's folder"):
+def check_vocabulary(tokenizer: Tokenizer, model: Model, where: str | Path = "the tokeniser's folder") -> None:
     """InputError if the tokeniser is not of the model's kind, or has ids that the model has no embedding for."""
     if model.encoder_decoder and "<s>" not in tokenizer.special:
         raise InputError(f"{where}: the tokeniser lacks <s>: it is not BART's")
@@ -83,7 +93,7 @@ def check_vocabulary(tokenizer, model, where="the tokeniser's folder"):
         raise InputError(f"{where}: the tokeniser has {sizes}: they belong to different models")
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next step: giving it back and taking it anew is a fifth of a step on CPU."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # musl has none
@@ -91,7 +101,7 @@ def keep_freed_memory():
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
-def pick_device(name):
+def pick_device(name: str) -> str:
     """"auto" is CUDA, else Apple's MPS, else the CPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -101,7 +111,7 @@ def pick_device(name):
     return name
 
 
-def pick_dtype(name, device):
+def pick_dtype(name: str, device: str) -> torch.dtype:
     """"auto" is bfloat16 where the hardware multiplies it natively, else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

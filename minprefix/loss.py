@@ -3,16 +3,21 @@
 Shapes: N target tokens of a batch, C model dimension, V vocabulary.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from minprefix.attention import is_infix
+from minprefix.attention import PrefixDict, is_infix
+from minprefix.batches import Batch
 from minprefix.compiled import compiled
+from minprefix.load import Model
 
 LOGIT_ROWS = 320  # that the head computes at a time, at most
 
 
-def target_loss(model, batch, prefix):
+def target_loss(model: Model, batch: Batch, prefix: PrefixDict | None) -> Tensor:
     """Negative log-likelihood of all target tokens of a batch, summed (nats)."""
     if is_infix(prefix):
         prefix = prefix.at(batch.source_lengths)
@@ -29,7 +34,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states, model, labels):
+    def forward(ctx: Any, states: Tensor, model: Model, labels: Tensor) -> Tensor:
         total, gradients, parts = torch.zeros((), device=states.device), [], -(-len(labels) // LOGIT_ROWS)
         for x, y in zip(states.chunk(parts), labels.chunk(parts), strict=True):
             if ctx.needs_input_grad[0]:
@@ -42,11 +47,11 @@ class HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return torch.cat(ctx.gradients).mul_(gradient), None, None
 
 
-def loss_and_gradient(logits, labels):
+def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (N, V), labels (N,) -> their cross-entropy, summed, and its gradient (N, V) by the logits."""
     total = logits.float().logsumexp(dim=-1, keepdim=True)
     target = logits.gather(1, labels[:, None]).float() - total

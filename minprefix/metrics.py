@@ -14,6 +14,7 @@ import math
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 import numpy as np
@@ -21,8 +22,11 @@ import numpy as np
 from minprefix.files import InputError
 from minprefix.ptb import ptb_tokens
 
+NGram = tuple[str, ...]
+References = list[list[str]]  # of each hypothesis, at least one
 
-def score(hypotheses, references):
+
+def score(hypotheses: list[str], references: References) -> dict[str, float]:
     """All scores of a corpus as a dict: BLEU, NIST, ROUGE-L, CIDEr, and METEOR and TER when what they need is there.
 
     hypotheses: N strings; references: N lists of at least one string each. Raises InputError where they are not.
@@ -39,7 +43,7 @@ def score(hypotheses, references):
     return scores
 
 
-def check(hypotheses, references):
+def check(hypotheses: list[str], references: References) -> None:
     """Raise InputError unless there are N > 0 hypotheses and, for each, a list of at least one reference."""
     if len(hypotheses) != len(references):
         raise InputError(f"{len(hypotheses)} hypotheses but {len(references)} lists of references: give one list each")
@@ -50,11 +54,11 @@ def check(hypotheses, references):
             raise InputError(f"references[{i}] must be a list of at least one string")
 
 
-def ngrams(tokens, n):
+def ngrams(tokens: Sequence[str], n: int) -> Iterator[NGram]:
     return zip(*(tokens[i:] for i in range(n)), strict=False)
 
 
-def clipped_matches(tokens, references, n):
+def clipped_matches(tokens: Sequence[str], references: Sequence[Sequence[str]], n: int) -> dict[NGram, int]:
     """{n-gram: matches}: a hypothesis n-gram counts at most as often as in the reference that has most of it."""
     counts = Counter(ngrams(tokens, n))
     most = dict.fromkeys(counts, 0)
@@ -64,7 +68,7 @@ def clipped_matches(tokens, references, n):
     return {ngram: min(count, most[ngram]) for ngram, count in counts.items() if most[ngram] > 0}
 
 
-def bleu(hypotheses, references):
+def bleu(hypotheses: list[str], references: References) -> float:
     """Corpus BLEU-4 in 0..1 (Papineni et al. 2002; mteval-13a tokens, no case, closest reference length)."""
     check(hypotheses, references)
     matches, totals, reference_length = [0] * 4, [0] * 4, 0
@@ -80,11 +84,12 @@ def bleu(hypotheses, references):
     return brevity_penalty * math.exp(sum(math.log(p) for p in precisions) / 4)
 
 
-def nist(hypotheses, references):
+def nist(hypotheses: list[str], references: References) -> float:
     """Corpus NIST-5, 0 and up (Doddington 2002; mteval-13a tokens, no case, mean reference length)."""
     check(hypotheses, references)
-    reference_counts, matches, totals = Counter(), [Counter() for _ in range(5)], [0] * 5
-    mean_reference_length = 0.0
+    reference_counts: Counter[NGram] = Counter()
+    matches: list[Counter[NGram]] = [Counter() for _ in range(5)]
+    totals, mean_reference_length = [0] * 5, 0.0
     for hypothesis, group in zip(hypotheses, references, strict=True):
         tokens, group = mteval_tokens(hypothesis), [mteval_tokens(reference) for reference in group]
         for n in range(1, 6):
@@ -96,7 +101,7 @@ def nist(hypotheses, references):
         reference_counts[()] += length  # the empty prefix of every unigram
         mean_reference_length += length / len(group)
 
-    def information(ngram):  # bits: how much the last word tells after the others
+    def information(ngram: NGram) -> float:  # bits: how much the last word tells after the others
         return math.log2(reference_counts[ngram[:-1]] / reference_counts[ngram])
 
     # The official scorer divides by zero where an order's total is 0; there is nothing to score then, so 0.
@@ -106,7 +111,7 @@ def nist(hypotheses, references):
     return total * math.exp(math.log(0.5) / math.log(1.5) ** 2 * math.log(ratio) ** 2)
 
 
-def rouge_l(hypotheses, references, beta=1.2):
+def rouge_l(hypotheses: list[str], references: References, beta: float = 1.2) -> float:
     """Mean ROUGE-L F in 0..1 (Lin 2004; as in COCO: best precision and best recall over an input's references)."""
     check(hypotheses, references)
     total = 0.0
@@ -121,9 +126,9 @@ def rouge_l(hypotheses, references, beta=1.2):
     return total / len(hypotheses)
 
 
-def common_subsequence_length(a, b):
+def common_subsequence_length(a: Sequence[str], b: Sequence[str]) -> int:
     """Length of the longest common subsequence, one bit per token of `a` (Hyyrö 2004)."""
-    places = {}
+    places: dict[str, int] = {}
     for i, token in enumerate(a):
         places[token] = places.get(token, 0) | 1 << i
     every = row = (1 << len(a)) - 1
@@ -133,25 +138,25 @@ def common_subsequence_length(a, b):
     return len(a) - row.bit_count()
 
 
-def cider(hypotheses, references, sigma=6.0):
+def cider(hypotheses: list[str], references: References, sigma: float = 6.0) -> float:
     """Mean CIDEr, 0..10 (Vedantam et al. 2015; as in COCO: clipped counts and a Gaussian penalty on the length).
 
     An n-gram's document frequency is the number of inputs with it in some reference: a corpus of one scores 0.
     """
     check(hypotheses, references)
 
-    def counts(text):  # of all n-grams, n = 1..4; tokens with a non-breaking space fall apart, as in COCO
+    def counts(text: str) -> list[Counter[NGram]]:  # n = 1..4; tokens with a non-breaking space fall apart, as in COCO
         tokens = " ".join(ptb_tokens(text)).split()
         return [Counter(ngrams(tokens, n)) for n in range(1, 5)]
 
     groups = [[counts(reference) for reference in group] for group in references]
-    frequency = Counter()
+    frequency: Counter[NGram] = Counter()
     for group in groups:
         frequency.update({ngram for reference in group for counter in reference for ngram in counter})
     idf = {ngram: math.log(len(groups) / f) for ngram, f in frequency.items()}
     unseen = math.log(len(groups))
 
-    def weigh(counter):  # -> {n-gram: tf-idf}, its norm
+    def weigh(counter: Counter[NGram]) -> tuple[dict[NGram, float], float]:  # n-gram -> tf-idf, its norm
         weights = {ngram: tf * idf.get(ngram, unseen) for ngram, tf in counter.items()}
         return weights, math.sqrt(sum(w * w for w in weights.values()))
 
@@ -169,7 +174,7 @@ def cider(hypotheses, references, sigma=6.0):
     return total / len(hypotheses)
 
 
-def meteor(hypotheses, references):
+def meteor(hypotheses: list[str], references: References) -> float:
     """Corpus METEOR 1.5 in 0..1 (Denkowski & Lavie 2014), by its Java program from the package pycocoevalcap.
 
     Raises InputError if the package or Java is missing or fails. Takes seconds to start and about 2 GB of memory.
@@ -192,7 +197,7 @@ def meteor(hypotheses, references):
             program.lock.release()
 
 
-def ter(hypotheses, references):
+def ter(hypotheses: list[str], references: References) -> float:
     """Corpus TER, 0 and up, lower is better (Snover et al. 2006), by the package sacrebleu; punctuation apart, no case.
 
     The fewest edits that make a text one of its references, over the mean length of its references; summed over the
@@ -208,7 +213,9 @@ def ter(hypotheses, references):
     return TER(normalized=True).corpus_score(hypotheses, streams).score / 100
 
 
-def summary_score(hypotheses, references):
+def summary_score(
+    hypotheses: list[str], references: References
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """ROUGE of summaries: {"ROUGE-1": mean F1 in 0..1, "ROUGE-2", "ROUGE-L"} and {the same keys: (low, high)}.
 
     The second dict has 95% bootstrap intervals over the inputs. Raises InputError if the package is missing.
@@ -219,7 +226,7 @@ def summary_score(hypotheses, references):
     return {measure: float(np.mean(v)) for measure, v in values.items()}, intervals
 
 
-def rouge(hypotheses, references):
+def rouge(hypotheses: list[str], references: References) -> dict[str, list[float]]:
     """{"ROUGE-1": the F1 of each input, "ROUGE-2", "ROUGE-L"} (Lin 2004; google's rouge-score with Porter stems).
 
     With several references: the best of the references for each measure. A text is one sentence to ROUGE-L. A token
@@ -232,7 +239,7 @@ def rouge(hypotheses, references):
     return {measure: [float(row[name].fmeasure) for row in rows] for measure, name in names.items()}
 
 
-def rouge_scorer():
+def rouge_scorer() -> type:
     """The class that does it; InputError if its package is missing."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -241,7 +248,9 @@ def rouge_scorer():
     return RougeScorer
 
 
-def bootstrap(values, resamples=1000, level=0.95, seed=0):
+def bootstrap(
+    values: list[float] | np.ndarray, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """(low, high): the percentile bootstrap interval of the mean of `values` (Efron 1979), the same for equal seeds."""
     values, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
     # Row by row: all indices at once would take 90 MB for 11,334 inputs, and ten times as long.
@@ -251,7 +260,7 @@ def bootstrap(values, resamples=1000, level=0.95, seed=0):
 
 
 @functools.lru_cache(maxsize=1 << 15)  # BLEU and NIST, and one evaluation after another, see the same references
-def mteval_tokens(text):
+def mteval_tokens(text: str) -> tuple[str, ...]:
     """Lower-cased tokens of mteval-v13a; an empty text is one empty token, as in the official scorer."""
     text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):

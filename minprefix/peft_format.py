@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minprefix.checkpoint import read_bin, read_object, read_safetensors, write_safetensors
 from minprefix.files import InputError, atomic_write
@@ -15,8 +16,8 @@ from minprefix.files import InputError, atomic_write
 SIZES = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
 
 
-def read_adapter(folder):
-    """A PEFT folder as ({"decoder": (L, 2, H, P, D)}, position offset, what it says of itself: strings).
+def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], int, dict[str, str]]:
+    """A PEFT folder as ({"decoder": (L, 2, H, P, D)}, position offset, what it says of itself).
 
     InputError if it is no adapter of this kind, or its parts do not fit together. PEFT saves what an MLP
     (`prefix_projection`) computes, never the MLP: both kinds of adapter are read alike.
@@ -49,7 +50,7 @@ def read_adapter(folder):
     return {"decoder": kv}, P, {**info, "format": "peft", "task_type": f"{config.get('task_type')!s:.40}"}
 
 
-def read_table(folder):
+def read_table(folder: Path) -> tuple[Tensor, dict[str, str]]:
     """The adapter's one tensor, and the metadata beside it: strings, of `write_adapter` or none."""
     path = folder / "adapter_model.safetensors"
     if path.exists():
@@ -65,7 +66,7 @@ def read_table(folder):
     return tensors["prompt_embeddings"], info
 
 
-def decoder_rows(layers, decoder_layers, where):
+def decoder_rows(layers: int, decoder_layers: str, where: str | Path) -> list[int]:
     """Which of an encoder-decoder adapter's layers each decoder layer gets.
 
     PEFT takes four tensors, not two, for each layer, from the list of all layers' keys and values twice over, and
@@ -77,8 +78,8 @@ def decoder_rows(layers, decoder_layers, where):
     return [2 * i % layers for i in range(int(decoder_layers))]
 
 
-def write_adapter(folder, kv, seq2seq, info):
-    """Write keys and values (L, 2, H, P, D) as a folder that `PeftModel.from_pretrained` reads; info: strings.
+def write_adapter(folder: str | Path, kv: Tensor, seq2seq: bool, info: dict[str, str]) -> None:
+    """Write keys and values (L, 2, H, P, D) as a folder that `PeftModel.from_pretrained` reads.
 
     seq2seq: for an encoder-decoder. Of such an adapter PEFT uses every second layer (see `decoder_rows`), so that it
     has twice the decoder's, zeros between them.

@@ -12,18 +12,19 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minprefix.attention import first_position, is_infix
 from minprefix.checkpoint import read_safetensors, write_safetensors
 from minprefix.files import InputError
 from minprefix.hub import find_model, is_hub_name
-from minprefix.load import load_model
+from minprefix.load import Model, load_model
 from minprefix.peft_format import read_adapter
+from minprefix.tokenizer import Tokenizer
 
 
-class FoldedPrefix(dict):
+class FoldedPrefix(dict[str, Tensor]):
     """What `model(..., prefix=)` takes: site -> (L, 2, H, P, D), keys and values.
 
     position_offset: position id of the first real token. info: what the prefix file says of itself (base model, task).
@@ -31,15 +32,16 @@ class FoldedPrefix(dict):
     """
 
     method = "prefix"  # of train.py, as its files say
-    rows = None
+    rows: Tensor | None = None
+    lengths: dict[str, Tensor]
 
-    def __init__(self, kv, position_offset, info=None):
+    def __init__(self, kv: dict[str, Tensor], position_offset: int | Tensor, info: dict[str, str] | None = None):
         super().__init__(kv)
         self.position_offset = position_offset
         self.info = info or {}
 
 
-def stack_prefixes(prefixes, rows):
+def stack_prefixes(prefixes: list[FoldedPrefix], rows: list[int]) -> FoldedPrefix:
     """Several FoldedPrefix for one batch, row i taking prefixes[rows[i]]: what `model` and `generate` take (section 8).
 
     They may have different lengths, sites and position offsets. Each is stored once, (L, 2, N, H, P, D) for N prefixes
@@ -72,9 +74,9 @@ class FoldedInfix(FoldedPrefix):
     """
 
     method = "infix"
-    source_lengths = None
+    source_lengths: Tensor | None = None
 
-    def at(self, source_lengths):
+    def at(self, source_lengths: Tensor) -> "FoldedInfix":
         """The infix behind the first source_lengths (B,) tokens of the rows."""
         infix = copy.copy(self)
         infix.source_lengths = source_lengths
@@ -90,9 +92,12 @@ class Prefix(nn.Module):
     Parameters are float32 whatever the model's dtype.
     """
 
-    folded = FoldedPrefix
+    folded: type[FoldedPrefix] = FoldedPrefix
 
-    def __init__(self, model, length, hidden=512, position_offset=None, sites=None):
+    def __init__(
+        self, model: Model, length: int, hidden: int = 512, position_offset: int | None = None,
+        sites: str | list[str] | None = None,
+    ):  # fmt: skip
         super().__init__()
         sites = list(model.prefix_sites) if sites is None else [sites] if isinstance(sites, str) else sites
         if not sites:
@@ -112,15 +117,15 @@ class Prefix(nn.Module):
             }
         )
 
-    def forward(self):
+    def forward(self) -> FoldedPrefix:
         return self.folded({site: part() for site, part in self.parts.items()}, self.position_offset)
 
     @torch.no_grad()
-    def fold(self, info=None):
+    def fold(self, info: dict[str, str] | None = None) -> FoldedPrefix:
         """The keys and values alone, the MLP dropped: what is saved, and all that inference needs."""
         return self.folded({site: part().clone() for site, part in self.parts.items()}, self.position_offset, info)
 
-    def init_from_words(self, model, tokenizer, words):
+    def init_from_words(self, model: Model, tokenizer: Tokenizer, words: str) -> None:
         """Start from the activations of real words (paper section 7.4), repeated or cut to the prefix length."""
         ids = tokenizer.encode(words)
         if not ids:
@@ -133,31 +138,31 @@ class Prefix(nn.Module):
 class DirectPart(nn.Module):
     """One site, its keys and values trained as they are."""
 
-    def __init__(self, L, H, D, length):
+    def __init__(self, L: int, H: int, D: int, length: int):
         super().__init__()
         self.kv = nn.Parameter(torch.randn(L, 2, H, length, D))
 
-    def forward(self):
+    def forward(self) -> Tensor:
         return self.kv
 
     @torch.no_grad()
-    def fit(self, kv):
+    def fit(self, kv: Tensor) -> None:
         self.kv.copy_(kv)
 
 
 class MLPPart(nn.Module):
     """One site, its keys and values computed from a smaller embedding: P' (P, C) -> MLP -> (L, 2, H, P, D)."""
 
-    def __init__(self, L, H, D, length, hidden):
+    def __init__(self, L: int, H: int, D: int, length: int, hidden: int):
         super().__init__()
         self.shape = (length, L, 2, H, D)
         self.embedding = nn.Parameter(torch.randn(length, H * D))
         self.mlp = nn.Sequential(nn.Linear(H * D, hidden), nn.Tanh(), nn.Linear(hidden, L * 2 * H * D))
 
-    def forward(self):
+    def forward(self) -> Tensor:
         return self.mlp(self.embedding).view(self.shape).permute(1, 2, 3, 0, 4)
 
-    def fit(self, kv, steps=500, lr=1e-4):
+    def fit(self, kv: Tensor, steps: int = 500, lr: float = 1e-4) -> None:
         """Train the MLP's output towards kv (L, 2, H, P, D) by mean squared error, as the authors do."""
         optimizer = torch.optim.Adam(self.parameters(), lr=lr)
         for _ in range(steps):
@@ -167,7 +172,7 @@ class MLPPart(nn.Module):
 
 
 @torch.no_grad()
-def word_activations(model, ids):
+def word_activations(model: Model, ids: list[int]) -> dict[str, Tensor]:
     """Keys and values that the frozen model computes for tokens: site -> (L, 2, H, len(ids), D)."""
     ids = torch.tensor([ids], device=next(model.parameters()).device)
     return {
@@ -175,13 +180,13 @@ def word_activations(model, ids):
     }
 
 
-def count_numbers(tuned, model):
+def count_numbers(tuned: nn.Module, model: nn.Module) -> list[int]:
     """How many numbers of a prefix (or a comparator of baselines.py) are trained, how many saved, the model's own."""
     counted = tuned.parameters(), tuned.fold().values(), model.parameters()
     return [sum(tensor.numel() for tensor in tensors) for tensors in counted]
 
 
-def parameter_shares(tuned, model):
+def parameter_shares(tuned: nn.Module, model: nn.Module) -> str:
     """One line: how many numbers are trained and how many are saved, as shares of the model's parameters."""
     trained, saved, total = count_numbers(tuned, model)
     return (
@@ -190,12 +195,12 @@ def parameter_shares(tuned, model):
     )
 
 
-def fingerprint(model):
+def fingerprint(model: nn.Module) -> list[float]:
     """A norm of each parameter (of its first eight rows): all but the same in any dtype, different in other weights."""
     return [float(f"{p[:8].float().norm().item():.4g}") for p in model.parameters()]
 
 
-def save_prefix(path, folded, model, info):
+def save_prefix(path: str | Path, folded: FoldedPrefix, model: Model, info: dict[str, str]) -> None:
     """Write a folded prefix as one safetensors file; info: base_model (name or folder), task, ... (strings)."""
     info = {
         **info,
@@ -209,7 +214,9 @@ def save_prefix(path, folded, model, info):
     write_safetensors(path, {site: kv.float().contiguous() for site, kv in folded.items()}, info)
 
 
-def load_prefix(path, model=None, folded=FoldedPrefix):
+def load_prefix(
+    path: str | Path, model: Model | None = None, folded: type[FoldedPrefix] = FoldedPrefix
+) -> FoldedPrefix:
     """A FoldedPrefix from a file of `save_prefix`, the folder of the run that wrote it, or a PEFT folder.
 
     folded: FoldedInfix for the file of an infix.
@@ -236,7 +243,7 @@ def load_prefix(path, model=None, folded=FoldedPrefix):
     return prefix
 
 
-def read_prefix_file(path):
+def read_prefix_file(path: str | Path) -> tuple[dict[str, Tensor], int, dict[str, str]]:
     """A file of `save_prefix` as (tensors, position offset, metadata)."""
     if not Path(path).is_file():
         raise InputError(f"no prefix file at {path}: train one with train.py, or check the path")
@@ -247,7 +254,7 @@ def read_prefix_file(path):
     return tensors, int(offset), info
 
 
-def check_fits(prefix, model, path):
+def check_fits(prefix: FoldedPrefix, model: Model, path: str | Path) -> None:
     """InputError if a loaded prefix was made for another model than this one."""
     base, sites = prefix.info.get("base_model", "another model"), model.prefix_sites
     for site, kv in prefix.items():
@@ -269,7 +276,7 @@ def check_fits(prefix, model, path):
         check_fingerprint(prefix.info, model, path)
 
 
-def check_fingerprint(info, model, path):
+def check_fingerprint(info: dict[str, str], model: Model, path: str | Path) -> None:
     """InputError if a file's info names another model's weights than these."""
     try:
         norms = [float(norm) for norm in json.loads(info.get("base_fingerprint", ""))]
@@ -280,12 +287,12 @@ def check_fingerprint(info, model, path):
         raise InputError(f"{path} was made for {base}: this model has the same shape, but other weights")
 
 
-def is_fingerprint(norms, model):
+def is_fingerprint(norms: list[float], model: Model) -> bool:
     own = fingerprint(model)
     return len(norms) == len(own) and all(abs(a - b) <= 0.005 * b for a, b in zip(norms, own, strict=True))
 
 
-def check_named_base(base, model, path):
+def check_named_base(base: str, model: Model, path: str | Path) -> None:
     """InputError if the base model of an adapter that PEFT wrote is on this machine, and has other weights than this.
 
     PEFT notes no more of it than a name: where there is no model of that name, any of the same shape is taken.
@@ -302,7 +309,7 @@ def check_named_base(base, model, path):
         raise InputError(f"{path} was made for {base}: this model has the same shape, but other weights; {correct}")
 
 
-def version():
+def version() -> str:
     try:
         return metadata.version("minprefix")
     except metadata.PackageNotFoundError:  # run from a checkout that was not installed

@@ -10,26 +10,30 @@ import json
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from minprefix.attention import attend, is_infix
+from minprefix import bart, gpt2
+from minprefix.attention import Segment, attend, is_infix
 from minprefix.baselines import load_trained, read_trained, trained_file
-from minprefix.batches import collate, encode_sources, encode_target
+from minprefix.batches import Batch, collate, encode_sources, encode_target
 from minprefix.data import format_source
 from minprefix.files import InputError, atomic_write, run_main
 from minprefix.generate import generate, recipe
 from minprefix.hub import model_name, resolve_model
-from minprefix.load import load_model
+from minprefix.load import Model, load_model
 from minprefix.peft_format import write_adapter
 from minprefix.prefix import FoldedInfix, FoldedPrefix, check_fits, load_prefix, save_prefix
-from minprefix.tokenizer import load_tokenizer
+from minprefix.tokenizer import Tokenizer, load_tokenizer
 
 SHADES = " ░▒▓█"
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m minprefix.prefix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,12 +53,12 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse_args()
     {"show": show, "export": export, "import": import_adapter}[args.command](args)
 
 
-def export(args):
+def export(args: argparse.Namespace) -> None:
     """Write a prefix as the folder of a PEFT adapter."""
     prefix = load_prefix(args.prefix)
     if set(prefix) != {"decoder"}:
@@ -69,7 +73,7 @@ def export(args):
     print(f"wrote a PEFT adapter of {kv.size(3)} virtual tokens to {args.to}")
 
 
-def import_adapter(args):
+def import_adapter(args: argparse.Namespace) -> None:
     """Write a PEFT adapter as a prefix file."""
     if not (args.prefix / "adapter_config.json").is_file():
         raise InputError(f"{args.prefix} is no PEFT adapter: there is no adapter_config.json in it")
@@ -82,7 +86,7 @@ def import_adapter(args):
     print(f"wrote a prefix of length {prefix.position_offset} to {args.to}")
 
 
-def base_folder(info, args):
+def base_folder(info: dict[str, str], args: argparse.Namespace) -> Path:
     """The folder of the model that the command line or else the file's info names."""
     name = args.model or info.get("base_model")
     if not name:
@@ -93,7 +97,7 @@ def base_folder(info, args):
 # ---- show ----
 
 
-def show(args):
+def show(args: argparse.Namespace) -> None:
     """Print what a file of train.py, or a PEFT folder, holds; with --input what the model looks at."""
     if args.plot:
         import_pyplot()  # if the package is missing, say so before the work
@@ -112,15 +116,15 @@ def show(args):
     folder = base_folder(info, args)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     prefix = load_trained(path, model)
-    if method == "embedding":
+    if method == "embedding" and not model.encoder_decoder:
         print_nearest(tensors["embedding"], model, tokenizer)
-    if args.input:
+    if args.input and prefix is not None:
         shares = print_attention(model, tokenizer, prefix, args.input)
         if args.plot:
             draw(shares, args.plot)
 
 
-def describe(path, tensors, info):
+def describe(path: Path, tensors: dict[str, Tensor], info: dict[str, str]) -> None:
     """Print a file's metadata, its tensors' shapes and size, and norms of keys and values in each layer."""
     numbers = sum(tensor.numel() for tensor in tensors.values())
     told = {key: value for key, value in info.items() if key not in ("base_shape", "base_fingerprint")}
@@ -140,13 +144,13 @@ def describe(path, tensors, info):
         print(f"{layer:5}" + "".join(f"{pair[0]:12.3f}{pair[1]:12.3f}" if pair else " " * 24 for pair in row))
 
 
-def printable(text):
+def printable(text: str) -> str:
     """A text on one line, control characters escaped: a file must not steer the terminal."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 @torch.inference_mode()
-def print_nearest(embedding, model, tokenizer, count=5):
+def print_nearest(embedding: Tensor, model: gpt2.GPT2, tokenizer: Tokenizer, count: int = 5) -> None:
     """Print the tokens of the vocabulary that each virtual token (P, C) is nearest to, by the cosine."""
     cosines = F.normalize(embedding.float(), dim=1) @ F.normalize(model.wte.weight.float(), dim=1).T
     print("\nnearest tokens of the vocabulary (cosine)")
@@ -155,7 +159,7 @@ def print_nearest(embedding, model, tokenizer, count=5):
         print(f"{i:5}  {'  '.join(near)}")
 
 
-def print_attention(model, tokenizer, prefix, text):
+def print_attention(model: Model, tokenizer: Tokenizer, prefix: FoldedPrefix, text: str) -> dict[str, Tensor]:
     """Print the share of attention that the prefix gets on a source, and the text written for it -> the shares."""
     info = prefix.info
     source = format_source(info.get("task", ""), text)
@@ -175,14 +179,15 @@ def print_attention(model, tokenizer, prefix, text):
 
 
 @torch.inference_mode()
-def attention_shares(model, prefix, batch):
+def attention_shares(model: Model, prefix: FoldedPrefix, batch: Batch) -> dict[str, Tensor]:
     """The share of attention that goes to the prefix, by layer and head, on a `Batch` of one row: site -> (L, H).
 
     Mean over the source's tokens at the site "encoder", else over the positions that write the target.
     """
-    shares, handles = {site: [] for site in prefix}, []
+    shares: dict[str, list[Tensor]] = {site: [] for site in prefix}
+    handles = []
 
-    def record(site, module, args):
+    def record(site: str, module: gpt2.Attention | bart.Attention, args: tuple[Any, ...]) -> None:
         q, segments = queries(module, *args)
         # Attention whose values are 1 at the prefix and 0 elsewhere.
         marked = [(k, k.new_full((*k.shape[:3], 1), float(n == 0)), mask) for n, (k, _, mask) in enumerate(segments)]
@@ -200,7 +205,7 @@ def attention_shares(model, prefix, batch):
     return {site: torch.stack(layers) for site, layers in shares.items()}
 
 
-def attention_modules(model):
+def attention_modules(model: Model) -> dict[str, list[Any]]:
     """Site -> the attention of each layer."""
     if not model.encoder_decoder:
         return {"decoder": [block.attn for block in model.h]}
@@ -211,15 +216,17 @@ def attention_modules(model):
     }
 
 
-def queries(module, x, context, mask=None):
+def queries(
+    module: gpt2.Attention | bart.Attention, x: Tensor, context: list[Segment], mask: Tensor | None = None
+) -> tuple[Tensor, list[Segment]]:
     """What a model's `Attention` makes of its arguments: queries (B, H, T, D), and the segments that they look at."""
-    if not hasattr(module, "c_attn"):  # BART's
+    if isinstance(module, bart.Attention):
         return module.heads(module.q_proj(x)), context
     q, k, v = module.qkv(x)
     return q, [*context, (k, v, mask)]
 
 
-def draw(shares, path):
+def draw(shares: dict[str, Tensor], path: Path) -> None:
     """The shares (L, H) of each site as a PNG."""
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(1, len(shares), figsize=(4 * len(shares), 4), layout="constrained", squeeze=False)
@@ -234,7 +241,7 @@ def draw(shares, path):
     print(f"\nwrote {path}")
 
 
-def import_pyplot():
+def import_pyplot() -> ModuleType:
     try:
         import matplotlib
     except ImportError as error:

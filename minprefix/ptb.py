@@ -46,7 +46,7 @@ SENTENCE_START_WORDS = """
 """.split()
 SENTENCE_STARTS = "|".join(f"(?-i:{word[0]}){word[1:]}" for word in SENTENCE_START_WORDS)
 QUOTE = r"[`‘’‚‛“”„‟‹›«»\x91-\x94]"
-PTB_RULES = [
+RULES = [
     ("can", "not"), ("gon|wan", "na"), ("got", "ta"), ("gim|lem", "me"), (rf"{APOSTROPHE}t", "is"), ("'t", "was"),
     (XML_TAG, ""),
     (WORD, CLITIC), (r"[a-z\xad]*[a-mo-z]\xad*", NOT), (WORD, ""),
@@ -89,7 +89,7 @@ PTB_RULES = [
      r"\u20ac\u2100-\u214f\u2153-\u215e\u2190-\u2bff\u3001\u3002\u3012\u30fb\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40"
      r"\uff5b-\uff65\uffe0\uffe1\uffe5\uffe6]", ""),  # symbols that stand alone
 ]
-PTB_RULES = [re.compile(f"({token})(?:{context})", re.I) for token, context in PTB_RULES]
+PTB_RULES = [re.compile(f"({token})(?:{context})", re.I) for token, context in RULES]
 # A shortcut past the rules: most words stand before a space, where nothing but the contractions splits them.
 PLAIN_WORD = re.compile(r"(?!(?:cannot|gonna|wanna|gotta|gimme|lemme)\b)([a-z]+)(?:,? |\n)", re.I | re.ASCII)
 QUOTES_OR_CLITIC = re.compile(rf"{CLITIC}|{NOT}|(?:{QUOTE}|{APOSTROPHE}){{1,2}}", re.I)
@@ -103,7 +103,7 @@ REMOVED = re.compile(r"[. \xa0]+|[\x85…]|-{1,4}|[\x96\x97–—―]|[?!,:;\"]|
 
 
 @functools.lru_cache(maxsize=1 << 15)
-def ptb_tokens(text):
+def ptb_tokens(text: str) -> tuple[str, ...]:
     """Lower-cased Penn Treebank tokens of a text without COCO's punctuation, as Stanford's PTBTokenizer makes them."""
     text, tokens, place = text + "\n", [], 0
     while place < len(text):

@@ -1,15 +1,22 @@
 """What came out of a study: its rows as a Markdown table, the paper's numbers beside them, and as a figure."""
 
 import statistics
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from minprefix.files import atomic_write
+
+Row = dict[str, Any]  # of rows.jsonl, see `make_row` in experiments.py
 
 METRICS = {  # as the paper prints them: times what, decimals
     "BLEU": (100, 1), "NIST": (1, 2), "METEOR": (100, 1), "ROUGE-1": (100, 1), "ROUGE-2": (100, 1),
     "ROUGE-L": (100, 1), "CIDEr": (1, 2), "TER": (1, 2), "slots": (100, 1),
 }  # fmt: skip
 WEBNLG = ("BLEU", "METEOR", "TER")  # the paper's, for each half of the test set
-PAPER = {  # (study, task) -> what the numbers are; and for each line of the table its numbers
+# (study, task) -> what the numbers are; and for each line of the table its numbers
+PAPER: dict[tuple[str, str], tuple[str, dict[tuple[Any, ...], str]]] = {
     ("full", "e2e"): ("the paper's GPT-2 medium: BLEU / NIST / METEOR / ROUGE-L / CIDEr", {
         ("prefix",): "69.7 / 8.81 / 46.1 / 71.4 / 2.49",
         ("finetune",): "68.2 / 8.62 / 46.2 / 71.0 / 2.47",
@@ -42,26 +49,26 @@ PAPER = {  # (study, task) -> what the numbers are; and for each line of the tab
 }  # fmt: skip
 
 
-def grouped(rows):
+def grouped(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     """Rows that differ in their seeds only, together: what they have in common (values of `what`) -> rows."""
-    groups = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row["what"].values()), []).append(row)
     return groups
 
 
-def values(group, name, metric):
+def values(group: list[Row], name: str, metric: str) -> list[float]:
     """A metric in a set of scores, as the paper prints it, for each row of a group."""
     return [METRICS[metric][0] * row["scores"][name][metric] for row in group]
 
 
-def spread(numbers, decimals):
+def spread(numbers: list[float], decimals: int) -> str:
     """Their mean, and half their range."""
     mean, half = statistics.mean(numbers), (max(numbers) - min(numbers)) / 2
     return f"{mean:.{decimals}f}" + (f" ± {half:.{decimals}f}" if len(numbers) > 1 else "")
 
 
-def table(rows, losses, args):
+def table(rows: list[Row], losses: dict[str, dict[str, float | None]], args: Namespace) -> str:
     """A study as Markdown: a line for each group of rows, the learning rates tried (method -> {rate: dev loss})."""
     paper, numbers = PAPER.get((args.study, args.task), ("", {}))
     lines = []
@@ -92,7 +99,7 @@ def table(rows, losses, args):
     return "\n".join(text) + "\n"
 
 
-def gap(rows):
+def gap(rows: list[Row]) -> str:
     """How far prefix-tuning is ahead of fine-tuning, the mean over the sizes of low data (paper section 6.3)."""
     metric = main_metric(rows)
     means = {what: statistics.mean(values(group, "test", metric)) for what, group in grouped(rows).items()}
@@ -100,12 +107,12 @@ def gap(rows):
     return f"\nprefix less finetune, mean over the sizes: {ahead:+.1f} {metric} (the paper's on E2E: about +2.9 BLEU)"
 
 
-def main_metric(rows):
+def main_metric(rows: list[Row]) -> str:
     """BLEU, or of summaries ROUGE-1."""
     return next(metric for metric in METRICS if metric in next(iter(rows[0]["scores"].values())))
 
 
-def draw(rows, path):
+def draw(rows: list[Row], path: str | Path) -> None:
     """A PNG of a study's main metric, as the paper's figures are; a line that says so if matplotlib is not there."""
     try:
         import matplotlib
@@ -116,7 +123,8 @@ def draw(rows, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
-    metric, lines = main_metric(rows), {}  # label -> [(x, values)]: x is the last thing that the study varies
+    metric = main_metric(rows)
+    lines: dict[str, list[tuple[Any, list[float]]]] = {}  # label -> [(x, values)]: x is what the study varies last
     for what, group in grouped(rows).items():
         for name in group[0]["scores"]:
             label = " ".join([*map(str, what[:-1]), *([name] if len(group[0]["scores"]) > 1 else [])])

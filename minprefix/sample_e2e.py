@@ -7,6 +7,10 @@ sentence and no name is taken from E2E. Everything is drawn with random.Random(s
 same on every Python version, so the rows are always the same rows.
 """
 import random
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 KEEP = {"eatType": 0.8, "food": 0.75, "priceRange": 0.6, "customer rating": 0.6, "area": 0.5,
         "familyFriendly": 0.5, "near": 0.5}  # how often an mr has the slot; after name, in E2E's order
@@ -37,6 +41,7 @@ NEARS = [f"{m} {s}" for m in LANDMARKS for s in SITES] + [f"The {m} {h}" for m i
 # The sign says whether the slot speaks for the venue (1) or against it (-1): two opposite ones are joined by "but".
 
 ADJECTIVE, PHRASE, VERB, CLAUSE = 1, 2, 3, 4
+Wording = tuple[Any, ...]  # the sign, then texts
 DETAILS = ("food", "priceRange", "customer rating", "familyFriendly")
 FOOD = (0, "{}", "serving {} food|offering {} dishes",
         "serves {} food|offers {} dishes|has {} food on its menu|cooks {} food",
@@ -46,8 +51,8 @@ SUM = (0, "", "with prices of {}|charging {}", "charges {}|has prices of {}|is p
 SCORE = ("", "with a customer score of {}|rated {} by its customers",
          "is rated {} by its customers|scores {} with its customers|has a customer score of {}",
          "customers give it {}|customers rate it {}|the rating from customers is {}")
-WHERE = (0, "", " {}", "is located {}|can be found {}|lies {}", "you will find the place {}|the place is {}")
-WORDINGS = {
+WHERE: Wording = (0, "", " {}", "is located {}|can be found {}|lies {}", "you will find the place {}|the place is {}")
+WORDINGS: dict[tuple[str, str], Wording] = {
     ("priceRange", "cheap"): (
         1, "cheap|inexpensive|low-priced|affordable", "with low prices",
         "is cheap|has low prices|is easy on the wallet|keeps its prices low", "prices are low|it does not cost much"),
@@ -105,42 +110,42 @@ PLANS = (
 )
 
 
-def pick(options, rng):
+def pick(options: str | Sequence[str], rng: random.Random) -> str:
     """One of a list, or of a string's parts between bars."""
     options = options.split("|") if isinstance(options, str) else options
     return options[int(rng.random() * len(options))]
 
 
-def shuffled(items, rng):
+def shuffled(items: Iterable[T], rng: random.Random) -> list[T]:
     """The items in a random order (random.shuffle promises no stable order over versions; random() does)."""
     return sorted(items, key=lambda _: rng.random())
 
 
-def capital(text):
+def capital(text: str) -> str:
     """The text with its first letter large."""
     return text[0].upper() + text[1:]
 
 
-def word(slot, slots, kind, rng):
+def word(slot: str, slots: dict[str, str], kind: int, rng: random.Random) -> str:
     """One wording of a slot; "" where it has none of this kind."""
     return pick(WORDINGS.get((slot, slots[slot]), WHERE)[kind], rng).format(slots[slot])
 
 
-def joined(parts, texts, slots, comma=""):
+def joined(parts: list[str], texts: list[str], slots: dict[str, str], comma: str = "") -> str:
     """"a", "a and b" or "a, b and c"; "but" between two slots of opposite sign."""
     signs = [WORDINGS.get((slot, slots[slot]), WHERE)[0] for slot in parts]
     last = f"{comma} but" if len(texts) == 2 and signs[0] * signs[1] < 0 else " and"
     return f"{', '.join(texts[:-1])}{last} {texts[-1]}" if len(texts) > 1 else texts[0]
 
 
-def location(slots, rng):
+def location(slots: dict[str, str], rng: random.Random) -> str:
     """Where the venue is: "near X", "in the suburbs" or both in either order; "" if the mr says nothing of it."""
     parts = [f"{pick('near|close to|not far from', rng)} {slots['near']}"] if "near" in slots else []
     parts += [pick(AREAS[slots["area"]], rng)] if "area" in slots else []
     return " ".join(shuffled(parts, rng))
 
 
-def fits(plan, slots):
+def fits(plan: tuple[str, str], slots: dict[str, str]) -> bool:
     """Whether the mr has what the plan tells, and enough besides to fill the plan."""
     template, topic = plan
     slot, _, value = topic.partition("=")
@@ -153,7 +158,7 @@ def fits(plan, slots):
     return placed if slot == "where" else not slot or slot in slots and value in ("", slots[slot])
 
 
-def describe(slots, plan, rng):
+def describe(slots: dict[str, str], plan: tuple[str, str], rng: random.Random) -> str:
     """One description of the mr that opens with the plan: every slot is told once, and nothing else."""
     template, topic = plan
     where = location(slots, rng)
@@ -182,7 +187,7 @@ def describe(slots, plan, rng):
     return capital(opening) + "." + follow_up(left, slots, rng)
 
 
-def follow_up(left, slots, rng):
+def follow_up(left: list[str], slots: dict[str, str], rng: random.Random) -> str:
     """The rest of a description: the slots left over, told in up to two sentences of different make."""
     cut = len(left) if len(left) < 3 or len(left) == 3 and rng.random() < 0.4 else (len(left) + 1) // 2
     text = ""
@@ -199,9 +204,9 @@ def follow_up(left, slots, rng):
     return text
 
 
-def draw_mr(name, nears, rng):
+def draw_mr(name: str, nears: list[str], rng: random.Random) -> dict[str, str]:
     """The slots of one mr: a name and at least two more."""
-    slots = {}
+    slots: dict[str, str] = {}
     while len(slots) < 2:
         kept = [slot for slot in KEEP if rng.random() < KEEP[slot]]
         slots = {slot: pick(nears if slot == "near" else VALUES[slot], rng) for slot in kept}
@@ -215,7 +220,8 @@ def sample_rows(split: str) -> list[tuple[str, str]]:
     first, last, n_mrs, seed = {"train": (80, None, 1000, 1), "dev": (0, 40, 84, 2), "test": (40, 80, 84, 3)}[split]
     names, nears = names[first:last], nears[:96] if split == "train" else nears[72:]
     rng = random.Random(seed)
-    rows, seen = [], set()
+    rows: list[tuple[str, str]] = []
+    seen: set[str] = set()
     while len(seen) < n_mrs:
         slots = draw_mr(pick(names, rng), nears, rng)
         mr = ", ".join(f"{slot}[{value}]" for slot, value in slots.items())

@@ -3,6 +3,9 @@
 import contextlib
 import signal
 import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -11,12 +14,12 @@ class Stopped(KeyboardInterrupt):
     """One of SIGNALS came; its number is the second argument."""
 
 
-def raise_stopped(number, frame):
+def raise_stopped(number: int, frame: FrameType | None) -> NoReturn:
     raise Stopped("interrupted", number)
 
 
 @contextlib.contextmanager
-def handled(handler, numbers):
+def handled(handler: Callable[[int, FrameType | None], object], numbers: Iterable[int]) -> Iterator[None]:
     """Have a function handle signals while the block runs."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -26,20 +29,20 @@ def handled(handler, numbers):
             signal.signal(number, handler)
 
 
-def raised():
+def raised() -> contextlib.AbstractContextManager[None]:
     """SIGNALS raise Stopped while the block runs, but for those that are ignored, as in a shell's background."""
     return handled(raise_stopped, [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN])
 
 
 @contextlib.contextmanager
-def put_off():
+def put_off() -> Iterator[None]:
     """What comes of SIGNALS while the block runs takes effect when it is done, or has failed."""
-    came, numbers = [], []
+    came, handlers = [], {}
     if threading.current_thread() is threading.main_thread():  # no other gets signals, nor may it handle them
-        numbers = [n for n in SIGNALS if callable(signal.getsignal(n))]
+        handlers = {n: handler for n in SIGNALS if callable(handler := signal.getsignal(n))}
     try:
-        with handled(lambda *arguments: came.append(arguments), numbers):
+        with handled(lambda *arguments: came.append(arguments), handlers):
             yield
     finally:
         for number, frame in came[:1]:
-            signal.getsignal(number)(number, frame)
+            handlers[number](number, frame)

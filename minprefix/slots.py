@@ -4,6 +4,7 @@ What is said counts, what is invented does not. People leave values out too: of 
 """
 
 import re
+from collections.abc import Iterable
 
 NAMES = ("name", "near")
 LOW_PRICE = (
@@ -64,13 +65,13 @@ WORDS = {  # (slot, value) in lower case -> the pattern that must occur in the l
 }
 
 
-def slot_accuracy(sources, texts):
+def slot_accuracy(sources: Iterable[str], texts: Iterable[str]) -> dict[str, float]:
     """{"slots": the share of all values that the texts tell, then the share for each slot}, in 0..1.
 
     sources: linearised inputs, `name : Blue Spice | Type : pub`, as `load_examples` gives them for E2E. A value that
     has no usual words, of somebody's own data, must occur as it stands, whatever its case.
     """
-    told = {"slots": []}
+    told: dict[str, list[bool]] = {"slots": []}
     for source, text in zip(sources, texts, strict=True):
         for slot, found in slots_told(source, text):
             told["slots"].append(found)
@@ -78,7 +79,7 @@ def slot_accuracy(sources, texts):
     return {slot: sum(found) / len(found) for slot, found in told.items() if found}
 
 
-def slots_told(source, text):
+def slots_told(source: str, text: str) -> list[tuple[str, bool]]:
     """[(slot, whether the text tells its value)] for one linearised input."""
     pairs = [pair.split(" : ", 1) for pair in source.split(" | ") if " : " in pair]
     rest = text
@@ -87,7 +88,7 @@ def slots_told(source, text):
     return [(slot, value in text if slot in NAMES else tells(slot, value, rest.lower())) for slot, value in pairs]
 
 
-def tells(slot, value, text):
+def tells(slot: str, value: str, text: str) -> bool:
     """Whether a lower-cased text, names taken out, tells a slot's value."""
     if slot == "family friendly":
         against = re.search(NOT_FOR_FAMILIES, text) is not None

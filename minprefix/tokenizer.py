@@ -1,6 +1,9 @@
 """Byte-level BPE of a GPT-2 or BART folder (`vocab.json` + `merges.txt`, or `tokenizer.json`), run by tiktoken."""
 
 import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import tiktoken
 
@@ -21,7 +24,7 @@ class Tokenizer:
     end_id ends a target ("<|endoftext|>" or "</s>"), pad_id fills up a batch.
     """
 
-    def __init__(self, vocab, merges, where="the tokeniser"):
+    def __init__(self, vocab: dict[str, int], merges: Iterable[Sequence[str]], where: str = "the tokeniser"):
         if not vocab or any(type(i) is not int or not 0 <= i < 2**24 for i in vocab.values()):
             raise InputError(f"{where}: the vocabulary must map tokens to small non-negative integers")
         if len(set(vocab.values())) != len(vocab):
@@ -46,21 +49,21 @@ class Tokenizer:
         self.pad_id = self.special.get("<pad>", self.end_id)
         self.newline_ids = [i for i in self.id_to_rank if not self._bytes(i).strip(b"\n")]
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """Token ids of a text. "<|endoftext|>" and the like inside it are ordinary characters."""
         return [self.rank_to_id[rank] for rank in self.encoding.encode_ordinary(text)]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are not UTF-8 (half a character) become U+FFFD."""
         return b"".join(map(self._bytes, ids)).decode("utf-8", errors="replace")
 
-    def _bytes(self, i):
+    def _bytes(self, i: int) -> bytes:
         if i in self.id_to_rank:
             return self.encoding.decode_single_token_bytes(self.id_to_rank[i])
         return self.id_to_special.get(i, "").encode()  # unused rows of a padded vocabulary have no text
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The Tokenizer of a HuggingFace folder, or of a model's name.
 
     InputError when its files are missing, malformed or of another kind.
@@ -75,7 +78,7 @@ def load_tokenizer(folder):
     raise InputError(f"{folder} has no tokeniser: vocab.json and merges.txt, or tokenizer.json, must be there")
 
 
-def _read_tokenizer_json(path):
+def _read_tokenizer_json(path: Path) -> tuple[dict[str, Any], list[Any]]:
     spec = read_json(path)
     model = spec.get("model") if isinstance(spec, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
@@ -93,7 +96,7 @@ def _read_tokenizer_json(path):
     return {**vocab, **added}, model["merges"]
 
 
-def _tokenizer(vocab, merges, folder):
+def _tokenizer(vocab: object, merges: list[Any], folder: Path) -> Tokenizer:
     """merges: "a b" strings (merges.txt, older tokenizer.json) or [a, b] lists (newer ones)."""
     if not isinstance(vocab, dict):
         raise InputError(f"{folder}: the vocabulary is not a JSON object of token: id")
@@ -105,14 +108,14 @@ def _tokenizer(vocab, merges, folder):
 
 
 @functools.cache
-def byte_alphabet():
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte: character -> byte, in the order of the first 256 token ids."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def to_bytes(token, where):
+def to_bytes(token: str, where: str) -> bytes:
     try:
         return bytes(byte_alphabet()[character] for character in token)
     except KeyError as error:

@@ -7,26 +7,35 @@ import json
 import math
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from minprefix import distributed, signals
-from minprefix.batches import bucket_batches, collate, pair_lengths, sorted_batches
+from minprefix.baselines import Tuned
+from minprefix.batches import Batch, Pair, bucket_batches, collate, pair_lengths, sorted_batches
 from minprefix.files import InputError, atomic_write
 from minprefix.linear import packed_weights
+from minprefix.load import Model
 from minprefix.loss import target_loss
 from minprefix.prefix import fingerprint
+from minprefix.tokenizer import Tokenizer
 
-NO_SUMS = {"loss": 0.0, "tokens": 0, "examples": 0, "seconds": 0.0}
+Log = list[dict[str, float]]  # rows: see `train`
+NO_SUMS: dict[str, float] = {"loss": 0.0, "tokens": 0, "examples": 0, "seconds": 0.0}
 
 
-def make_optimizer(tuned, lr):
+def make_optimizer(tuned: Tuned, lr: float) -> Optimizer:
     return torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
-def training_step(model, tuned, batch, optimizer, share=1.0):
+def training_step(model: Model, tuned: Tuned, batch: Batch, optimizer: Optimizer, share: float = 1.0) -> Tensor:
     """One step of the optimiser on a batch -> its `target_loss`, without a gradient.
 
     share: what part of the whole batch this is (of its sentences, or for BART of its tokens), the rest being that of
@@ -43,7 +52,7 @@ def training_step(model, tuned, batch, optimizer, share=1.0):
 
 
 @torch.no_grad()
-def dev_loss(model, tuned, pairs, tokenizer, batch_size):
+def dev_loss(model: Model, tuned: Tuned, pairs: list[Pair], tokenizer: Tokenizer, batch_size: int) -> float:
     """Nats per target token over (source, target) pairs."""
     device = next(model.parameters()).device
     prefix, total = tuned(), torch.zeros((), device=device)
@@ -54,16 +63,16 @@ def dev_loss(model, tuned, pairs, tokenizer, batch_size):
     return float(total) / target_tokens(pairs)
 
 
-def target_tokens(pairs):
+def target_tokens(pairs: list[Pair]) -> int:
     return sum(len(target) for _, target in pairs)
 
 
-def linear_schedule(step, steps, warmup):
+def linear_schedule(step: int, steps: int, warmup: int) -> float:
     """The share of the learning rate for a step: linear warm-up, then linear decay to zero."""
     return min((step + 1) / (warmup + 1), (steps - step) / max(1, steps - warmup))
 
 
-def batch_stream(pairs, batch_size, seed, start):
+def batch_stream(pairs: list[Pair], batch_size: int, seed: int, start: int) -> Iterator[list[Pair]]:
     """Batches of pairs from step `start` on, epoch after epoch, the same for the same seed."""
     lengths = pair_lengths(pairs)
     per_epoch = math.ceil(len(pairs) / batch_size)
@@ -73,8 +82,11 @@ def batch_stream(pairs, batch_size, seed, start):
         start = 0
 
 
-def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_size, lr, warmup=0, eval_every=100,
-          seed=101, settings=None, resume=False):  # fmt: skip
+def train(
+    model: Model, tuned: Tuned, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
+    out: str | Path, *, steps: int, batch_size: int, lr: float, warmup: int = 0, eval_every: int = 100,
+    seed: int = 101, settings: dict[str, Any] | None = None, resume: bool = False,
+) -> tuple[Log, int]:  # fmt: skip
     """Train for `steps` steps of AdamW; leave the weights with the best dev loss in `tuned` -> (log, best step).
 
     tuned: what is trained, a Prefix, or a comparator of baselines.py: calling it gives the prefix that the model takes.
@@ -98,16 +110,19 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
     }  # fmt: skip
     optimizer = make_optimizer(tuned, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup))
-    step, log, best = 0, [], None
+    step = 0
+    log: Log = []
+    best: Any = None  # dev_loss, step and weights
     sums = dict(NO_SUMS)  # since the last row of the log
     if resume and (out / "checkpoint.pt").exists():
         step, log, best, sums = load_checkpoint(out / "checkpoint.pt", settings, tuned, optimizer, schedule)
     for name in ("checkpoint.pt", "log.jsonl") if distributed.rank() == 0 else ():
         for left in out.glob(f"{name}.*.tmp"):
             left.unlink()  # a process was killed as it wrote it
-    losses, since = [], time.perf_counter()  # of the last steps, on the device; when the first of them began
+    losses: list[Tensor] = []  # of the last steps, on the device
+    since = time.perf_counter()  # when the first of them began
 
-    def read_losses():
+    def read_losses() -> None:
         """Put the losses of the last steps into the sums, which waits for the device: not at every step."""
         nonlocal since
         for at, loss in enumerate(torch.stack(losses).tolist() if losses else [], step - len(losses) + 1):
@@ -120,12 +135,12 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
         sums["seconds"] += time.perf_counter() - since
         since = time.perf_counter()
 
-    def save():
+    def save() -> None:
         if distributed.rank() == 0:
             write_log(out, log)
             save_checkpoint(out, settings, step, log, best, sums, tuned, optimizer, schedule)
 
-    def evaluate():
+    def evaluate() -> None:
         """Take the dev loss, keep the best weights, and write everything down."""
         nonlocal best, since
         with signals.put_off():
@@ -190,18 +205,18 @@ def train(model, tuned, tokenizer, train_pairs, dev_pairs, out, *, steps, batch_
     return log, best["step"]
 
 
-def diverged(loss, where, out):
+def diverged(loss: float, where: str, out: Path) -> InputError:
     return InputError(f"the loss became {loss} {where}; {out}/checkpoint.pt is of an earlier step")
 
 
-def dtype_of_products(model):
+def dtype_of_products(model: Model) -> torch.dtype:
     """What the model multiplies in: autocast's dtype within such a context, else that of its weights."""
     p = next(model.parameters())
     on = torch.is_autocast_enabled(p.device.type)
     return torch.get_autocast_dtype(p.device.type) if on else p.dtype
 
 
-def digest(pairs):
+def digest(pairs: list[Pair]) -> str:
     """A short hash of (source, target) pairs: whether a run is resumed on the data that it began with."""
     sha = hashlib.sha256()
     for pair in pairs:  # one at a time: XSum's would make a text of hundreds of megabytes
@@ -209,12 +224,15 @@ def digest(pairs):
     return sha.hexdigest()[:16]
 
 
-def write_log(out, log):
+def write_log(out: Path, log: Log) -> None:
     with atomic_write(out / "log.jsonl") as file:
         file.writelines(json.dumps(row) + "\n" for row in log)
 
 
-def save_checkpoint(out, settings, step, log, best, sums, tuned, optimizer, schedule):
+def save_checkpoint(
+    out: Path, settings: dict[str, Any], step: int, log: Log, best: dict[str, Any] | None, sums: dict[str, float],
+    tuned: Tuned, optimizer: Optimizer, schedule: LambdaLR,
+) -> None:  # fmt: skip
     """OUT/checkpoint.pt: all that the next step depends on."""
     state = {"settings": settings, "step": step, "log": log, "best": best, "sums": sums, "tuned": tuned.state_dict(),
              "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}  # fmt: skip
@@ -222,7 +240,7 @@ def save_checkpoint(out, settings, step, log, best, sums, tuned, optimizer, sche
         torch.save(state, file)
 
 
-def read_checkpoint(path, settings):
+def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The dict that a run saved; InputError if it is damaged, or its "settings" are not these."""
     try:
         with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
@@ -240,7 +258,9 @@ def read_checkpoint(path, settings):
     return state
 
 
-def load_checkpoint(path, settings, tuned, optimizer, schedule):
+def load_checkpoint(
+    path: Path, settings: dict[str, Any], tuned: Tuned, optimizer: Optimizer, schedule: LambdaLR
+) -> tuple[int, Log, dict[str, Any], dict[str, float]]:
     """Put a run's state back -> (step, log, best, sums). InputError as in `read_checkpoint`."""
     state = read_checkpoint(path, settings)
     try:
@@ -255,7 +275,7 @@ def load_checkpoint(path, settings, tuned, optimizer, schedule):
         raise InputError(f"{path} {what}: resume with the same settings, or delete it to start again") from error
 
 
-def is_of_this_run(state, steps, tuned, optimizer, schedule):
+def is_of_this_run(state: dict[str, Any], steps: int, tuned: Tuned, optimizer: Optimizer, schedule: LambdaLR) -> bool:
     """Whether all that a run goes on from has the form in which this run would have saved it."""
     weights = tuned.state_dict()
     moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(tuned.parameters())}
@@ -275,7 +295,7 @@ def is_of_this_run(state, steps, tuned, optimizer, schedule):
     )  # fmt: skip
 
 
-def same_form(saved, own):
+def same_form(saved: object, own: object) -> bool:
     """Whether a saved value equals another in keys, lengths, types and shapes, and in all but numbers and tensors."""
     if isinstance(own, torch.Tensor):
         form = own.shape, own.dtype, torch.strided, "cpu"

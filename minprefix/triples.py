@@ -6,6 +6,9 @@ entities stay. Neither dataset is downloaded.
 
 import re
 import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from minprefix.examples import Example, check_text, collapse, grouped
@@ -17,14 +20,15 @@ WEBNLG_LAYOUT = (
 )
 DART_LAYOUT = "expected dart-v1.1.1-full-{train,dev,test}.json from https://github.com/Yale-LILY/dart, data/v1.1.1"
 MAX_XML_BYTES = 32 * 2**20  # of one file; the largest of the release has 2 MiB
+Triple = list[str]  # subject, property, object
 
 
-def linearise_triples(triples):
+def linearise_triples(triples: Iterable[Triple]) -> str:
     """[(subject, property, object)] -> `| subject : property : object | ...`, white space collapsed."""
     return " ".join(collapse("| " + " : ".join(triple)) for triple in triples)
 
 
-def split_triples(text):
+def split_triples(text: str) -> list[Triple]:
     """A user's `subject : property : object | ...` -> [(subject, property, object)].
 
     Bars and colons count where they have blanks around: a URL may be an object. Bars around the whole are ignored.
@@ -41,7 +45,7 @@ def split_triples(text):
 # ---- WebNLG ----
 
 
-def load_webnlg(split, folder):
+def load_webnlg(split: str, folder: Path) -> list[Example]:
     """The Examples of a WebNLG 2017 split, one for each distinct set of triples of a category, which is its topic.
 
     "train": only the texts that are marked good, which leaves a few sets of triples out; "dev" and "test": all texts.
@@ -55,7 +59,7 @@ def load_webnlg(split, folder):
     return grouped(examples)
 
 
-def find_webnlg(split, folder):
+def find_webnlg(split: str, folder: Path) -> list[Path]:
     """The XML files of a split: all that are under train or dev; of the test, the one file that has it whole."""
     if split in ("train", "dev"):
         paths, needed = sorted((folder / split).rglob("*.xml")), f"{split}/*triples/*.xml"
@@ -69,7 +73,7 @@ def find_webnlg(split, folder):
     return paths
 
 
-def read_webnlg(path, good_only):
+def read_webnlg(path: Path, good_only: bool) -> list[Example]:
     """The Examples of a WebNLG XML file, in order, those that have a text."""
     examples = []
     for number, entry in enumerate(parse_xml(path).iter("entry"), 1):
@@ -86,7 +90,7 @@ def read_webnlg(path, good_only):
     return examples
 
 
-def parse_xml(path):
+def parse_xml(path: Path) -> ElementTree.Element:
     """The root element of an XML file that declares no entities: those can expand without end."""
     if path.stat().st_size > MAX_XML_BYTES:
         raise InputError(f"{path} has more than {MAX_XML_BYTES // 2**20} MiB, which no file of WebNLG has")
@@ -102,7 +106,7 @@ def parse_xml(path):
 # ---- DART ----
 
 
-def load_dart(split, folder):
+def load_dart(split: str, folder: Path) -> list[Example]:
     """The Examples of a DART v1.1.1 split, one for each distinct set of triples; empty annotations are left out."""
     path = folder / f"dart-v1.1.1-full-{split}.json"
     if not path.is_file():
@@ -125,8 +129,8 @@ def load_dart(split, folder):
     return grouped(examples)
 
 
-def dart_entry(entry, where):
-    """The triples and texts of one entry, lists of strings; InputError if it has another form."""
+def dart_entry(entry: Any, where: str) -> tuple[list[Triple], list[str]]:
+    """The triples and texts of one entry; InputError if it has another form."""
     try:
         triples, texts = entry["tripleset"], [annotation["text"] for annotation in entry["annotations"]]
         fine = triples and all(isinstance(triple, list) and len(triple) == 3 for triple in triples)

@@ -16,10 +16,13 @@ import json
 import lzma
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -27,23 +30,24 @@ from minprefix import bart, gpt2
 from minprefix.attention import real_tokens
 from minprefix.batches import pad
 from minprefix.files import InputError, atomic_write, read_json, run_main
-from minprefix.load import check_state, keep_freed_memory, load_model, save_model
+from minprefix.load import Model, check_state, keep_freed_memory, load_model, save_model
 from minprefix.options import check_above_zero
-from minprefix.tokenizer import load_tokenizer
+from minprefix.tokenizer import Tokenizer, load_tokenizer
 from minprefix.training import read_checkpoint
 
 IGNORE = -100  # the label of padding
 END = "<|endoftext|>"
+Rows = tuple[tuple[Any, ...], Tensor, int]  # model inputs, labels, the position of the first token
 
 
-def read_documents(path):
+def read_documents(path: Path) -> list[str]:
     if not path.is_file():
         raise InputError(f"{path} is missing: documents separated by {END}, compressed by xz")
     with lzma.open(path, "rt", encoding="utf-8") as file:
         return [document.strip() for document in file.read().split(END) if document.strip()]
 
 
-def train_bpe(args):
+def train_bpe(args: argparse.Namespace) -> None:
     """`vocab.json` and `merges.txt` from the corpus; the end token gets the last id, as in GPT-2."""
     try:
         from tokenizers import ByteLevelBPETokenizer
@@ -59,7 +63,7 @@ def train_bpe(args):
         json.dump({**vocab, END: len(vocab)}, file, ensure_ascii=False)
 
 
-def bart_vocabulary(args):
+def bart_vocabulary(args: argparse.Namespace) -> None:
     """The BPE of another folder with BART's special tokens: `<s> <pad> </s> <unk>` first, `<mask>` last."""
     if args.bpe is None:
         raise InputError(f"{args.out} has no vocab.json: give --bpe, the folder whose BPE it shall have")
@@ -71,11 +75,11 @@ def bart_vocabulary(args):
         json.dump({token: i for i, token in enumerate(tokens)}, file, ensure_ascii=False)
 
 
-def vocabulary_digest(folder):
+def vocabulary_digest(folder: Path) -> str:
     return hashlib.sha256((folder / "vocab.json").read_bytes() + (folder / "merges.txt").read_bytes()).hexdigest()[:8]
 
 
-def corpus_ids(args, split):
+def corpus_ids(args: argparse.Namespace, split: str) -> np.ndarray:
     """All documents of a split as one uint16 array, each followed by the end token; kept beside the run's state."""
     cached = args.state / f"{split}-{vocabulary_digest(args.out)}.npy"
     if not cached.exists():
@@ -88,7 +92,7 @@ def corpus_ids(args, split):
     return np.load(cached, mmap_mode="r")
 
 
-def language_modelling(args, ids, seed):
+def language_modelling(args: argparse.Namespace, ids: np.ndarray, seed: int) -> Callable[[int], Rows]:
     """step -> (model inputs, labels, start): rows of --length tokens, each once an epoch, the labels one further on.
 
     Rows begin at a random position, so that all positions are trained and a prefix of any length shifts nothing.
@@ -96,7 +100,7 @@ def language_modelling(args, ids, seed):
     B, T = args.batch_size, args.length
     order = np.random.default_rng(seed).permutation((len(ids) - 1) // T)
 
-    def batch(step):
+    def batch(step: int) -> Rows:
         picked = order[np.arange(step * B, (step + 1) * B) % len(order)]
         rows = torch.from_numpy(np.stack([ids[i * T : i * T + T + 1] for i in picked]).astype(np.int64))
         return (rows[:, :-1],), rows[:, 1:], int(np.random.default_rng([seed, step]).integers(args.positions - T + 1))
@@ -104,7 +108,7 @@ def language_modelling(args, ids, seed):
     return batch
 
 
-def denoising(args, ids, seed):
+def denoising(args: argparse.Namespace, ids: np.ndarray, seed: int) -> Callable[[int], Rows]:
     """step -> (model inputs, labels, start): whole sentences to be restored from a noised copy (Lewis et al. 2020).
 
     Steps take turns at rows of a quarter, half, once and twice --length tokens, with the same number of tokens in all:
@@ -115,7 +119,7 @@ def denoising(args, ids, seed):
     mask, start_id, end_id = (tokenizer.special[token] for token in ("<mask>", "<s>", "</s>"))
     boundaries = sentence_starts(ids, tokenizer)
 
-    def batch(step):
+    def batch(step: int) -> Rows:
         rng = np.random.default_rng([seed, step])
         scale = (0.25, 0.5, 1, 2)[step % 4]
         B, T = round(args.batch_size / scale), round(args.length * scale)
@@ -138,7 +142,7 @@ def denoising(args, ids, seed):
     return batch
 
 
-def sentence_starts(ids, tokenizer):
+def sentence_starts(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Positions after a token that ends in . ! ? or a line end, before one that begins with white space."""
     texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     ends = np.array([text.rstrip("\"')\u201d ").endswith((".", "!", "?", "\n")) for text in texts])
@@ -147,7 +151,7 @@ def sentence_starts(ids, tokenizer):
     return np.flatnonzero(ends[ids[:-1]] & begins[ids[1:]] | after_document) + 1
 
 
-def infill(tokens, mask, rng, share=0.3, mean=3):
+def infill(tokens: np.ndarray, mask: int, rng: np.random.Generator, share: float = 0.3, mean: float = 3) -> list[int]:
     """Text infilling: spans of Poisson(mean) tokens, `share` of all, each become one mask; empty spans insert one."""
     spans, budget = [], round(share * len(tokens))
     while budget > 0:
@@ -162,7 +166,7 @@ def infill(tokens, mask, rng, share=0.3, mean=3):
     return [*noised, *tokens[at:]]
 
 
-def new_model(args, vocab_size):
+def new_model(args: argparse.Namespace, vocab_size: int) -> Model:
     """GPT-2 or BART with random weights: the usual initialisation, sinusoids for the positions."""
     if args.what == "gpt2":
         model = gpt2.GPT2({
@@ -192,7 +196,7 @@ def new_model(args, vocab_size):
     return model
 
 
-def start_from(folder, model):
+def start_from(folder: str, model: Model) -> None:
     """Put the weights of a finished run's folder, of a model of the same shape, into `model`."""
     weights = load_model(folder).state_dict()
     check_state(weights, model.state_dict(), folder)
@@ -200,12 +204,12 @@ def start_from(folder, model):
 
 
 @torch.compile
-def head_loss(model, states, labels):
+def head_loss(model: Model, states: Tensor, labels: Tensor) -> Tensor:
     """Nats of the labels (N,) after the states (N, C), summed."""
     return F.cross_entropy(model.logits(states).float(), labels, reduction="sum")
 
 
-def loss_of(model, batch, device, backward=False, chunk=1024):
+def loss_of(model: Model, batch: Rows, device: str, backward: bool = False, chunk: int = 1024) -> Tensor:
     """Mean nats per token of a batch; with `backward`, the gradients too.
 
     The head goes chunk by chunk: logits that stay in the cache made it about twice as fast on CPU.
@@ -215,7 +219,7 @@ def loss_of(model, batch, device, backward=False, chunk=1024):
     real = labels.flatten() != IGNORE
     states, labels = states[real.nonzero()[:, 0].to(device)], labels.flatten()[real].to(device)
     leaf = states.detach().requires_grad_(backward)
-    total = 0.0
+    total = torch.zeros((), device=device)
     for h, y in zip(leaf.split(chunk), labels.split(chunk), strict=True):
         loss = head_loss(model, h, y) / len(labels)
         if backward:
@@ -226,7 +230,7 @@ def loss_of(model, batch, device, backward=False, chunk=1024):
     return total
 
 
-def make_optimizers(masters, args):
+def make_optimizers(masters: dict[str, Tensor], args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, biases and norms (over the float32 masters)."""
     inside = {name for name, p in masters.items() if p.dim() == 2 and (name.startswith("h.") or ".layers." in name)}
     matrices = [p for name, p in masters.items() if name in inside]
@@ -236,19 +240,19 @@ def make_optimizers(masters, args):
     return [muon, adamw]
 
 
-def learning_rate(args, seen):
+def learning_rate(args: argparse.Namespace, seen: int) -> float:
     """Warm-up over 1% of the tokens, constant, linear decay to zero over the last `decay` share."""
     return args.lr * min(1.0, (seen + 1) / (0.01 * args.tokens), (args.tokens - seen) / (args.decay * args.tokens))
 
 
 @torch.no_grad()
-def held_out_loss(model, batches, device, count=24):
+def held_out_loss(model: Model, batches: Callable[[int], Rows], device: str, count: int = 24) -> float:
     """Nats per token over some batches of the held-out text, the same at every call."""
     return torch.stack([loss_of(model, batches(i), device) for i in range(count)]).mean().item()
 
 
 @torch.no_grad()
-def copying_loss(model, ids, device, rows=32, length=64):
+def copying_loss(model: gpt2.GPT2, ids: np.ndarray, device: str, rows: int = 32, length: int = 64) -> dict[str, float]:
     """Nats per token of a language model on the second copy of rows that are repeated: {"text": x, "random": y}.
 
     The rows are passages of `ids`, or random tokens. A prefix can make a model tell what its input says only if the
@@ -264,7 +268,7 @@ def copying_loss(model, ids, device, rows=32, length=64):
     return losses
 
 
-def train(args):
+def train(args: argparse.Namespace) -> None:
     keep_freed_memory()
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -296,7 +300,7 @@ def train(args):
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     copy_weights(model, masters)
-    for layer in model.h if args.what == "gpt2" else [*model.encoder.layers, *model.decoder.layers]:
+    for layer in [*model.encoder.layers, *model.decoder.layers] if model.encoder_decoder else model.h:
         layer.compile()  # one program for all layers of a kind
 
     tokens_per_step = args.batch_size * args.length
@@ -318,7 +322,7 @@ def train(args):
             held_out = held_out_loss(model, heldout_batches, device)
             log.append({"tokens": step * tokens_per_step, "loss": loss.item(), "heldout": held_out, "lr": lr,
                         "hours": round((time.time() - started) / 3600, 3)})  # fmt: skip
-            if args.what == "gpt2":
+            if not model.encoder_decoder:
                 log[-1]["copying"] = copying_loss(model, heldout_ids, device)
             bar.write(json.dumps(log[-1]))
         if time.time() - saved_at > args.save_every or step == steps:
@@ -327,7 +331,7 @@ def train(args):
             saved_at = time.time()
 
 
-def update(model, masters, optimizers):
+def update(model: Model, masters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
     """One optimiser step on the masters from the model's bf16 gradients."""
     for name, p in model.named_parameters():
         masters[name].grad, p.grad = p.grad.float(), None
@@ -338,18 +342,21 @@ def update(model, masters, optimizers):
 
 
 @torch.no_grad()
-def copy_weights(model, masters):
+def copy_weights(model: Model, masters: dict[str, Tensor]) -> None:
     for name, p in model.named_parameters():
         p.copy_(masters[name])
 
 
-def settings(args):
+def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a resumed run must share: `step` and the rows would mean something else otherwise."""
     keys = ("what", "layers", "width", "heads", "positions", "length", "batch_size", "seed")
     return {**{key: getattr(args, key) for key in keys}, "vocabulary": vocabulary_digest(args.out)}
 
 
-def save_state(args, step, log, masters, optimizers):
+def save_state(
+    args: argparse.Namespace, step: int, log: list[dict[str, Any]], masters: dict[str, Tensor],
+    optimizers: list[torch.optim.Optimizer],
+) -> None:  # fmt: skip
     state = {"settings": settings(args), "step": step, "log": log,
              "masters": {n: p.detach() for n, p in masters.items()},
              "optimizers": [o.state_dict() for o in optimizers]}  # fmt: skip
@@ -357,7 +364,7 @@ def save_state(args, step, log, masters, optimizers):
         torch.save(state, file)
 
 
-def export(args, model, masters, log):
+def export(args: argparse.Namespace, model: Model, masters: dict[str, Tensor], log: list[dict[str, Any]]) -> None:
     """The HuggingFace folder in float16, and the log of held-out losses beside it."""
     half = type(model)(model.config).half()
     half.load_state_dict({**half.state_dict(), **masters})
@@ -366,7 +373,7 @@ def export(args, model, masters, log):
         file.writelines(json.dumps(row) + "\n" for row in log)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["bpe", "gpt2", "bart"])
     parser.add_argument("--corpus", type=Path, required=True, help="folder with pretrain.txt.xz and heldout.txt.xz")
