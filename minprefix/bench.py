@@ -6,7 +6,8 @@
 
 Each contender has a process of its own, so that its peak memory is its own; they take turns, round by round, and the
 other waits. A round is --steps batches, the same in each round; a first round to warm up does not count. Reported are
-the median of a batch, and speeds in the median round.
+the median of a batch, and speeds in the median round; compile_s is what torch.compile took in all, recompiles are the
+programs that it made after the first round.
 """
 
 import argparse
@@ -17,29 +18,36 @@ import resource
 import statistics
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from itertools import chain, islice
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch._dynamo.utils import calculate_time_spent, counters  # no public interface gives these
 from torch.utils.flop_counter import FlopCounterMode
 
-from minprefix.batches import collate, encode_pairs, pad, pair_lengths, start_id
+from minprefix.batches import Pair, collate, encode_pairs, pad, pair_lengths, start_id
 from minprefix.data import Example, load_examples
 from minprefix.files import InputError, run_main
 from minprefix.generate import generate_ids
 from minprefix.hub import resolve_model
 from minprefix.linear import Linear, pack_weights
-from minprefix.load import keep_freed_memory, load_model, pick_device, pick_dtype
+from minprefix.load import Model, keep_freed_memory, load_model, pick_device, pick_dtype
 from minprefix.loss import target_loss
 from minprefix.options import check_above_zero
 from minprefix.prefix import Prefix
-from minprefix.tokenizer import load_tokenizer
+from minprefix.tokenizer import Tokenizer, load_tokenizer
 from minprefix.training import batch_stream, make_optimizer, training_step
 
-FIGURES = ("who", "examples_per_s", "median_s", "first_s", "tokens_per_s", "TFLOP_per_s", "share_of_matmul",
-           "share_of_bandwidth", "peak_GiB")  # fmt: skip
+FIGURES = ("who", "examples_per_s", "median_s", "first_s", "compile_s", "recompiles", "tokens_per_s", "TFLOP_per_s",
+           "share_of_matmul", "share_of_bandwidth", "peak_GiB")  # fmt: skip
+Work = tuple[Callable[[int], None], dict[str, Any]]  # what does batch i, and facts for `row`
 
 
-def parse_args():
+def parse_args() -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=["train", "generate"])
@@ -69,7 +77,7 @@ def parse_args():
     return args
 
 
-def main():
+def main() -> None:
     args = parse_args()
     for settings in sweep(args):
         rows = measure(settings)
@@ -80,7 +88,7 @@ def main():
             print_table(rows, settings)
 
 
-def sweep(args):
+def sweep(args: Namespace) -> list[Namespace]:
     """The settings to measure: those of the command line, for each value of the swept option."""
     if args.sweep is None:
         return [args]
@@ -91,7 +99,7 @@ def sweep(args):
     return [argparse.Namespace(**{**vars(args), key: int(value)}) for value in values]
 
 
-def measure(args):
+def measure(args: Namespace) -> list[dict[str, Any]]:
     """Rows of results, minprefix's first."""
     contenders = {"minprefix": ours, **({"transformers + PEFT": peer} if args.peer else {})}
     context = multiprocessing.get_context("spawn")
@@ -102,7 +110,7 @@ def measure(args):
         processes[-1].start()
         there.close()
         ask(workers[who], None)  # it is set up before the next one starts
-    seconds = {who: [] for who in workers}
+    seconds: dict[str, list[list[float]]] = {who: [] for who in workers}
     for _ in range(args.rounds + 1):
         for who, worker in workers.items():
             seconds[who].append(ask(worker, "round"))
@@ -113,7 +121,7 @@ def measure(args):
     return [{"what": args.what, "who": who, **row(args, {**facts[who], **best}, *seconds[who])} for who in workers]
 
 
-def ask(worker, request):
+def ask(worker: Connection, request: str | None) -> Any:
     """A worker's answer; InputError with its reason if it could not work."""
     if request:
         worker.send(request)
@@ -126,7 +134,7 @@ def ask(worker, request):
     return answer
 
 
-def work(pipe, contender, args):
+def work(pipe: Connection, contender: Callable[[Namespace], Work], args: Namespace) -> None:
     """A contender's process: set up, then for each request a round's seconds, at the end what else is known."""
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -134,19 +142,22 @@ def work(pipe, contender, args):
     try:
         do_batch, facts = contender(args)
         pipe.send(True)
+        programs = []  # that torch.compile has made, after each round
         while pipe.recv() == "round":
             pipe.send([seconds_of(args.device, do_batch, i) for i in range(args.steps)])
+            programs.append(counters["frames"]["ok"])
     except InputError as error:
         pipe.send(str(error))
         return
     facts["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if args.device == "cuda":
         facts["peak"] = torch.cuda.max_memory_allocated()
+    facts |= {"compile_s": calculate_time_spent()["total_wall_time"], "recompiles": programs[-1] - programs[0]}
     facts["matmul"], facts["bandwidth"] = machine(args)
     pipe.send(facts)
 
 
-def seconds_of(device, function, *args):
+def seconds_of(device: str, function: Callable[..., object], *args: object) -> float:
     started = time.perf_counter()
     function(*args)
     if device == "cuda":
@@ -156,7 +167,7 @@ def seconds_of(device, function, *args):
     return time.perf_counter() - started
 
 
-def row(args, facts, first, *rounds):
+def row(args: Namespace, facts: dict[str, Any], first: list[float], *rounds: list[float]) -> dict[str, Any]:
     """The figures of one contender, from the seconds of each batch in the first round and in those that count."""
     times = [t for times in rounds for t in times]
     total = statistics.median(sum(times) for times in rounds)
@@ -164,6 +175,8 @@ def row(args, facts, first, *rounds):
         "examples_per_s": round(args.batch_size * args.steps / total, 3),
         "median_s": round(statistics.median(times), 5),
         "first_s": round(first[0], 3),
+        "compile_s": round(facts["compile_s"], 3),
+        "recompiles": facts["recompiles"],
         "tokens_per_s": round(facts["tokens"] / total, 1),
     }
     if args.what == "train":
@@ -176,7 +189,7 @@ def row(args, facts, first, *rounds):
     return {**figures, "peak_GiB": round(facts["peak"] / 2**30, 2), "settings": settings}
 
 
-def print_table(rows, args):
+def print_table(rows: list[dict[str, Any]], args: Namespace) -> None:
     swept = f", {args.sweep[0]} {getattr(args, args.sweep[0].replace('-', '_'))}" if args.sweep else ""
     print(f"\n{args.what} {args.model}, {args.dtype} on {args.device}, batch {args.batch_size}{swept}")
     for name in FIGURES:
@@ -190,7 +203,7 @@ def print_table(rows, args):
 # ---- the work: each contender gives what does batch i, and facts for `row` ----
 
 
-def ours(args):
+def ours(args: Namespace) -> Work:
     """minprefix: the steps and the search of train.py and sample.py; BART has a prefix at all three sites."""
     keep_freed_memory()
     model, tokenizer, batches = shared(args)
@@ -200,10 +213,10 @@ def ours(args):
     pack_weights(model, training=args.what == "train")  # for good: the scripts, too, pack once for all of their work
     start, count = start_id(model, tokenizer), args.new_tokens
 
-    def train(i):
+    def train(i: int) -> None:
         training_step(model, prefix, collate(batches[i], tokenizer, model).to(args.device), optimizer)
 
-    def write(i):
+    def write(i: int) -> None:
         generate_ids(model, [source for source, _ in batches[i]], start, tokenizer.end_id, folded, args.beams, count,
                      min_new_tokens=count, batch_size=args.batch_size)  # fmt: skip
 
@@ -212,7 +225,7 @@ def ours(args):
     return write, facts
 
 
-def peer(args):
+def peer(args: Namespace) -> Work:
     """transformers + PEFT with the same pairs, the same MLP or none; BART has a prefix at the decoder only, PEFT's way.
 
     The batches are random ones: to put rows of like length together is minprefix's doing.
@@ -230,31 +243,31 @@ def peer(args):
     random.Random(0).shuffle(pairs)
     batches = [pairs[i : i + args.batch_size] for i in range(0, len(pairs), args.batch_size)]
     kind = transformers.GPT2LMHeadModel if decoder_only else transformers.BartForConditionalGeneration
-    model = kind.from_pretrained(folder, dtype=pick_dtype(args.dtype, args.device))
-    model.config.pad_token_id = tokenizer.pad_id
+    base = kind.from_pretrained(folder, dtype=pick_dtype(args.dtype, args.device))
+    base.config.pad_token_id = tokenizer.pad_id
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM" if decoder_only else "SEQ_2_SEQ_LM", num_virtual_tokens=args.prefix_length,
         prefix_projection=args.hidden > 0, encoder_hidden_size=args.hidden,
     )  # fmt: skip
-    model = get_peft_model(model, config).to(args.device)
+    tuned = get_peft_model(base, config).to(args.device)
 
-    def tensors(rows, padding, left=False):
+    def tensors(rows: list[list[int]], padding: int, left: bool = False) -> Tensor:
         padded = pad([row[::-1] for row in rows], padding).flip(1) if left else pad(rows, padding)
         return padded.to(args.device)
 
-    def train(i):
+    def train(i: int) -> None:
         sources, targets = zip(*batches[i], strict=True)
         read = [s + t for s, t in batches[i]] if decoder_only else sources
         labels = [[-100] * len(s) + t for s, t in batches[i]] if decoder_only else targets
-        model(input_ids=tensors(read, tokenizer.pad_id), attention_mask=tensors([[1] * len(row) for row in read], 0),
+        tuned(input_ids=tensors(read, tokenizer.pad_id), attention_mask=tensors([[1] * len(row) for row in read], 0),
               labels=tensors(labels, -100)).loss.backward()  # fmt: skip
         optimizer.step()
         optimizer.zero_grad()
 
     @torch.no_grad()
-    def write(i):
+    def write(i: int) -> None:
         sources = [source + [tokenizer.end_id] * decoder_only for source, _ in batches[i]]
-        model.generate(
+        tuned.generate(
             input_ids=tensors(sources, tokenizer.pad_id, left=decoder_only), num_beams=args.beams, do_sample=False,
             attention_mask=tensors([[1] * len(source) for source in sources], 0, left=decoder_only),
             min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens, pad_token_id=tokenizer.pad_id,
@@ -262,13 +275,13 @@ def peer(args):
         )  # fmt: skip
 
     if args.what == "generate":
-        model.eval()
+        tuned.eval()
         return write, facts
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-5, fused=True)
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=8e-5, fused=True)
     return train, facts
 
 
-def shared(args):
+def shared(args: Namespace) -> tuple[Model, Tokenizer, list[list[Pair]]]:
     """The model, the tokeniser, and batches of (source ids, target ids) of one round: the same for both contenders."""
     model = load_model(args.model, args.device, pick_dtype(args.dtype, args.device))
     tokenizer = load_tokenizer(args.model)
@@ -284,7 +297,9 @@ def shared(args):
     return model, tokenizer, list(islice(batch_stream(pairs, args.batch_size, 0, 0), args.steps))
 
 
-def facts_of(args, model, tokenizer, batches, sites):
+def facts_of(
+    args: Namespace, model: Model, tokenizer: Tokenizer, batches: list[list[Pair]], sites: Iterable[str]
+) -> dict[str, Any]:
     """What a round is: tokens (read in training, padding not counted; else written), and the work that they need."""
     if args.what == "generate":
         return {"tokens": args.steps * args.batch_size * args.new_tokens, "bytes": bytes_of_a_step(model)}
@@ -292,7 +307,9 @@ def facts_of(args, model, tokenizer, batches, sites):
     return {"tokens": sum(sum(pair_lengths(pairs)) for pairs in batches), "flop": flop}
 
 
-def useful_flop(model, tokenizer, pairs, length, sites):
+def useful_flop(
+    model: Model, tokenizer: Tokenizer, pairs: Iterable[Pair], length: int, sites: Iterable[str]
+) -> int:
     """Floating-point operations of all matrix products that training on pairs needs: each row by itself, unpadded.
 
     As torch counts them, forward and backward, for a frozen model with a prefix of this length at these sites; the
@@ -308,14 +325,14 @@ def useful_flop(model, tokenizer, pairs, length, sites):
     return counter.get_total_flops()
 
 
-def bytes_of_a_step(model):
+def bytes_of_a_step(model: Model) -> int:
     """Bytes of the weights that decoding reads for each new token: the decoder's matrices and the head."""
     layers = model.decoder.layers if model.encoder_decoder else model.h
     matrices = {layer.weight for layer in layers.modules() if isinstance(layer, Linear)} | {model.head.weight}
     return sum(w.numel() * w.itemsize for w in matrices)
 
 
-def machine(args):
+def machine(args: Namespace) -> tuple[float, float]:
     """What this machine can do: operations per second of a large matrix product, bytes per second read."""
     a = torch.randn(4096, 4096, device=args.device).to(pick_dtype(args.dtype, args.device))
     large = torch.empty(2**28, dtype=torch.uint8, device=args.device).fill_(1).view(torch.int64)

@@ -40,6 +40,7 @@ def test_one_json_line_with_the_figures(world, what, kind):
     (row,) = map(json.loads, done.stdout.splitlines())
     share = "share_of_matmul" if what == "train" else "share_of_bandwidth"
     assert all(row[key] > 0 for key in ("examples_per_s", "median_s", "first_s", "tokens_per_s", "peak_GiB"))
+    assert row["compile_s"] >= 0 and row["recompiles"] == 0
     assert 0 <= row[share] < 1 and row["who"] == "minprefix"
     assert row["settings"]["batch_size"] == 3 and row["settings"]["dtype"] in ("bfloat16", "float32")
 
