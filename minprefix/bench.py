@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 from multiprocessing.connection import Connection
 from typing import Any
@@ -251,7 +251,7 @@ def peer(args: Namespace) -> Work:
     )  # fmt: skip
     tuned = get_peft_model(base, config).to(args.device)
 
-    def tensors(rows: list[list[int]], padding: int, left: bool = False) -> Tensor:
+    def tensors(rows: Sequence[list[int]], padding: int, left: bool = False) -> Tensor:
         padded = pad([row[::-1] for row in rows], padding).flip(1) if left else pad(rows, padding)
         return padded.to(args.device)
 

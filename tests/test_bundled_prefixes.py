@@ -3,9 +3,15 @@
 import json
 
 import pytest
+import torch
 
 import sample
-from minprefix import load_model, load_prefix
+from minprefix import load_model, load_prefix, load_tokenizer
+from minprefix.batches import encode_pairs
+from minprefix.data import format_source
+from minprefix.examples import Example
+from minprefix.sample_e2e import sample_rows
+from minprefix.training import dev_loss
 from tests.test_scripts import call
 from tests.tiny import ROOT
 
@@ -41,3 +47,17 @@ def test_it_says_what_the_input_says(path, capsys):
     # Not Thai: this model leaves out a kind of food that E2E's training set does not have.
     words = {"gpt2-mini-e2e": ["The Golden Lantern", "riverside", "The Mill"], "bart-mini-scitldr": ["plants"]}
     assert all(word in out for word in words[path.stem]), out
+
+
+def test_bfloat16_gives_the_loss_of_float32():
+    """Within 0.5%: so much may --dtype auto change where the hardware multiplies bfloat16."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, losses = load_tokenizer("gpt2-mini"), {}
+    examples = [Example(format_source("e2e", mr), [reference]) for mr, reference in sample_rows("dev")[:96]]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model("gpt2-mini", device, dtype)
+        prefix = load_prefix(FOLDER / "gpt2-mini-e2e.safetensors", model)
+        pairs = encode_pairs(examples, tokenizer, model)
+        losses[dtype] = dev_loss(model, lambda prefix=prefix: prefix, pairs, tokenizer, batch_size=16)
+    assert losses[torch.bfloat16] != losses[torch.float32]  # that both were measured
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.005)
