@@ -190,21 +190,32 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (T - len(row))] for row in rows])
 
 
-def bucket_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """One epoch's batches as lists of indices: each index once, rows of like length together, all full but one.
+def bucket_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """One epoch's batches as lists of indices: each index once, rows of like lengths together, all full but one.
 
+    lengths: of the rows (N,), or where they have parts that are padded apart (N, 2), of both.
     Rows are shuffled, sorted by length inside windows of up to 50 batches, and the batches are shuffled. There are
     at least four windows where there are enough batches, for in a single one the batches would hardly ever change.
     """
     rng = np.random.default_rng([seed, epoch])
-    lengths, order = np.asarray(lengths), rng.permutation(len(lengths))
+    order = rng.permutation(len(lengths))
     window = batch_size * min(max(len(lengths) // batch_size // 4, 1), 50)
     batches = []
     for start in range(0, len(order), window):
         part = order[start : start + window]
-        part = part[np.argsort(lengths[part], kind="stable")]
+        part = part[by_length(lengths[part], batch_size)]
         batches += [part[i : i + batch_size].tolist() for i in range(0, len(part), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def by_length(lengths: np.ndarray, batch_size: int) -> np.ndarray:
+    """The order (N,) of rows in which neighbours are of like length: rows (N,), or both parts of rows (N, 2)."""
+    if lengths.ndim == 1:
+        return np.argsort(lengths, kind="stable")
+    order = np.argsort(lengths[:, 0], kind="stable")
+    group = batch_size * max(1, round(math.sqrt(len(order) / batch_size)))  # rows alike in the first part
+    groups = [order[i : i + group] for i in range(0, len(order), group)]
+    return np.concatenate([rows[np.argsort(lengths[rows, 1], kind="stable")] for rows in groups])
 
 
 def sorted_batches(lengths: list[int], batch_size: int) -> list[list[int]]:

@@ -294,7 +294,7 @@ def shared(args: Namespace) -> tuple[Model, Tokenizer, list[list[Pair]]]:
     if args.source_length:
         sources = torch.randint(5, min(tokenizer.vocab_size - 5, 4000), (len(pairs), args.source_length)).tolist()
         pairs = [(source, target) for source, (_, target) in zip(sources, pairs, strict=True)]
-    return model, tokenizer, list(islice(batch_stream(pairs, args.batch_size, 0, 0), args.steps))
+    return model, tokenizer, list(islice(batch_stream(pairs, args.batch_size, 0, 0, model.encoder_decoder), args.steps))
 
 
 def facts_of(

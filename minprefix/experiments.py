@@ -177,7 +177,8 @@ def measure(args: Namespace) -> dict[str, float]:
     examples = load_examples(args.task, "dev", args.data)[:64]
     prefix = Prefix(model, length=10).to(args.device)
     optimizer, seconds = make_optimizer(prefix, lr=0.0), []
-    batches = list(islice(batch_stream(encode_pairs(examples, tokenizer, model, what=None), 16, 0, 0), 4))
+    pairs = encode_pairs(examples, tokenizer, model, what=None)
+    batches = list(islice(batch_stream(pairs, 16, 0, 0, model.encoder_decoder), 4))
     for pairs in [*batches, *batches]:
         started = time.perf_counter()
         training_step(model, prefix, collate(pairs, tokenizer, model).to(args.device), optimizer).item()

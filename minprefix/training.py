@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -72,9 +73,15 @@ def linear_schedule(step: int, steps: int, warmup: int) -> float:
     return min((step + 1) / (warmup + 1), (steps - step) / max(1, steps - warmup))
 
 
-def batch_stream(pairs: list[Pair], batch_size: int, seed: int, start: int) -> Iterator[list[Pair]]:
-    """Batches of pairs from step `start` on, epoch after epoch, the same for the same seed."""
-    lengths = pair_lengths(pairs)
+def batch_stream(
+    pairs: list[Pair], batch_size: int, seed: int, start: int, encoder_decoder: bool = False
+) -> Iterator[list[Pair]]:
+    """Batches of pairs from step `start` on, epoch after epoch, the same for the same seed.
+
+    encoder_decoder: whether they are for a BART, which pads sources and targets apart.
+    """
+    lengths = np.array([(len(source), len(target)) for source, target in pairs])
+    lengths = lengths if encoder_decoder else lengths.sum(axis=1)
     per_epoch = math.ceil(len(pairs) / batch_size)
     for epoch in itertools.count(start // per_epoch):
         for picked in bucket_batches(lengths, batch_size, seed, epoch)[start % per_epoch :]:
@@ -127,9 +134,10 @@ def train(
         nonlocal since
         for at, loss in enumerate(torch.stack(losses).tolist() if losses else [], step - len(losses) + 1):
             if not math.isfinite(loss):
-                first = tokenizer.decode(next(batch_stream(train_pairs, batch_size, seed, at - 1))[0][0])
+                batch = next(batch_stream(train_pairs, batch_size, seed, at - 1, model.encoder_decoder))
+                first = tokenizer.decode(batch[0][0]).strip()[:80]
                 remedy = f"lower the learning rate (--lr, now {lr}), or look at its batch, which begins with"
-                raise diverged(loss, f"at step {at}: {remedy} {first.strip()[:80]!r}", out)
+                raise diverged(loss, f"at step {at}: {remedy} {first!r}", out)
             sums["loss"] += loss
         losses.clear()
         sums["seconds"] += time.perf_counter() - since
@@ -168,7 +176,7 @@ def train(
     others = signals.put_off() if distributed.rank() else contextlib.nullcontext()
     bar = tqdm(total=steps, initial=step, desc="training", unit="step", dynamic_ncols=True,
                disable=distributed.rank() > 0)  # fmt: skip
-    batches = batch_stream(train_pairs, batch_size, seed, step)
+    batches = batch_stream(train_pairs, batch_size, seed, step, model.encoder_decoder)
     with bar, others, packed_weights(model, training=True):
         try:
             while True:

@@ -352,7 +352,9 @@ def test_bucket_batches_properties():
     rng = np.random.default_rng(2)
     for trial in range(200):
         n, size = int(rng.integers(0, 700)), int(rng.integers(1, 20))
-        lengths = rng.integers(1, 40, n).tolist()
+        lengths = rng.integers(1, 40, n)
+        parts = np.stack([lengths, rng.integers(1, 9, n)], axis=1)
+        assert sorted(i for batch in bucket_batches(parts, size, trial, 3) for i in batch) == list(range(n))
         batches = bucket_batches(lengths, size, trial, 3)
         assert sorted(i for batch in batches for i in batch) == list(range(n))
         assert all(type(i) is int for batch in batches for i in batch)
@@ -365,7 +367,7 @@ def test_bucket_batches_properties():
 
 
 def test_epochs_and_seeds_differ_and_the_global_seed_does_not_matter():
-    lengths = np.random.default_rng(3).integers(5, 60, 100).tolist()
+    lengths = np.random.default_rng(3).integers(5, 60, 100)
     runs = [bucket_batches(lengths, 10, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (0, 1), (2, 0))]
     members = [{frozenset(batch) for batch in run} for run in runs]
     for i in range(4):
@@ -383,7 +385,7 @@ def test_buckets_save_padding_and_come_in_any_order():
     def computed(batches):
         return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
 
-    batches = bucket_batches(lengths.tolist(), 10, 0, 0)
+    batches = bucket_batches(lengths, 10, 0, 0)
     assert computed(batches) < 1.05 * lengths.sum() < 1.3 * lengths.sum() < computed(np.split(np.arange(10_000), 1000))
     means = [lengths[batch].mean() for batch in batches]
     assert abs(np.corrcoef(means, np.arange(1000))[0, 1]) < 0.15
