@@ -216,14 +216,15 @@ def attention_modules(model: Model) -> dict[str, list[Any]]:
     }
 
 
-def queries(
-    module: gpt2.Attention | bart.Attention, x: Tensor, context: list[Segment], mask: Tensor | None = None
-) -> tuple[Tensor, list[Segment]]:
-    """What a model's `Attention` makes of its arguments: queries (B, H, T, D), and the segments that they look at."""
+def queries(module: gpt2.Attention | bart.Attention, x: Tensor, seen: Any) -> tuple[Tensor, list[Segment]]:
+    """What a model's `Attention` makes of its arguments: queries (B, H, T, D), and the segments that they look at.
+
+    seen: BART's segments, or GPT-2's function from a layer's own keys and values to segments.
+    """
     if isinstance(module, bart.Attention):
-        return module.heads(module.q_proj(x)), context
+        return module.heads(module.q_proj(x)), seen
     q, k, v = module.qkv(x)
-    return q, [*context, (k, v, mask)]
+    return q, seen(k, v)
 
 
 def draw(shares: dict[str, Tensor], path: Path) -> None:
