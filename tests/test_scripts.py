@@ -39,7 +39,7 @@ def call(script, capsys, *args):
 
 def assert_one_clear_line(script, arguments, message, capsys, world):
     """One line that holds the message, but for those on sources that were cut; exit code 2; nothing half-written."""
-    code, out, err = call(script, capsys, *arguments.split())
+    code, out, err = call(script, capsys, *(arguments.split() if isinstance(arguments, str) else arguments))
     lines = [line for line in err.splitlines() if not line.startswith("cut ")]
     assert code == 2, (out, err)
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
@@ -276,12 +276,17 @@ BAD = {
     "too long": (train, "--model model --task long.jsonl", "room for 251"),
     "unknown task": (train, "--model model --task poetry", "poetry"),
     "run there already": (train, "--model model --task rows.jsonl --out run", "--resume"),
-    "prefix length 0": (train, "--model model --task rows.jsonl --prefix-length 0", "prefix length 0"),
+    "prefix length 0": (train, "--model model --task rows.jsonl --prefix-length 0", "--prefix-length is 0"),
+    "no virtual tokens": (train, "--model model --method embedding --prefix-length 0", "--prefix-length is 0"),
+    "hidden width -1": (train, "--model model --task rows.jsonl --method embedding --hidden -1", "--hidden is -1"),
+    "no words to start from": (train, ["--model", "model", "--task", "rows.jsonl", "--init", ""], "hold no token"),
     "no steps": (train, "--model model --task rows.jsonl --steps 0", "--steps is 0"),
     "no rate": (train, "--model model --task rows.jsonl --lr nan", "--lr is nan"),
     "no beams": (sample, "--prefix run/prefix.safetensors --input x --beams 0", "beams is 0"),
     "seed too large": (sample, f"--prefix run/prefix.safetensors --input x --sample --seed {2**70}", "--seed"),
     "length penalty nan": (sample, "--prefix run/prefix.safetensors --input x --length-penalty nan", "length_p"),
+    "texts into a folder": (sample, "--prefix run/prefix.safetensors --input x --output run", "run is a folder"),
+    "texts below a file": (sample, "--prefix run --input x --output rows.jsonl/texts", "rows.jsonl is not a folder"),
     "scores over texts": (sample, "--prefix run/prefix.safetensors --input x --evaluate --output a.json", "a.json"),
     "another model's tokeniser": (train, "--model mixed --task rows.jsonl", "different models"),
     "resume with another prefix": (
