@@ -37,7 +37,7 @@ from minprefix.settings import OPTIONS, fill_settings, other_options, settings_t
 from minprefix.tokenizer import Tokenizer
 from minprefix.training import train
 
-# What a resumed run may do otherwise; train() itself looks at the data, the model and its dtype, and the steps.
+# What may change when a run is resumed; train() itself compares the data, the model and its dtype, and the steps.
 MAY_CHANGE = ("model", "task", "data", "epochs", "steps", "eval_inputs", "beams", "dtype", "device", "out", "resume")
 
 
@@ -100,7 +100,7 @@ def check(args: Namespace) -> None:
     check_not_negative(args, ("hidden", "warmup", "eval_inputs", "seed", "low_data_seed", "offset"))
     for key in sorted(other_options(args.method)):
         if getattr(args, key) is not None:
-            raise InputError(f"{flag(key)} sets nothing of --method {args.method}: leave it out")
+            raise InputError(f"{flag(key)} has no effect with --method {args.method}: leave it out")
     check_needed(args, {"topic_field": "topics", "low_data_seed": "low_data", "beams": "eval_inputs"})
     if args.topic_field and args.task in ("e2e", *TRIPLES):
         raise InputError(f"--topic-field does nothing for --task {args.task}, which is not read from rows")

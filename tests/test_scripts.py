@@ -100,6 +100,10 @@ def test_sample_takes_arguments_files_and_stdin_alike(prefix_file, world, capsys
     with open(world / "inputs.txt") as file:
         monkeypatch.setattr(sys, "stdin", file)
         assert call(sample, capsys, *common)[1] == arguments[1]
+    with open(world / "model" / "model.safetensors") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        code, _, err = call(sample, capsys, *common)
+        assert code == 2 and err.startswith("error: stdin is not UTF-8 text"), err
 
 
 def test_sample_evaluates(prefix_file, world, capsys):
@@ -343,7 +347,7 @@ WITHOUT_EFFECT = {
     "a field of no topics": (train, "--topic-field topic", "--topic-field does nothing without --topics"),
     "a field of no rows": (train, "--task webnlg --topics A --topic-field a", "does nothing for --task webnlg"),
     "beams of no texts": (train, "--beams 2 --eval-inputs 0", "--beams does nothing without --eval-inputs"),
-    "another method's option": (train, "--method top2 --prefix-length 5", "--prefix-length sets nothing of"),
+    "another method's option": (train, "--method top2 --prefix-length 5", "--prefix-length has no effect with"),
     "epochs and steps": (train, "--epochs 1 --steps 9", "--steps: not allowed with argument --epochs"),
     "two draws": (train, "--limit 1 --low-data 9", "--low-data: not allowed with argument --limit"),
     "a cold search": (sample, "--input x --temperature 1.0", "--temperature does nothing without --sample"),
