@@ -279,6 +279,7 @@ BAD = {
     "no such data": (train, "--model model --data nodata", "nodata"),
     "too long": (train, "--model model --task long.jsonl", "room for 251"),
     "unknown task": (train, "--model model --task poetry", "there is no task 'poetry': known are e2e, webnlg"),
+    "a file for a folder": (train, "--model model --task rows.jsonl --out rows.jsonl", "--out rows.jsonl is a file"),
     "run there already": (train, "--model model --task rows.jsonl --out run", "--resume"),
     "prefix length 0": (train, "--model model --task rows.jsonl --prefix-length 0", "--prefix-length is 0"),
     "no virtual tokens": (train, "--model model --method embedding --prefix-length 0", "--prefix-length is 0"),
