@@ -29,10 +29,17 @@ class WriteError(InputError):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main`: an InputError becomes one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143."""
+    """Run a script's `main`: an InputError becomes one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143.
+
+    As of other commands, a closed pipe ends it without a word.
+    """
     try:
         with signals.raised():
             main()
+            print(end="", flush=True)  # a pipe that is closed shows here, not when Python ends
+    except BrokenPipeError:  # `| head`: who reads the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes
+        sys.exit(128 + signal.SIGPIPE)
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
