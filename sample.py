@@ -82,8 +82,8 @@ def parse_args() -> Namespace:
     if args.evaluate and not args.output:
         name = args.split if args.task else Path(args.file or "input").stem
         args.output = texts_folder(args.prefix or Path(args.model or "")) / f"texts-{name}.txt"
-    if args.output and not os.access(next(p for p in args.output.resolve().parents if p.exists()), os.W_OK):
-        raise InputError(f"--output {args.output}: that folder cannot be written to")
+    if args.output:
+        check_output(args.output)
     return args
 
 
@@ -99,6 +99,15 @@ def check(args: Namespace) -> None:
         raise InputError('several --prefix need --file FILE.jsonl with rows {"source": ..., "prefix": name}, unscored')
     if args.evaluate and args.output and args.output.suffix == ".json":
         raise InputError(f"--output {args.output}: the scores go to a .json file of that name, choose another")
+
+
+def check_output(path: Path) -> None:
+    """InputError, before the work, where the texts could not be written."""
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder: give the name of a file in it")
+    parent = next(p for p in path.resolve().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--output {path}: {parent} is not a folder that can be written to")
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ from minprefix.settings import OPTIONS, fill_settings, other_options, settings_t
 from minprefix.tokenizer import Tokenizer
 from minprefix.training import train
 
-# What a resumed run may do otherwise; train() itself looks at the data, the model and its dtype, and the steps.
+# What may change when a run is resumed; train() itself compares the data, the model and its dtype, and the steps.
 MAY_CHANGE = ("model", "task", "data", "epochs", "steps", "eval_inputs", "beams", "dtype", "device", "out", "resume")
 
 
@@ -96,11 +96,11 @@ def parse_args() -> Namespace:
 def check(args: Namespace) -> None:
     """InputError where a number makes no sense, or an option has no effect."""
     above_zero = ("epochs", "steps", "limit", "low_data", "batch_size", "lr", "eval_every", "beams", "max_source")
-    check_above_zero(args, (*above_zero, "adapter_width"))
-    check_not_negative(args, ("warmup", "eval_inputs", "seed", "low_data_seed", "offset"))
+    check_above_zero(args, (*above_zero, "prefix_length", "adapter_width"))
+    check_not_negative(args, ("hidden", "warmup", "eval_inputs", "seed", "low_data_seed", "offset"))
     for key in sorted(other_options(args.method)):
         if getattr(args, key) is not None:
-            raise InputError(f"{flag(key)} sets nothing of --method {args.method}: leave it out")
+            raise InputError(f"{flag(key)} has no effect with --method {args.method}: leave it out")
     check_needed(args, {"topic_field": "topics", "low_data_seed": "low_data", "beams": "eval_inputs"})
     if args.topic_field and args.task in ("e2e", *TRIPLES):
         raise InputError(f"--topic-field does nothing for --task {args.task}, which is not read from rows")
@@ -133,7 +133,7 @@ def run(args: Namespace) -> None:
     train_pairs, dev_pairs, test = load_data(args, tokenizer, model, tuned.position_offset)
     steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
     resuming = args.resume and is_run(args.out)
-    if args.init and not resuming:
+    if args.init is not None and not resuming:
         tuned.init_from_words(model, tokenizer, args.init)
 
     several = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""

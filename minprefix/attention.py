@@ -95,7 +95,7 @@ def check_prefix(prefix: PrefixDict | None, sites: dict[str, tuple[int, int, int
         if (kv.dim() not in (5, 6) or kv.shape[:2] != (L, 2) or (kv.size(-3), kv.size(-1)) != (H, D)
                 or rows not in (1, B)):  # fmt: skip
             shape = f"({L}, 2, {H}, length, {D}), or ({L}, 2, {B}, {H}, length, {D}) for {B} rows"
-            raise InputError(f"the prefix for {site!r} has shape {tuple(kv.shape)}, needed is {shape}")
+            raise InputError(f"the prefix for {site!r} has shape {tuple(kv.shape)}, expected {shape}")
 
 
 def row_count(prefix: PrefixDict | None, kv: Tensor) -> int:

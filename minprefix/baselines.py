@@ -117,7 +117,7 @@ class Embedding(nn.Module):
     def __init__(self, model: Model, length: int, hidden: int = 512):
         super().__init__()
         if model.encoder_decoder:
-            raise InputError("--method embedding needs GPT-2: BART's encoder reads such tokens and the text together")
+            raise InputError("--method embedding needs GPT-2: in BART's encoder such tokens would see the text, too")
         words = model.wte.weight.float()
         C, std = words.size(1), 1.0 if hidden else words.std()
         self.position_offset = length
@@ -154,7 +154,7 @@ class Infix(Prefix):
 
     def __init__(self, model: Model, length: int, hidden: int = 512):
         if model.encoder_decoder:
-            raise InputError("--method infix needs GPT-2: no sequence of BART's holds the source and then the target")
+            raise InputError("--method infix needs GPT-2: in BART, source and target are not one sequence")
         super().__init__(model, length, hidden)
 
 
@@ -217,7 +217,7 @@ def trained_file(path: str | Path) -> Path:
     for file in (path, *(path / f"{method}.safetensors" for method in METHODS)):
         if file.is_file():
             return file
-    raise InputError(f"nothing at {path} that train.py saves: train first, or check the path")
+    raise InputError(f"there is nothing at {path} that train.py saved: train first, or check the path")
 
 
 def save_trained(

@@ -13,7 +13,7 @@ def check_sizes(config: dict[str, Any], keys: Iterable[str], kind: str) -> dict[
     for key, size in sizes.items():
         most = 1000 if "layer" in key else 2**24  # far above any such model, low enough to fail fast
         if type(size) is not int or not 0 < size <= most:
-            raise InputError(f"config.json of the {kind} model: {key} is {size!r}, an integer of 1 to {most} is needed")
+            raise InputError(f"config.json of the {kind} model: {key} is {size!r}, expected an integer in 1..{most}")
     return sizes
 
 

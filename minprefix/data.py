@@ -39,6 +39,7 @@ SPLITS = ("train", "dev", "test")
 WEBNLG_SPLITS = (*SPLITS, "test_seen", "test_unseen")
 TRIPLES = ("webnlg", "dart")
 SUMMARISATION = ("xsum", "scitldr")  # decoded and scored otherwise than table-to-text
+TASKS = ("e2e", *TRIPLES, *SUMMARISATION)
 XSUM_NAMES = {"train": ["train"], "dev": ["val", "validation", "dev"], "test": ["test"]}  # their files' names
 XSUM_LAYOUT = (
     "expected {train,val,test}.source with {train,val,test}.target, a document and its summary a line, or "
@@ -76,23 +77,22 @@ def load_examples(task: str, split: str, data: str | Path | None = None, topic_f
     sources, at least 1, at most 500), and "test" the same as "dev". But beside a file that is called train.jsonl,
     dev.jsonl takes the place of the tail (nothing is held out then) and test.jsonl that of "test".
     """
-    if task == "e2e" and split in SPLITS:
+    if task not in TASKS and not task.endswith(".jsonl"):
+        raise InputError(f"there is no task {task!r}: known are {', '.join(TASKS)} and FILE.jsonl, your own rows")
+    splits = WEBNLG_SPLITS if task == "webnlg" else SPLITS if task in TASKS else (*SPLITS, "all")
+    if split not in splits:
+        raise InputError(f"there is no split {split!r} of {task}: known are {', '.join(splits)}")
+    if task == "e2e":
         return load_e2e(split, find_e2e(data))
-    if task == "webnlg" and split in WEBNLG_SPLITS:
+    if task == "webnlg":
         return load_webnlg(split, given_folder(task, data, WEBNLG_LAYOUT))
-    if task == "dart" and split in SPLITS:
+    if task == "dart":
         return load_dart(split, given_folder(task, data, DART_LAYOUT))
-    if task == "xsum" and split in SPLITS:
+    if task == "xsum":
         return load_xsum(split, given_folder(task, data, XSUM_LAYOUT), topic_field)
-    if task == "scitldr" and split in SPLITS:
+    if task == "scitldr":
         return load_scitldr(split, given_folder(task, data, SCITLDR_LAYOUT), topic_field)
-    if task.endswith(".jsonl") and split in ("all", *SPLITS):
-        return load_jsonl(Path(data or "", task), split, topic_field)
-    known = (
-        "e2e, dart, xsum and scitldr (train, dev, test), webnlg (also test_seen, test_unseen) and FILE.jsonl (train, "
-        "dev, test, all)"
-    )
-    raise InputError(f"there is no split {split!r} of a task {task!r}: known are {known}")
+    return load_jsonl(Path(data or "", task), split, topic_field)
 
 
 def format_source(task: str, text: str) -> str:

@@ -25,7 +25,7 @@ class RankLost(InputError):
 
 
 def each_rank(main: Callable[[], None]) -> Callable[[], None]:
-    """A script's `main` as each process of torchrun runs it; what ends several of them alike is said by one."""
+    """A script's `main` as each process of torchrun runs it; an error that ends several of them is printed by one."""
     if not dist.is_torchelastic_launched():
         return main
 

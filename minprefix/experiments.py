@@ -28,7 +28,7 @@ from minprefix import signals
 from minprefix.baselines import Adapters
 from minprefix.batches import collate, encode_pairs
 from minprefix.checkpoint import read_config
-from minprefix.data import SUMMARISATION, TRIPLES, find_e2e, json_rows, load_examples
+from minprefix.data import TASKS, find_e2e, json_rows, load_examples
 from minprefix.examples import Example, on_topics
 from minprefix.files import InputError, atomic_write, read_json, run_main
 from minprefix.generate import generate, recipe
@@ -43,7 +43,6 @@ from minprefix.tokenizer import load_tokenizer
 from minprefix.training import batch_stream, make_optimizer, training_step
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # the repository, where train.py and sample.py are
-TASKS = ("e2e", *TRIPLES, *SUMMARISATION)
 START = 20  # seconds that the programs take to start, to read the data and to compile
 
 

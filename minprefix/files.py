@@ -18,9 +18,9 @@ class InputError(Exception):
 
     def __init__(self, message: str):
         line = " ".join(message.split())
-        if len(line) > 2000:  # a file's contents in it have no end
+        if len(line) > 2000:  # it may quote a file of any length
             line = f"{line[:1000]} [...] {line[-900:]}"
-        # Nor may they move a terminal's cursor: what is not printable is shown as Python writes it.
+        # Nor may such a quotation move the terminal's cursor: unprintable characters are escaped.
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
 
 
@@ -29,10 +29,17 @@ class WriteError(InputError):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main`: an InputError becomes one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143."""
+    """Run a script's `main`: an InputError becomes one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143.
+
+    As of other commands, a closed pipe ends it without a word.
+    """
     try:
         with signals.raised():
             main()
+            print(end="", flush=True)  # a pipe that is closed shows here, not when Python ends
+    except BrokenPipeError:  # `| head`: who reads the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes
+        sys.exit(128 + signal.SIGPIPE)
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -44,13 +51,14 @@ def run_main(main: Callable[[], None]) -> None:
 
 def read_text(path: str | Path) -> str:
     """The UTF-8 text of a file (or of stdin, for "-"), a byte-order mark dropped, line ends kept as they are."""
+    name = "stdin" if path == "-" else path
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return content.decode("utf-8-sig")
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise InputError(f"cannot read {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+        raise InputError(f"{name} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
 
 
 def read_json(path: str | Path) -> Any:

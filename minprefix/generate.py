@@ -282,7 +282,7 @@ def _check(
     for wrong, complaint in (
         (beams < 1, f"beams is {beams}, at least 1 is needed"),
         (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, at least 1 is needed"),
-        (not 0 <= min_new_tokens <= max_new_tokens, f"min_new_tokens is {min_new_tokens}, the most {max_new_tokens}"),
+        (not 0 <= min_new_tokens <= max_new_tokens, f"min_new_tokens is {min_new_tokens}, not in 0..{max_new_tokens}"),
         (no_repeat_ngram < 0, f"no_repeat_ngram is {no_repeat_ngram}, it must be 0 (repeats allowed) or more"),
         (batch_size < 1, f"batch_size is {batch_size}, at least 1 is needed"),
         (not 1e-6 <= temperature < 1e6, f"temperature is {temperature}, it must be between 1e-6 and 1e6"),

@@ -183,7 +183,7 @@ def meteor(hypotheses: list[str], references: References) -> float:
     try:
         from pycocoevalcap.meteor.meteor import Meteor
     except ImportError as error:
-        raise InputError("METEOR needs pycocoevalcap: pip install 'minprefix[eval]'") from error
+        raise InputError("METEOR needs pycocoevalcap: pip install -e '.[eval]'") from error
     if shutil.which("java") is None:
         raise InputError("METEOR needs Java: install a Java runtime (e.g. openjdk) and put `java` on the PATH")
     groups = {i: [" ".join(ptb_tokens(reference)) for reference in group] for i, group in enumerate(references)}
@@ -207,7 +207,7 @@ def ter(hypotheses: list[str], references: References) -> float:
     try:
         from sacrebleu import TER
     except ImportError as error:
-        raise InputError("TER needs sacrebleu: pip install 'minprefix[eval]'") from error
+        raise InputError("TER needs sacrebleu: pip install -e '.[eval]'") from error
     # sacrebleu wants the first references of all texts, then the second, ...: None where a text has no more.
     streams = list(zip_longest(*references))
     return TER(normalized=True).corpus_score(hypotheses, streams).score / 100
@@ -240,7 +240,7 @@ def rouge(hypotheses: list[str], references: References) -> dict[str, list[float
 
 
 def rouge_scorer() -> type:
-    """The class that does it; InputError if its package is missing."""
+    """The scorer class of the package rouge-score; InputError if that is missing."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:

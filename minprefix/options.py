@@ -55,4 +55,4 @@ def check_needed(args: argparse.Namespace, needs: dict[str, str]) -> None:
     """InputError if an option is given that does nothing without another: option -> that other one."""
     for key, other in needs.items():
         if getattr(args, key) is not None and not getattr(args, other):
-            raise InputError(f"{flag(key)} does nothing without {flag(other)}: leave it out, or give that, too")
+            raise InputError(f"{flag(key)} does nothing without {flag(other)}: leave it out, or add {flag(other)}")

@@ -26,6 +26,7 @@ from minprefix.files import InputError, atomic_write, run_main
 from minprefix.generate import generate, recipe
 from minprefix.hub import model_name, resolve_model
 from minprefix.load import Model, load_model
+from minprefix.options import Parser
 from minprefix.peft_format import write_adapter
 from minprefix.prefix import FoldedInfix, FoldedPrefix, check_fits, load_prefix, save_prefix
 from minprefix.tokenizer import Tokenizer, load_tokenizer
@@ -34,19 +35,23 @@ SHADES = " ░▒▓█"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m minprefix.prefix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("show", help="print what a prefix is, and how much attention it gets").add_argument
+    prog = "python -m minprefix.prefix"
+    parser = Parser(f"{prog} COMMAND", __doc__)
+    commands = parser.add_subparsers(prog=prog, dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, what: str) -> Any:
+        """The function that adds arguments to a new command."""
+        return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.").add_argument
+
+    add = command("show", "print what a prefix is, and how much attention it gets")
     add("prefix", type=Path, metavar="FILE", help="what train.py saved, its run's folder, or a PEFT folder")
     add("--model", help="the base model's folder or name (default: the one that the file names)")
     add("--input", metavar="TEXT", help="a source: map the attention that the prefix gets on it, by layer and head")
     add("--plot", type=Path, metavar="FILE.png", help="with --input: draw the map, too")
-    add = commands.add_parser("export", help="write a prefix as a PEFT adapter").add_argument
+    add = command("export", "write a prefix as a PEFT adapter")
     add("--prefix", type=Path, required=True, help="a prefix file, or the folder of the run that trained it")
     add("--to", type=Path, required=True, help="the adapter's folder")
-    add = commands.add_parser("import", help="write a PEFT adapter as a prefix file").add_argument
+    add = command("import", "write a PEFT adapter as a prefix file")
     add("--prefix", type=Path, required=True, help="the adapter's folder")
     add("--to", type=Path, required=True, help="the prefix file, .safetensors")
     add("--model", help="the base model's folder or name (default: the one that the adapter names)")
@@ -216,14 +221,15 @@ def attention_modules(model: Model) -> dict[str, list[Any]]:
     }
 
 
-def queries(
-    module: gpt2.Attention | bart.Attention, x: Tensor, context: list[Segment], mask: Tensor | None = None
-) -> tuple[Tensor, list[Segment]]:
-    """What a model's `Attention` makes of its arguments: queries (B, H, T, D), and the segments that they look at."""
+def queries(module: gpt2.Attention | bart.Attention, x: Tensor, seen: Any) -> tuple[Tensor, list[Segment]]:
+    """What a model's `Attention` makes of its arguments: queries (B, H, T, D), and the segments that they look at.
+
+    seen: BART's segments, or GPT-2's function from a layer's own keys and values to segments.
+    """
     if isinstance(module, bart.Attention):
-        return module.heads(module.q_proj(x)), context
+        return module.heads(module.q_proj(x)), seen
     q, k, v = module.qkv(x)
-    return q, [*context, (k, v, mask)]
+    return q, seen(k, v)
 
 
 def draw(shares: dict[str, Tensor], path: Path) -> None:

@@ -23,6 +23,8 @@ def is_run(folder: Path) -> bool:
 
 def run_folder(out: Path | None, resume: bool, task: str, model: Path) -> Path:
     """--out; by default runs/TASK-MODEL, or with a number if that is taken, so that no run overwrites another."""
+    if out and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give a folder")
     if out and not resume and is_run(out):
         raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
     if out:

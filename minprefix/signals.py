@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as an exception, which can be put off while something is done that must be done whole."""
+"""Ctrl-C and SIGTERM as an exception, which can be put off while something that must not be left half done runs."""
 
 import contextlib
 import signal
@@ -20,13 +20,13 @@ def raise_stopped(number: int, frame: FrameType | None) -> NoReturn:
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, FrameType | None], object], numbers: Iterable[int]) -> Iterator[None]:
-    """Have a function handle signals while the block runs."""
+    """`handler` handles the signals of these numbers while the block runs."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def raised() -> contextlib.AbstractContextManager[None]:
@@ -36,7 +36,7 @@ def raised() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def put_off() -> Iterator[None]:
-    """What comes of SIGNALS while the block runs takes effect when it is done, or has failed."""
+    """SIGNALS that arrive while the block runs take effect when it is done, or has failed."""
     came, handlers = [], {}
     if threading.current_thread() is threading.main_thread():  # no other gets signals, nor may it handle them
         handlers = {n: handler for n in SIGNALS if callable(handler := signal.getsignal(n))}

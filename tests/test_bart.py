@@ -685,11 +685,11 @@ def test_folders_go_both_ways(tmp_path, tied):
     "site, shape, message",
     [
         ("encodr", (3, 2, 2, 5, 8), "site 'encodr', this model has encoder, decoder, cross"),
-        ("encoder", (2, 2, 2, 5, 8), r"shape \(2, 2, 2, 5, 8\), needed is \(3, 2, 2, length, 8\)"),
-        ("decoder", (3, 2, 4, 5, 4), r"needed is \(2, 2, 4, length, 4\), or \(2, 2, 3, 4, length, 4\) for 3 rows"),
-        ("decoder", (2, 1, 4, 5, 4), "needed is"),
-        ("cross", (2, 2, 2, 4, 5, 4), "needed is"),  # two rows for three
-        ("cross", (2, 2, 4, 4), "needed is"),
+        ("encoder", (2, 2, 2, 5, 8), r"shape \(2, 2, 2, 5, 8\), expected \(3, 2, 2, length, 8\)"),
+        ("decoder", (3, 2, 4, 5, 4), r"expected \(2, 2, 4, length, 4\), or \(2, 2, 3, 4, length, 4\) for 3 rows"),
+        ("decoder", (2, 1, 4, 5, 4), "expected"),
+        ("cross", (2, 2, 2, 4, 5, 4), "expected"),  # two rows for three
+        ("cross", (2, 2, 4, 4), "expected"),
     ],
 )
 def test_a_prefix_of_another_shape_is_refused(site, shape, message):

@@ -106,11 +106,11 @@ def test_resumed_it_gives_the_same_weights(world, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("finetune --prefix-length 3", "--prefix-length sets nothing of --method finetune: leave it out"),
-        ("finetune --init words", "--init sets nothing of"),
-        ("top2 --hidden 0", "--hidden sets nothing of --method top2"),
-        ("embedding --offset 3", "--offset sets nothing of --method embedding"),
-        ("prefix --adapter-width 3", "--adapter-width sets nothing of --method prefix"),
+        ("finetune --prefix-length 3", "--prefix-length has no effect with --method finetune: leave it out"),
+        ("finetune --init words", "--init has no effect with"),
+        ("top2 --hidden 0", "--hidden has no effect with --method top2"),
+        ("embedding --offset 3", "--offset has no effect with --method embedding"),
+        ("prefix --adapter-width 3", "--adapter-width has no effect with --method prefix"),
         ("adapter --adapter-width 0", "--adapter-width is 0: it must be above 0"),
         ("embedding --model bart --prefix-length 3 --hidden 0", "--method embedding needs GPT-2"),
         ("infix --model bart --prefix-length 3 --hidden 0", "--method infix needs GPT-2"),

@@ -190,10 +190,16 @@ def test_missing_data(tmp_path, capsys):
     assert capsys.readouterr().err == ""  # nothing falls back to the sample where --data was given
 
 
-@pytest.mark.parametrize("task, split", [("e2e", "all"), ("e3e", "train"), ("a.jsonl", "valid"), ("a.json", "train")])
-def test_unknown_task_or_split(task, split):
+@pytest.mark.parametrize("task", ["e3e", "a.json", ""])
+def test_unknown_task(task):
+    message = complaint(load_examples, task, "train")
+    assert message.startswith(f"there is no task {task!r}: ") and "e2e" in message and "FILE.jsonl" in message
+
+
+@pytest.mark.parametrize("task, split, known", [("e2e", "all", "train, dev, test"), ("a.jsonl", "valid", "all")])
+def test_unknown_split(task, split, known):
     message = complaint(load_examples, task, split)
-    assert repr(task) in message and repr(split) in message and "FILE.jsonl" in message
+    assert message.startswith(f"there is no split {split!r} of {task}: ") and known in message
 
 
 # ---- the download ----

@@ -396,7 +396,7 @@ def test_recipes():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens is 5, the most 4"),
+        ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens is 5, not in 0..4"),
         ({"min_new_tokens": -1}, "min_new_tokens is -1"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram is -1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),

@@ -322,5 +322,5 @@ def test_files_of_other_models_and_damaged_ones(folders, tmp_path):
     write_safetensors(path, good, {**info, "method": "adapter"})
     with pytest.raises(InputError, match="is of --method adapter: minprefix.baselines.load_trained"):
         load_prefix(path)
-    with pytest.raises(InputError, match="nothing at .* that train.py saves"):
+    with pytest.raises(InputError, match="nothing at .* that train.py saved"):
         trained_file(tmp_path)

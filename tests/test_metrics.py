@@ -128,7 +128,7 @@ def test_bad_input(function, hypotheses, references, message):
 def test_meteor_and_ter_say_what_is_missing(monkeypatch):
     for function, module in ((metrics.meteor, "pycocoevalcap.meteor.meteor"), (metrics.ter, "sacrebleu")):
         monkeypatch.setitem(sys.modules, module, None)  # makes the import fail
-        with pytest.raises(InputError, match=r"pip install 'minprefix\[eval\]'"):
+        with pytest.raises(InputError, match=r"pip install -e '\.\[eval\]'"):
             function(HYPOTHESES, REFERENCES)
     assert metrics.score(HYPOTHESES, REFERENCES) == {name: f(HYPOTHESES, REFERENCES) for name, f in SCORES.items()}
 

@@ -150,3 +150,10 @@ def test_bad_input_is_one_clear_line(arguments, message, world, capsys, monkeypa
     save_prefix("norms-no-model.safetensors", Prefix(model, 2, 0).fold(), model, {})
     code, _, err = call(prefix_tool, capsys, "show", *arguments.split())
     assert code == 2 and message in err and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("arguments, message", [("", "COMMAND"), ("shw", "'shw'"), ("export --to x", "--prefix")])
+def test_a_wrong_command_line_is_one_line_that_leads_to_the_help(arguments, message, capsys):
+    code, _, err = call(prefix_tool, capsys, *arguments.split())
+    assert code == 2 and err.startswith("error: ") and message in err and "--help" in err, err
+    assert len(err.splitlines()) == 1

@@ -39,7 +39,7 @@ def call(script, capsys, *args):
 
 def assert_one_clear_line(script, arguments, message, capsys, world):
     """One line that holds the message, but for those on sources that were cut; exit code 2; nothing half-written."""
-    code, out, err = call(script, capsys, *arguments.split())
+    code, out, err = call(script, capsys, *(arguments.split() if isinstance(arguments, str) else arguments))
     lines = [line for line in err.splitlines() if not line.startswith("cut ")]
     assert code == 2, (out, err)
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
@@ -100,6 +100,10 @@ def test_sample_takes_arguments_files_and_stdin_alike(prefix_file, world, capsys
     with open(world / "inputs.txt") as file:
         monkeypatch.setattr(sys, "stdin", file)
         assert call(sample, capsys, *common)[1] == arguments[1]
+    with open(world / "model" / "model.safetensors") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        code, _, err = call(sample, capsys, *common)
+        assert code == 2 and err.startswith("error: stdin is not UTF-8 text"), err
 
 
 def test_sample_evaluates(prefix_file, world, capsys):
@@ -274,14 +278,20 @@ BAD = {
     "csv without mr": (train, "--model model --data no_mr", "no_mr/trainset.csv"),
     "no such data": (train, "--model model --data nodata", "nodata"),
     "too long": (train, "--model model --task long.jsonl", "room for 251"),
-    "unknown task": (train, "--model model --task poetry", "poetry"),
+    "unknown task": (train, "--model model --task poetry", "there is no task 'poetry': known are e2e, webnlg"),
+    "a file for a folder": (train, "--model model --task rows.jsonl --out rows.jsonl", "--out rows.jsonl is a file"),
     "run there already": (train, "--model model --task rows.jsonl --out run", "--resume"),
-    "prefix length 0": (train, "--model model --task rows.jsonl --prefix-length 0", "prefix length 0"),
+    "prefix length 0": (train, "--model model --task rows.jsonl --prefix-length 0", "--prefix-length is 0"),
+    "no virtual tokens": (train, "--model model --method embedding --prefix-length 0", "--prefix-length is 0"),
+    "hidden width -1": (train, "--model model --task rows.jsonl --method embedding --hidden -1", "--hidden is -1"),
+    "no words to start from": (train, ["--model", "model", "--task", "rows.jsonl", "--init", ""], "hold no token"),
     "no steps": (train, "--model model --task rows.jsonl --steps 0", "--steps is 0"),
     "no rate": (train, "--model model --task rows.jsonl --lr nan", "--lr is nan"),
     "no beams": (sample, "--prefix run/prefix.safetensors --input x --beams 0", "beams is 0"),
     "seed too large": (sample, f"--prefix run/prefix.safetensors --input x --sample --seed {2**70}", "--seed"),
     "length penalty nan": (sample, "--prefix run/prefix.safetensors --input x --length-penalty nan", "length_p"),
+    "texts into a folder": (sample, "--prefix run/prefix.safetensors --input x --output run", "run is a folder"),
+    "texts below a file": (sample, "--prefix run --input x --output rows.jsonl/texts", "rows.jsonl is not a folder"),
     "scores over texts": (sample, "--prefix run/prefix.safetensors --input x --evaluate --output a.json", "a.json"),
     "another model's tokeniser": (train, "--model mixed --task rows.jsonl", "different models"),
     "resume with another prefix": (
@@ -338,7 +348,7 @@ WITHOUT_EFFECT = {
     "a field of no topics": (train, "--topic-field topic", "--topic-field does nothing without --topics"),
     "a field of no rows": (train, "--task webnlg --topics A --topic-field a", "does nothing for --task webnlg"),
     "beams of no texts": (train, "--beams 2 --eval-inputs 0", "--beams does nothing without --eval-inputs"),
-    "another method's option": (train, "--method top2 --prefix-length 5", "--prefix-length sets nothing of"),
+    "another method's option": (train, "--method top2 --prefix-length 5", "--prefix-length has no effect with"),
     "epochs and steps": (train, "--epochs 1 --steps 9", "--steps: not allowed with argument --epochs"),
     "two draws": (train, "--limit 1 --low-data 9", "--low-data: not allowed with argument --limit"),
     "a cold search": (sample, "--input x --temperature 1.0", "--temperature does nothing without --sample"),

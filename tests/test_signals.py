@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -21,6 +22,17 @@ def test_a_signal_ends_a_script_with_one_line(number, code, capsys):
         run_main(lambda: send(number))
     assert stop.value.code == code and capsys.readouterr().err == "interrupted\n"
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])  # fewer and more than a buffer holds
+def test_a_closed_pipe_ends_a_script_without_a_word(lines, capsys, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as stop:
+            run_main(lambda: print("a text\n" * lines))
+    assert stop.value.code == 141 and capsys.readouterr().err == ""
 
 
 def test_a_signal_that_is_ignored_stays_so():

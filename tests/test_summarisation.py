@@ -179,7 +179,7 @@ def test_folder_is_needed(tmp_path, task):
     message = complaint(load_examples, task, "train", tmp_path / "none")
     assert message.startswith(f"there is no folder {tmp_path / 'none'}: expected")
     message = complaint(load_examples, task, "validation", tmp_path)
-    assert "'validation'" in message and "xsum and scitldr (train, dev, test)" in message
+    assert f"'validation' of {task}" in message and "train, dev, test" in message
 
 
 # ---- SciTLDR ----

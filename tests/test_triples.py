@@ -68,7 +68,7 @@ def test_webnlg_without_its_test_files(tmp_path):
         assert "test/testdata_with_lex.xml" in message and "https://gitlab.com/shimorina/webnlg-dataset" in message
     assert "train/*triples/*.xml" in complaint(load_examples, "webnlg", "train", tmp_path)
     assert "--data" in complaint(load_examples, "webnlg", "train")
-    assert "'test_seen' of a task 'dart'" in complaint(load_examples, "dart", "test_seen", tmp_path)
+    assert "'test_seen' of dart" in complaint(load_examples, "dart", "test_seen", tmp_path)
 
 
 def test_good_texts_grouping_and_topics(tmp_path):
