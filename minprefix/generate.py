@@ -37,7 +37,7 @@ def recipe(task: str) -> dict[str, Any]:
             "max_new_tokens": 100 if task in TRIPLES else 64}  # fmt: skip
 
 
-def search_options(task: str, given: dict) -> dict:
+def search_options(task: str, given: dict[str, Any]) -> dict[str, Any]:
     """The task's `recipe`, but for the options that are given (not None); with "sample" no beams, unless given.
 
     A text that may not be long need not be as long as the recipe wants it.

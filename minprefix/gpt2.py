@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, C model dimension, H heads, D head dimension, V vocabulary, L layers, P prefix length.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -81,6 +82,7 @@ class GPT2(nn.Module):
     """config: the dict of a HuggingFace GPT-2 `config.json`. Parameter names are HuggingFace's."""
 
     encoder_decoder: Literal[False] = False
+    folder: Path | None = None  # that the weights are from
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -141,7 +143,8 @@ class GPT2(nn.Module):
     def _run(self, ids: Tensor, prefix: PrefixDict | None, start: int | Tensor) -> tuple[Tensor, list[KV]]:
         """ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each layer."""
         check_prefix(prefix, self.prefix_sites, len(ids))
-        positions, contexts = position_ids(ids, start, self.n_positions), self._prefix(prefix)
+        positions = position_ids(ids, start, self.n_positions)
+        contexts: list[list[Segment]] = self._prefix(prefix)
         if is_infix(prefix):
             source = real_tokens(prefix.source_lengths, ids.size(1))
             positions = positions - start * source  # the source does not know of the infix

@@ -298,7 +298,7 @@ def check_named_base(base: str, model: Model, path: str | Path) -> None:
     PEFT notes no more of it than a name: where there is no model of that name, any of the same shape is taken.
     """
     folder = Path(base) if os.path.isdir(base) else find_model(base) if is_hub_name(base) else None
-    if folder is None or folder.resolve() == getattr(model, "folder", None):
+    if folder is None or folder.resolve() == model.folder:
         return
     try:
         named = load_model(folder)
