@@ -33,7 +33,8 @@ def join(segments: list[Segment], B: int) -> Segment:
     """Segments side by side as one, for B rows."""
     if len(segments) == 1 and len(segments[0][0]) == B:
         return segments[0]
-    k, v = (torch.cat([segment[i].expand(B, -1, -1, -1) for segment in segments], dim=2) for i in (0, 1))
+    k = torch.cat([k.expand(B, -1, -1, -1) for k, _, _ in segments], dim=2)
+    v = torch.cat([v.expand(B, -1, -1, -1) for _, v, _ in segments], dim=2)
     if all(mask is None for _, _, mask in segments):
         return k, v, None
     masks = [k.new_zeros(1, 1, 1, k.size(2)) if mask is None else mask for k, _, mask in segments]
@@ -144,7 +145,7 @@ class Cache:
     All rows of an example look at the same keys, as further queries; a mask says which of them each may see. So no key
     is ever copied or moved, whatever beams survive.
 
-    own: per layer [k, v] (B, H, M, D) of self-attention: the prefix, GPT-2's source, then at each step a token of each
+    own: per layer (k, v) (B, H, M, D) of self-attention: the prefix, GPT-2's source, then at each step a token of each
     row, `filled` in all; the other slots are room for more. None before the first.
     mask: (B, R/B, M), 0 or -inf: padding, other beams' tokens and empty slots are hidden.
     cross: per layer the segments of cross-attention, BART's prefix and source side by side; None for GPT-2.
@@ -156,12 +157,12 @@ class Cache:
     ):
         """fixed, cross: per layer the segments that are there before the first step, on `position`'s device."""
         B = len(position)
-        fixed = [join(segments, B) if segments else None for segments in fixed]
-        self.own: list[Any] = [segment and segment[:2] for segment in fixed]
-        self.filled = fixed[0][0].size(2) if fixed and fixed[0] else 0
+        there = [join(segments, B) if segments else None for segments in fixed]
+        self.own: list[KV | None] = [segment and segment[:2] for segment in there]
+        self.filled = there[0][0].size(2) if there and there[0] else 0
         self.mask = torch.zeros(B, 1, self.filled, dtype=dtype, device=position.device)
-        if self.filled and fixed[0][2] is not None:
-            self.mask = self.mask + fixed[0][2][:, 0]
+        if there and there[0] and there[0][2] is not None:
+            self.mask = self.mask + there[0][2][:, 0]
         self.cross = cross and [[join(segments, B)] for segments in cross]
         self.position = position
 
@@ -178,13 +179,14 @@ class Cache:
         """As `beside`, for a step's tokens: the layer takes in their keys and values, then they look at all it has."""
 
         def look(k: Tensor, v: Tensor) -> list[Segment]:
-            own = self.own[layer] or (k[:, :, :0], v[:, :, :0])
-            if lacking := self.mask.size(2) - own[0].size(2):
-                own = [torch.cat([x, x.new_zeros(*x.shape[:2], lacking, x.size(3))], dim=2) for x in own]
-            for buffer, x in zip(own, (k, v), strict=True):
-                buffer[:, :, self.filled : self.filled + x.size(2)] = x
-            self.own[layer] = own
-            return [(*own, self.mask[:, None])]
+            keys, values = self.own[layer] or (k[:, :, :0], v[:, :, :0])
+            if lacking := self.mask.size(2) - keys.size(2):
+                room = keys.new_zeros(*keys.shape[:2], lacking, keys.size(3))
+                keys, values = torch.cat([keys, room], dim=2), torch.cat([values, room], dim=2)
+            new = slice(self.filled, self.filled + k.size(2))
+            keys[:, :, new], values[:, :, new] = k, v
+            self.own[layer] = keys, values
+            return [(keys, values, self.mask[:, None])]
 
         return look
 
@@ -199,7 +201,7 @@ class Cache:
 
     def keep(self, examples: Tensor) -> None:
         """Go on with these examples (B',) alone: the texts of the others are finished."""
-        self.own = [kv and [x[examples] for x in kv] for kv in self.own]
+        self.own = [kv and (kv[0][examples], kv[1][examples]) for kv in self.own]
         self.cross = self.cross and [
             [(k[examples], v[examples], mask if mask is None or len(mask) == 1 else mask[examples])]
             for ((k, v, mask),) in self.cross
