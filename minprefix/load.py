@@ -35,7 +35,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu", dtype: torc
     model = empty_model(folder)
     state = KINDS[model.config["model_type"]][1](read_tensors(folder), model.config)
     check_state(state, model.state_dict(), folder)
-    for key in state:  # one after the other: of a file in another dtype no more than a tensor is in memory
+    for key in state:  # one by one, so that never more than one tensor is in memory in both dtypes
         state[key] = state[key].to(device=device, dtype=dtype)
     model.load_state_dict(state, assign=True)
     model.folder = folder.resolve()
