@@ -3,8 +3,8 @@
 Shapes: B rows of queries, H heads, T query tokens, S keys of a segment, D head dimension, L layers, P prefix length.
 """
 
+import copy
 from collections.abc import Callable
-from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,6 +16,47 @@ KV = tuple[Tensor, Tensor]  # keys and values of some tokens in a layer, (B, H, 
 Segment = tuple[Tensor, Tensor, Tensor | None]  # keys, values, mask: see `attend`
 Look = Callable[[Tensor, Tensor], list[Segment]]  # a layer's own keys and values -> what its tokens look at
 PrefixDict = dict[str, Tensor]  # site -> keys and values: see `prefix_segments`
+
+
+class FoldedPrefix(dict[str, Tensor]):
+    """What `model(..., prefix=)` takes: site -> (L, 2, H, P, D), keys and values.
+
+    position_offset: position id of the first real token. info: what the prefix file says of itself (base model, task).
+    """
+
+    method = "prefix"  # of train.py, as its files say
+
+    def __init__(self, kv: PrefixDict, position_offset: int, info: dict[str, str] | None = None):
+        super().__init__(kv)
+        self.position_offset = position_offset
+        self.info = info or {}
+
+
+class FoldedInfix(FoldedPrefix):
+    """A prefix that stands after the source: only the target's tokens see it, and their positions follow its own.
+
+    `generate` takes it as it is, for a model's `hidden` or forward it is `at(source_lengths)`.
+    """
+
+    method = "infix"
+    source_lengths: Tensor  # (B,), set by `at`
+
+    def at(self, source_lengths: Tensor) -> "FoldedInfix":
+        """The infix behind the first source_lengths (B,) tokens of the rows."""
+        infix = copy.copy(self)
+        infix.source_lengths = source_lengths
+        return infix
+
+
+class PrefixStack(dict[str, Tensor]):
+    """Several prefixes for one batch: site -> (L, 2, N, H, P, D) for N of them, see `stack_prefixes` in prefix.py.
+
+    lengths: site -> (N,), P is the longest. position_offsets: (N,). rows: (B,), which of the prefixes each row takes.
+    """
+
+    def __init__(self, kv: PrefixDict, lengths: dict[str, Tensor], position_offsets: Tensor, rows: Tensor):
+        super().__init__(kv)
+        self.lengths, self.position_offsets, self.rows = lengths, position_offsets, rows
 
 
 def attend(q: Tensor, segments: list[Segment]) -> Tensor:
@@ -70,23 +111,24 @@ def padding_mask(real: Tensor, like: Tensor) -> Tensor:
 def prefix_segments(prefix: PrefixDict | None, site: str, n_layer: int, like: Tensor) -> list[list[Segment]]:
     """What each layer sees of a prefix at one site: for each layer a list with one segment for `attend`, or none.
 
-    prefix: None, or a dict site -> (L, 2, H, P, D) for the whole batch, or (L, 2, b, H, P, D) for b rows, or a stack
-    of several prefixes (see prefix.py) of which each row takes one.
+    prefix: None, or a dict site -> (L, 2, H, P, D) for the whole batch, or (L, 2, b, H, P, D) for b rows, or a
+    PrefixStack.
     The segments have the dtype and device of the tensor `like`.
     """
-    if prefix_length(prefix, site) == 0:
+    if prefix is None or prefix_length(prefix, site) == 0:
         return [[]] * n_layer
     kv, mask = prefix[site].to(like), None
     if kv.dim() == 5:
         kv = kv.unsqueeze(2)
-    if (rows := getattr(prefix, "rows", None)) is not None:
-        kv, mask = kv[:, :, rows], padding_mask(real_tokens(prefix.lengths[site][rows], kv.size(-2)), like)
+    if isinstance(prefix, PrefixStack):
+        lengths = prefix.lengths[site][prefix.rows]
+        kv, mask = kv[:, :, prefix.rows], padding_mask(real_tokens(lengths, kv.size(-2)), like)
     return [[(k, v, mask)] for k, v in kv.unbind(0)]
 
 
 def check_prefix(prefix: PrefixDict | None, sites: dict[str, tuple[int, int, int]], B: int) -> None:
     """InputError unless each tensor of a prefix is for one of the model's sites {site: (L, H, D)} and B rows."""
-    if is_infix(prefix) and prefix.source_lengths is None:
+    if isinstance(prefix, FoldedInfix) and not hasattr(prefix, "source_lengths"):
         raise InputError("where do the sources end? a model takes infix.at(source_lengths), not the infix itself")
     for site, kv in (prefix or {}).items():
         if site not in sites:
@@ -101,7 +143,7 @@ def check_prefix(prefix: PrefixDict | None, sites: dict[str, tuple[int, int, int
 
 def row_count(prefix: PrefixDict | None, kv: Tensor) -> int:
     """How many rows a prefix's tensor kv is for, 1 for the whole batch."""
-    if getattr(prefix, "rows", None) is not None:
+    if isinstance(prefix, PrefixStack):
         return len(prefix.rows)
     return kv.size(2) if kv.dim() == 6 else 1
 
@@ -116,15 +158,9 @@ def first_position(prefix: PrefixDict | None) -> int | Tensor:
 
     Of a stack of prefixes (B,), one for each row, on the CPU.
     """
-    offset, rows = getattr(prefix, "position_offset", None), getattr(prefix, "rows", None)
-    if offset is None:
-        return prefix_length(prefix, "decoder")
-    return offset if rows is None else offset[rows]
-
-
-def is_infix(prefix: PrefixDict | None) -> TypeGuard[Any]:  # of a class further down the list of files
-    """Whether a prefix stands between source and target (see prefix.py, FoldedInfix)."""
-    return hasattr(prefix, "source_lengths")
+    if isinstance(prefix, PrefixStack):
+        return prefix.position_offsets[prefix.rows]
+    return prefix.position_offset if isinstance(prefix, FoldedPrefix) else prefix_length(prefix, "decoder")
 
 
 def position_ids(ids: Tensor, start: int | Tensor, n_positions: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from minprefix.attention import (
     KV,
     Cache,
+    FoldedInfix,
     Look,
     PrefixDict,
     Segment,
@@ -20,7 +21,6 @@ from minprefix.attention import (
     causal_mask,
     check_prefix,
     first_position,
-    is_infix,
     padding_mask,
     position_ids,
     prefix_length,
@@ -121,7 +121,7 @@ class GPT2(nn.Module):
     def prefill(self, ids: Tensor, lengths: Tensor, prefix: PrefixDict | None = None) -> Cache:
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`."""
         start = first_position(prefix)
-        prefix = prefix.at(lengths) if is_infix(prefix) else prefix
+        prefix = prefix.at(lengths) if isinstance(prefix, FoldedInfix) else prefix
         _, source = self._run(ids, prefix, start)
         mask = padding_mask(real_tokens(lengths, ids.size(1)), self.wte.weight)
         fixed = [[*context, (*kv, mask)] for context, kv in zip(self._prefix(prefix), source, strict=True)]
@@ -145,7 +145,7 @@ class GPT2(nn.Module):
         check_prefix(prefix, self.prefix_sites, len(ids))
         positions = position_ids(ids, start, self.n_positions)
         contexts: list[list[Segment]] = self._prefix(prefix)
-        if is_infix(prefix):
+        if isinstance(prefix, FoldedInfix):
             source = real_tokens(prefix.source_lengths, ids.size(1))
             positions = positions - start * source  # the source does not know of the infix
             mask = padding_mask(~source, self.wte.weight).mT.expand(-1, -1, -1, prefix_length(prefix, "decoder"))
