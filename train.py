@@ -17,11 +17,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from torch.nn import Module
 
 from minprefix import distributed, load_model, load_tokenizer
 from minprefix.baselines import make_tuned, save_tuned
-from minprefix.batches import load_inputs, load_pairs, sequence_form
+from minprefix.batches import Pair, load_inputs, load_pairs, sequence_form
 from minprefix.curve import plot_curve, text_curve
 from minprefix.data import TRIPLES
 from minprefix.evaluation import compare, load_writers
@@ -29,9 +28,9 @@ from minprefix.examples import Example, spread
 from minprefix.files import InputError, atomic_write, run_main
 from minprefix.generate import recipe
 from minprefix.hub import resolve_model
-from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype
+from minprefix.load import Model, check_vocabulary, keep_freed_memory, pick_device, pick_dtype
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, flag
-from minprefix.prefix import count_numbers, fingerprint, parameter_shares
+from minprefix.prefix import Prefix, count_numbers, fingerprint, parameter_shares
 from minprefix.runs import disk_size, is_run, resumable, run_folder, sample_command
 from minprefix.settings import OPTIONS, fill_settings, other_options, settings_table
 from minprefix.tokenizer import Tokenizer
@@ -127,19 +126,21 @@ def run(args: Namespace) -> None:
     check_vocabulary(tokenizer, model, args.model)
 
     # What is trained, and on what.
-    tuned = make_tuned(args.method, model, length=args.prefix_length, hidden=args.hidden,
-                       adapter_width=args.adapter_width, position_offset=args.offset, sites=args.sites)  # fmt: skip
+    tuned = make_tuned(
+        args.method, model, length=args.prefix_length or 0, hidden=args.hidden or 0,
+        adapter_width=args.adapter_width or 0, position_offset=args.offset, sites=args.sites,
+    )  # fmt: skip
     tuned.to(device)
     train_pairs, dev_pairs, test = load_data(args, tokenizer, model, tuned.position_offset)
     steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
     resuming = args.resume and is_run(args.out)
-    if args.init is not None and not resuming:
+    if args.init is not None and not resuming and isinstance(tuned, Prefix):
         tuned.init_from_words(model, tokenizer, args.init)
 
     several = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     print(f"{args.model} in {dtype} on {device}{several}")
     print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}, results in {args.out}")
-    place = f" of length {args.prefix_length} at {', '.join(tuned.parts)}" if args.method == "prefix" else ""
+    place = f" of length {args.prefix_length} at {', '.join(tuned.parts)}" if type(tuned) is Prefix else ""
     print(f"{args.method}{place}: {parameter_shares(tuned, model)}")
     if args.resume and not resuming:
         print(f"nothing to resume in {args.out}: starting")
@@ -180,7 +181,9 @@ def run(args: Namespace) -> None:
     print(f"  {sample_command(path, args.task, args.data, test)}")
 
 
-def load_data(args: Namespace, tokenizer: Tokenizer, model: Module, start: int) -> tuple[list, list, list[Example]]:
+def load_data(
+    args: Namespace, tokenizer: Tokenizer, model: Model, start: int
+) -> tuple[list[Pair], list[Pair], list[Example]]:
     """Training pairs, at most 500 dev pairs, --eval-inputs test examples: all fit the model.
 
     start: position of the first token after the prefix.

@@ -3,8 +3,8 @@
 Shapes: B rows of queries, H heads, T query tokens, S keys of a segment, D head dimension, L layers, P prefix length.
 """
 
+import copy
 from collections.abc import Callable
-from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,6 +16,47 @@ KV = tuple[Tensor, Tensor]  # keys and values of some tokens in a layer, (B, H, 
 Segment = tuple[Tensor, Tensor, Tensor | None]  # keys, values, mask: see `attend`
 Look = Callable[[Tensor, Tensor], list[Segment]]  # a layer's own keys and values -> what its tokens look at
 PrefixDict = dict[str, Tensor]  # site -> keys and values: see `prefix_segments`
+
+
+class FoldedPrefix(dict[str, Tensor]):
+    """What `model(..., prefix=)` takes: site -> (L, 2, H, P, D), keys and values.
+
+    position_offset: position id of the first real token. info: what the prefix file says of itself (base model, task).
+    """
+
+    method = "prefix"  # of train.py, as its files say
+
+    def __init__(self, kv: PrefixDict, position_offset: int, info: dict[str, str] | None = None):
+        super().__init__(kv)
+        self.position_offset = position_offset
+        self.info = info or {}
+
+
+class FoldedInfix(FoldedPrefix):
+    """A prefix that stands after the source: only the target's tokens see it, and their positions follow its own.
+
+    `generate` takes it as it is, for a model's `hidden` or forward it is `at(source_lengths)`.
+    """
+
+    method = "infix"
+    source_lengths: Tensor  # (B,), set by `at`
+
+    def at(self, source_lengths: Tensor) -> "FoldedInfix":
+        """The infix behind the first source_lengths (B,) tokens of the rows."""
+        infix = copy.copy(self)
+        infix.source_lengths = source_lengths
+        return infix
+
+
+class PrefixStack(dict[str, Tensor]):
+    """Several prefixes for one batch: site -> (L, 2, N, H, P, D) for N of them, see `stack_prefixes` in prefix.py.
+
+    lengths: site -> (N,), P is the longest. position_offsets: (N,). rows: (B,), which of the prefixes each row takes.
+    """
+
+    def __init__(self, kv: PrefixDict, lengths: dict[str, Tensor], position_offsets: Tensor, rows: Tensor):
+        super().__init__(kv)
+        self.lengths, self.position_offsets, self.rows = lengths, position_offsets, rows
 
 
 def attend(q: Tensor, segments: list[Segment]) -> Tensor:
@@ -33,7 +74,8 @@ def join(segments: list[Segment], B: int) -> Segment:
     """Segments side by side as one, for B rows."""
     if len(segments) == 1 and len(segments[0][0]) == B:
         return segments[0]
-    k, v = (torch.cat([segment[i].expand(B, -1, -1, -1) for segment in segments], dim=2) for i in (0, 1))
+    k = torch.cat([k.expand(B, -1, -1, -1) for k, _, _ in segments], dim=2)
+    v = torch.cat([v.expand(B, -1, -1, -1) for _, v, _ in segments], dim=2)
     if all(mask is None for _, _, mask in segments):
         return k, v, None
     masks = [k.new_zeros(1, 1, 1, k.size(2)) if mask is None else mask for k, _, mask in segments]
@@ -69,23 +111,24 @@ def padding_mask(real: Tensor, like: Tensor) -> Tensor:
 def prefix_segments(prefix: PrefixDict | None, site: str, n_layer: int, like: Tensor) -> list[list[Segment]]:
     """What each layer sees of a prefix at one site: for each layer a list with one segment for `attend`, or none.
 
-    prefix: None, or a dict site -> (L, 2, H, P, D) for the whole batch, or (L, 2, b, H, P, D) for b rows, or a stack
-    of several prefixes (see prefix.py) of which each row takes one.
+    prefix: None, or a dict site -> (L, 2, H, P, D) for the whole batch, or (L, 2, b, H, P, D) for b rows, or a
+    PrefixStack.
     The segments have the dtype and device of the tensor `like`.
     """
-    if prefix_length(prefix, site) == 0:
+    if prefix is None or prefix_length(prefix, site) == 0:
         return [[]] * n_layer
     kv, mask = prefix[site].to(like), None
     if kv.dim() == 5:
         kv = kv.unsqueeze(2)
-    if (rows := getattr(prefix, "rows", None)) is not None:
-        kv, mask = kv[:, :, rows], padding_mask(real_tokens(prefix.lengths[site][rows], kv.size(-2)), like)
+    if isinstance(prefix, PrefixStack):
+        lengths = prefix.lengths[site][prefix.rows]
+        kv, mask = kv[:, :, prefix.rows], padding_mask(real_tokens(lengths, kv.size(-2)), like)
     return [[(k, v, mask)] for k, v in kv.unbind(0)]
 
 
 def check_prefix(prefix: PrefixDict | None, sites: dict[str, tuple[int, int, int]], B: int) -> None:
     """InputError unless each tensor of a prefix is for one of the model's sites {site: (L, H, D)} and B rows."""
-    if is_infix(prefix) and prefix.source_lengths is None:
+    if isinstance(prefix, FoldedInfix) and not hasattr(prefix, "source_lengths"):
         raise InputError("where do the sources end? a model takes infix.at(source_lengths), not the infix itself")
     for site, kv in (prefix or {}).items():
         if site not in sites:
@@ -100,7 +143,7 @@ def check_prefix(prefix: PrefixDict | None, sites: dict[str, tuple[int, int, int
 
 def row_count(prefix: PrefixDict | None, kv: Tensor) -> int:
     """How many rows a prefix's tensor kv is for, 1 for the whole batch."""
-    if getattr(prefix, "rows", None) is not None:
+    if isinstance(prefix, PrefixStack):
         return len(prefix.rows)
     return kv.size(2) if kv.dim() == 6 else 1
 
@@ -115,15 +158,9 @@ def first_position(prefix: PrefixDict | None) -> int | Tensor:
 
     Of a stack of prefixes (B,), one for each row, on the CPU.
     """
-    offset, rows = getattr(prefix, "position_offset", None), getattr(prefix, "rows", None)
-    if offset is None:
-        return prefix_length(prefix, "decoder")
-    return offset if rows is None else offset[rows]
-
-
-def is_infix(prefix: PrefixDict | None) -> TypeGuard[Any]:  # of a class further down the list of files
-    """Whether a prefix stands between source and target (see prefix.py, FoldedInfix)."""
-    return hasattr(prefix, "source_lengths")
+    if isinstance(prefix, PrefixStack):
+        return prefix.position_offsets[prefix.rows]
+    return prefix.position_offset if isinstance(prefix, FoldedPrefix) else prefix_length(prefix, "decoder")
 
 
 def position_ids(ids: Tensor, start: int | Tensor, n_positions: int) -> Tensor:
@@ -144,7 +181,7 @@ class Cache:
     All rows of an example look at the same keys, as further queries; a mask says which of them each may see. So no key
     is ever copied or moved, whatever beams survive.
 
-    own: per layer [k, v] (B, H, M, D) of self-attention: the prefix, GPT-2's source, then at each step a token of each
+    own: per layer (k, v) (B, H, M, D) of self-attention: the prefix, GPT-2's source, then at each step a token of each
     row, `filled` in all; the other slots are room for more. None before the first.
     mask: (B, R/B, M), 0 or -inf: padding, other beams' tokens and empty slots are hidden.
     cross: per layer the segments of cross-attention, BART's prefix and source side by side; None for GPT-2.
@@ -156,12 +193,12 @@ class Cache:
     ):
         """fixed, cross: per layer the segments that are there before the first step, on `position`'s device."""
         B = len(position)
-        fixed = [join(segments, B) if segments else None for segments in fixed]
-        self.own: list[Any] = [segment and segment[:2] for segment in fixed]
-        self.filled = fixed[0][0].size(2) if fixed and fixed[0] else 0
+        there = [join(segments, B) if segments else None for segments in fixed]
+        self.own: list[KV | None] = [segment and segment[:2] for segment in there]
+        self.filled = there[0][0].size(2) if there and there[0] else 0
         self.mask = torch.zeros(B, 1, self.filled, dtype=dtype, device=position.device)
-        if self.filled and fixed[0][2] is not None:
-            self.mask = self.mask + fixed[0][2][:, 0]
+        if there and there[0] and there[0][2] is not None:
+            self.mask = self.mask + there[0][2][:, 0]
         self.cross = cross and [[join(segments, B)] for segments in cross]
         self.position = position
 
@@ -178,13 +215,14 @@ class Cache:
         """As `beside`, for a step's tokens: the layer takes in their keys and values, then they look at all it has."""
 
         def look(k: Tensor, v: Tensor) -> list[Segment]:
-            own = self.own[layer] or (k[:, :, :0], v[:, :, :0])
-            if lacking := self.mask.size(2) - own[0].size(2):
-                own = [torch.cat([x, x.new_zeros(*x.shape[:2], lacking, x.size(3))], dim=2) for x in own]
-            for buffer, x in zip(own, (k, v), strict=True):
-                buffer[:, :, self.filled : self.filled + x.size(2)] = x
-            self.own[layer] = own
-            return [(*own, self.mask[:, None])]
+            keys, values = self.own[layer] or (k[:, :, :0], v[:, :, :0])
+            if lacking := self.mask.size(2) - keys.size(2):
+                room = keys.new_zeros(*keys.shape[:2], lacking, keys.size(3))
+                keys, values = torch.cat([keys, room], dim=2), torch.cat([values, room], dim=2)
+            new = slice(self.filled, self.filled + k.size(2))
+            keys[:, :, new], values[:, :, new] = k, v
+            self.own[layer] = keys, values
+            return [(keys, values, self.mask[:, None])]
 
         return look
 
@@ -199,7 +237,7 @@ class Cache:
 
     def keep(self, examples: Tensor) -> None:
         """Go on with these examples (B',) alone: the texts of the others are finished."""
-        self.own = [kv and [x[examples] for x in kv] for kv in self.own]
+        self.own = [kv and (kv[0][examples], kv[1][examples]) for kv in self.own]
         self.cross = self.cross and [
             [(k[examples], v[examples], mask if mask is None or len(mask) == 1 else mask[examples])]
             for ((k, v, mask),) in self.cross

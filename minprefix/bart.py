@@ -4,6 +4,7 @@ Shapes: B rows, S source tokens, T target tokens, C model dimension, H heads, D 
 L layers, P prefix length.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -107,6 +108,7 @@ class BART(nn.Module):
     """config: the dict of a HuggingFace BART `config.json`. Parameter names are HuggingFace's."""
 
     encoder_decoder: Literal[True] = True
+    folder: Path | None = None  # that the weights are from
     final_logits_bias: Tensor
 
     def __init__(self, config: dict[str, Any]):

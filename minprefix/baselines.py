@@ -162,10 +162,10 @@ Tuned = Prefix | Finetune | Adapters | Embedding  # what is trained
 
 
 def make_tuned(
-    method: str, model: Model, *, length: int | None = None, hidden: int | None = None,
-    adapter_width: int | None = None, position_offset: int | None = None, sites: list[str] | None = None,
+    method: str, model: Model, *, length: int = 0, hidden: int = 0, adapter_width: int = 0,
+    position_offset: int | None = None, sites: list[str] | None = None,
 ) -> Tuned:  # fmt: skip
-    """What a method trains on a model: a `Prefix`, or what takes its place."""
+    """What a method trains on a model: a `Prefix`, or what takes its place. 0, None: the method does without."""
     if method == "prefix":
         return Prefix(model, length, hidden, position_offset, sites)
     if method == "finetune":
@@ -174,7 +174,11 @@ def make_tuned(
         return Finetune(model, top_layers(model))
     if method == "adapter":
         return Adapters(model, adapter_width)
-    return {"embedding": Embedding, "infix": Infix}[method](model, length, hidden)
+    if method == "embedding":
+        return Embedding(model, length, hidden)
+    if method == "infix":
+        return Infix(model, length, hidden)
+    raise InputError(f"there is no method {method!r}, only {', '.join(METHODS)}")
 
 
 # ---- files ----

@@ -115,10 +115,10 @@ def check_lengths(pairs: list[Pair], model: Model, start: int, what: str) -> Non
 
 
 def load_pairs(
-    task: str, split: str, tokenizer: Tokenizer, model: torch.nn.Module, start: int, max_source: int | None = None, *,
+    task: str, split: str, tokenizer: Tokenizer, model: Model, start: int, max_source: int | None = None, *,
     data: str | None = None, topics: Sequence[str] | None = None, topic_field: str = "topic", limit: int | None = None,
     low_data: int | None = None, seed: int = 0,
-) -> list[tuple[list[int], list[int]]]:  # fmt: skip
+) -> list[Pair]:  # fmt: skip
     """The (source ids, target ids) of a task's split, all of which fit the model; InputError if one does not.
 
     start: position of the first token after the prefix. data, topic_field: see `load_examples`. topics: pairs on these
@@ -137,7 +137,7 @@ def load_pairs(
 
 
 def load_inputs(
-    task: str, split: str, count: int, tokenizer: Tokenizer, model: torch.nn.Module, start: int,
+    task: str, split: str, count: int, tokenizer: Tokenizer, model: Model, start: int,
     max_source: int | None = None, *, data: str | None = None, new_tokens: int,
 ) -> list[Example]:  # fmt: skip
     """At most `count` Examples of a task's split, evenly spaced; they leave room for so many new tokens."""

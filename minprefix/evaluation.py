@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,10 +13,12 @@ from minprefix.data import SUMMARISATION, find_e2e
 from minprefix.examples import Example
 from minprefix.files import InputError, atomic_write
 from minprefix.generate import generate
-from minprefix.load import load_model
+from minprefix.load import Model, load_model
+from minprefix.prefix import FoldedPrefix
 from minprefix.slots import slot_accuracy
 from minprefix.tokenizer import Tokenizer
 
+Writer = tuple[Model, FoldedPrefix | None]
 NOUNS = {"prefix": "the prefix", "finetune": "fine-tuning", "top2": "fine-tuning", "adapter": "adapters",
          "embedding": "virtual tokens", "infix": "the infix"}  # fmt: skip
 
@@ -30,7 +33,7 @@ def check_scorable(task: str, examples: list[Example]) -> None:
         metrics.rouge_scorer()  # says which package is missing
 
 
-def evaluate(task: str, examples: list[Example], texts: list[str], path: Path, settings: dict) -> None:
+def evaluate(task: str, examples: list[Example], texts: list[str], path: Path, settings: dict[str, Any]) -> None:
     """Score the texts; print the scores, with their intervals where there are any, and write both as JSON."""
     references = [example.references for example in examples]
     if task in SUMMARISATION:
@@ -63,13 +66,16 @@ def quick_scores(task: str, texts: list[str], references: list[list[str]]) -> di
 # ---- without and with what was trained ----
 
 
-def load_writers(method: str, path: Path, model: torch.nn.Module, base: Path, device: str, dtype: torch.dtype) -> dict:
+def load_writers(
+    method: str, path: Path, model: Model, base: Path, device: str, dtype: torch.dtype
+) -> dict[str, Writer]:
     """Who writes without and with what a method trained, read back from its file: name -> (model, prefix).
 
     model: the one of the training; base: the folder it was loaded from.
     """
     noun = NOUNS[method]
     before, after = ("before", "after") if noun == "fine-tuning" else ("without", "with")
+    writers: tuple[Writer, Writer]
     if method in ("prefix", "embedding", "infix"):  # the model is as it was
         writers = (model, None), (model, load_trained(path, model))
     elif method == "finetune":
@@ -81,12 +87,14 @@ def load_writers(method: str, path: Path, model: torch.nn.Module, base: Path, de
 
 
 def compare(
-    task: str, data: str | None, tokenizer: Tokenizer, writers: dict, test: list[Example], max_source: int | None,
-    search: dict,
+    task: str, data: str | None, tokenizer: Tokenizer, writers: dict[str, Writer], test: list[Example],
+    max_source: int | None, search: dict[str, Any],
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Print an example's texts by two writers, name -> (model, prefix), and the scores of all: name -> scores."""
     sources, references = [e.source for e in test], [e.references for e in test]
-    (before, after), texts, scores = writers, {}, {}
+    before, after = writers
+    texts: dict[str, list[str]] = {}
+    scores: dict[str, dict[str, float]] = {}
     for name, (model, prefix) in writers.items():
         print(f"\nwriting {len(sources)} texts for held-out inputs {name}, {search['beams']} beams")
         what = "test sources" if name == before else None  # said once

@@ -3,10 +3,13 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from minprefix.files import InputError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,7 +68,7 @@ def draw_pairs(examples: list[Example], count: int, seed: int, where: str) -> li
     return [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[:count]]
 
 
-def spread(items: Sequence, most: int) -> list:
+def spread(items: Sequence[T], most: int) -> list[T]:
     """At most so many of the items, evenly spaced."""
     count = min(most, len(items))
     return [items[i * len(items) // count] for i in range(count)]

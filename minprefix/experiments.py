@@ -36,7 +36,7 @@ from minprefix.hub import model_name, resolve_model
 from minprefix.load import empty_model, keep_freed_memory, load_model, pick_device, pick_dtype
 from minprefix.options import Parser, check_above_zero
 from minprefix.prefix import Prefix
-from minprefix.report import draw, table
+from minprefix.report import Row, draw, table
 from minprefix.settings import STUDY_STEPS, default_settings
 from minprefix.studies import METHODS, SEEN, STUDIES, TUNED, Run, test_sets, tuning
 from minprefix.tokenizer import load_tokenizer
@@ -44,6 +44,7 @@ from minprefix.training import batch_stream, make_optimizer, training_step
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # the repository, where train.py and sample.py are
 START = 20  # seconds that the programs take to start, to read the data and to compile
+Process = subprocess.Popen[bytes]
 
 
 def parse_args() -> Namespace:
@@ -99,7 +100,7 @@ def complete(args: Namespace) -> None:
     args.seeds = list(dict.fromkeys(args.seeds or ([101] if args.study in ("low-data", "init") else [101, 102])))
     args.out = args.out or Path("runs", f"studies-{folder.resolve().name}")
     args.device = pick_device("auto")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     args.jobs = args.jobs or (cores if args.device == "cpu" else 1)
     args.threads = max(1, cores // args.jobs)  # runs of one thread each are faster than one with all threads
 
@@ -158,10 +159,10 @@ def read_rates(path: Path) -> dict[str, dict[str, float | None]]:
 
 def best(losses: dict[str, float | None]) -> str:
     """The learning rate (a string) with the lowest dev loss; None stands for a run that diverged."""
-    finite = [lr for lr in losses if losses[lr] is not None]
+    finite = {lr: loss for lr, loss in losses.items() if loss is not None}
     if not finite:
         raise InputError(f"training diverged with each of the learning rates {', '.join(losses)}")
-    return min(finite, key=losses.get)
+    return min(finite, key=lambda lr: finite[lr])
 
 
 # ---- the plan and its time ----
@@ -225,13 +226,14 @@ def commands(run: Run, folder: Path) -> Iterator[list[str]]:
         yield [sample, "--prefix", str(out), *arguments, "--evaluate", "--output", str(out / f"{name}.txt")]
 
 
-def execute(runs: list[Run], folder: Path, args: Namespace) -> list[dict]:
+def execute(runs: list[Run], folder: Path, args: Namespace) -> list[Row]:
     """Do the runs that have no row yet, args.jobs at a time -> the rows of all. InputError when one fails.
 
     However it ends, no process is left; a run that was stopped goes on from its checkpoint.
     """
     rows = read_rows(folder, runs)
-    waiting, running = [run for run in runs if run.name not in rows], {}
+    waiting = [run for run in runs if run.name not in rows]
+    running: dict[Process, tuple[Run, list[list[str]], float]] = {}  # its run, the commands left, when it began
     if not waiting:
         return [rows[run.name] for run in runs]
     speed = measure(args)
@@ -271,7 +273,7 @@ def execute(runs: list[Run], folder: Path, args: Namespace) -> list[dict]:
     return [rows[run.name] for run in runs]
 
 
-def start(command: list[str], out: Path, args: Namespace) -> subprocess.Popen:
+def start(command: list[str], out: Path, args: Namespace) -> Process:
     """A command as a process that writes to OUT/output.txt."""
     out.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(args.threads)} if args.device == "cpu" else {}
@@ -293,9 +295,9 @@ def last_line(out: Path) -> str:
     return next((line.strip().removeprefix("error: ") for line in reversed(lines) if line.strip()), "it said nothing")
 
 
-def make_row(run: Run, out: Path, diverged: bool) -> dict:
+def make_row(run: Run, out: Path, diverged: bool) -> Row:
     """What there is to know of a run that is done; one that diverged has no dev loss."""
-    row = {"run": run.name, "what": run.what, "train": run.train, "samples": run.samples, "dev_loss": None}
+    row: Row = {"run": run.name, "what": run.what, "train": run.train, "samples": run.samples, "dev_loss": None}
     if not diverged:
         result = read_json(out / "result.json")
         row |= {key: result[key] for key in ("dev_loss", "best_step", "share", "seconds")}
@@ -303,7 +305,7 @@ def make_row(run: Run, out: Path, diverged: bool) -> dict:
     return row
 
 
-def read_rows(folder: Path, runs: list[Run]) -> dict[str, dict]:
+def read_rows(folder: Path, runs: list[Run]) -> dict[str, Row]:
     """name -> row for all rows of FOLDER/rows.jsonl; InputError if one of these runs was done with other settings."""
     path = folder / "rows.jsonl"
     rows = {row["run"]: row for _, row in json_rows(path)} if path.is_file() else {}

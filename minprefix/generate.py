@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minprefix.attention import Cache, PrefixDict, row_count
+from minprefix.attention import Cache, PrefixDict, PrefixStack, row_count
 from minprefix.batches import encode_sources, start_id
 from minprefix.data import SUMMARISATION, TRIPLES
 from minprefix.files import InputError
@@ -37,7 +37,7 @@ def recipe(task: str) -> dict[str, Any]:
             "max_new_tokens": 100 if task in TRIPLES else 64}  # fmt: skip
 
 
-def search_options(task: str, given: dict) -> dict:
+def search_options(task: str, given: dict[str, Any]) -> dict[str, Any]:
     """The task's `recipe`, but for the options that are given (not None); with "sample" no beams, unless given.
 
     A text that may not be long need not be as long as the recipe wants it.
@@ -257,13 +257,13 @@ def _prefill(
     return cache
 
 
-def _rows(prefix: Any, batch: list[int]) -> Any:
+def _rows(prefix: PrefixDict | None, batch: list[int]) -> PrefixDict | None:
     """The rows `batch` of a prefix whose rows differ; else the prefix as it is."""
     if prefix is None or all(row_count(prefix, kv) == 1 for kv in prefix.values()):
         return prefix
     part = copy.copy(prefix)  # keeps what else a prefix may carry: position_offset
-    if getattr(prefix, "rows", None) is not None:
-        part.rows = prefix.rows[batch]
+    if isinstance(part, PrefixStack):
+        part.rows = part.rows[batch]
         return part
     for site, kv in prefix.items():
         if kv.dim() == 6 and kv.size(2) > 1:

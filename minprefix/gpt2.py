@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, C model dimension, H heads, D head dimension, V vocabulary, L layers, P prefix length.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from minprefix.attention import (
     KV,
     Cache,
+    FoldedInfix,
     Look,
     PrefixDict,
     Segment,
@@ -19,7 +21,6 @@ from minprefix.attention import (
     causal_mask,
     check_prefix,
     first_position,
-    is_infix,
     padding_mask,
     position_ids,
     prefix_length,
@@ -81,6 +82,7 @@ class GPT2(nn.Module):
     """config: the dict of a HuggingFace GPT-2 `config.json`. Parameter names are HuggingFace's."""
 
     encoder_decoder: Literal[False] = False
+    folder: Path | None = None  # that the weights are from
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -119,7 +121,7 @@ class GPT2(nn.Module):
     def prefill(self, ids: Tensor, lengths: Tensor, prefix: PrefixDict | None = None) -> Cache:
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`."""
         start = first_position(prefix)
-        prefix = prefix.at(lengths) if is_infix(prefix) else prefix
+        prefix = prefix.at(lengths) if isinstance(prefix, FoldedInfix) else prefix
         _, source = self._run(ids, prefix, start)
         mask = padding_mask(real_tokens(lengths, ids.size(1)), self.wte.weight)
         fixed = [[*context, (*kv, mask)] for context, kv in zip(self._prefix(prefix), source, strict=True)]
@@ -141,8 +143,9 @@ class GPT2(nn.Module):
     def _run(self, ids: Tensor, prefix: PrefixDict | None, start: int | Tensor) -> tuple[Tensor, list[KV]]:
         """ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each layer."""
         check_prefix(prefix, self.prefix_sites, len(ids))
-        positions, contexts = position_ids(ids, start, self.n_positions), self._prefix(prefix)
-        if is_infix(prefix):
+        positions = position_ids(ids, start, self.n_positions)
+        contexts: list[list[Segment]] = self._prefix(prefix)
+        if isinstance(prefix, FoldedInfix):
             source = real_tokens(prefix.source_lengths, ids.size(1))
             positions = positions - start * source  # the source does not know of the infix
             mask = padding_mask(~source, self.wte.weight).mT.expand(-1, -1, -1, prefix_length(prefix, "decoder"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minprefix.attention import PrefixDict, is_infix
+from minprefix.attention import FoldedInfix, PrefixDict
 from minprefix.batches import Batch
 from minprefix.compiled import compiled
 from minprefix.load import Model
@@ -19,7 +19,7 @@ LOGIT_ROWS = 320  # that the head computes at a time, at most
 
 def target_loss(model: Model, batch: Batch, prefix: PrefixDict | None) -> Tensor:
     """Negative log-likelihood of all target tokens of a batch, summed (nats)."""
-    if is_infix(prefix):
+    if isinstance(prefix, FoldedInfix):
         prefix = prefix.at(batch.source_lengths)
     states = model.hidden(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.index]
     if model.head.weight.requires_grad or states.device.type == "meta":

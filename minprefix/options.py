@@ -3,7 +3,7 @@
 import argparse
 import math
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from minprefix.files import InputError
 
@@ -28,7 +28,7 @@ def flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def fill(args: argparse.Namespace, defaults: dict) -> None:
+def fill(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
     """Put defaults in where the command line said nothing."""
     for key, value in defaults.items():
         if getattr(args, key) is None:

@@ -3,7 +3,6 @@
 Shapes: P prefix length, L layers, H heads, D head dimension, C = H * D model dimension.
 """
 
-import copy
 import json
 import os
 import runpy
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minprefix.attention import first_position, is_infix
+from minprefix.attention import FoldedInfix, FoldedPrefix, PrefixStack, first_position
 from minprefix.checkpoint import read_safetensors, write_safetensors
 from minprefix.files import InputError
 from minprefix.hub import find_model, is_hub_name
@@ -24,32 +23,15 @@ from minprefix.peft_format import read_adapter
 from minprefix.tokenizer import Tokenizer
 
 
-class FoldedPrefix(dict[str, Tensor]):
-    """What `model(..., prefix=)` takes: site -> (L, 2, H, P, D), keys and values.
-
-    position_offset: position id of the first real token. info: what the prefix file says of itself (base model, task).
-    rows: None, or of a stack (`stack_prefixes`) which of its prefixes each row takes.
-    """
-
-    method = "prefix"  # of train.py, as its files say
-    rows: Tensor | None = None
-    lengths: dict[str, Tensor]
-
-    def __init__(self, kv: dict[str, Tensor], position_offset: int | Tensor, info: dict[str, str] | None = None):
-        super().__init__(kv)
-        self.position_offset = position_offset
-        self.info = info or {}
-
-
-def stack_prefixes(prefixes: list[FoldedPrefix], rows: list[int]) -> FoldedPrefix:
-    """Several FoldedPrefix for one batch, row i taking prefixes[rows[i]]: what `model` and `generate` take (section 8).
+def stack_prefixes(prefixes: list[FoldedPrefix], rows: list[int]) -> PrefixStack:
+    """Several prefixes for one batch, row i taking prefixes[rows[i]]: what `model` and `generate` take (section 8).
 
     They may have different lengths, sites and position offsets. Each is stored once, (L, 2, N, H, P, D) for N prefixes
     at each site, P being the longest one's length; no row sees the columns that a shorter one is filled up with.
     """
     if not prefixes or not all(0 <= row < len(prefixes) for row in rows):
         raise InputError(f"the rows name prefixes {sorted(set(rows))}, there are {len(prefixes)}, the first is 0")
-    if any(map(is_infix, prefixes)):
+    if any(isinstance(prefix, FoldedInfix) for prefix in prefixes):
         raise InputError("an infix cannot be stacked: it stands behind the source of each row, a prefix before it")
     stack, stacked_lengths = {}, {}
     for site in {site: None for prefix in prefixes for site in prefix}:
@@ -62,25 +44,8 @@ def stack_prefixes(prefixes: list[FoldedPrefix], rows: list[int]) -> FoldedPrefi
         lengths = [kv.size(3) for kv in parts]
         stack[site] = torch.stack([F.pad(kv, (0, 0, 0, max(lengths) - kv.size(3))) for kv in parts], dim=2)
         stacked_lengths[site] = torch.tensor(lengths)
-    stacked = FoldedPrefix(stack, torch.tensor([first_position(prefix) for prefix in prefixes]))
-    stacked.rows, stacked.lengths = torch.tensor(rows, dtype=torch.long), stacked_lengths
-    return stacked
-
-
-class FoldedInfix(FoldedPrefix):
-    """A prefix that stands after the source: only the target's tokens see it, and their positions follow its own.
-
-    `generate` takes it as it is, for a model's `hidden` or forward it is `at(source_lengths)`.
-    """
-
-    method = "infix"
-    source_lengths: Tensor | None = None
-
-    def at(self, source_lengths: Tensor) -> "FoldedInfix":
-        """The infix behind the first source_lengths (B,) tokens of the rows."""
-        infix = copy.copy(self)
-        infix.source_lengths = source_lengths
-        return infix
+    offsets = torch.tensor([first_position(prefix) for prefix in prefixes])
+    return PrefixStack(stack, stacked_lengths, offsets, torch.tensor(rows, dtype=torch.long))
 
 
 class Prefix(nn.Module):
@@ -298,7 +263,7 @@ def check_named_base(base: str, model: Model, path: str | Path) -> None:
     PEFT notes no more of it than a name: where there is no model of that name, any of the same shape is taken.
     """
     folder = Path(base) if os.path.isdir(base) else find_model(base) if is_hub_name(base) else None
-    if folder is None or folder.resolve() == getattr(model, "folder", None):
+    if folder is None or folder.resolve() == model.folder:
         return
     try:
         named = load_model(folder)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minprefix import bart, gpt2
-from minprefix.attention import Segment, attend, is_infix
+from minprefix.attention import Segment, attend
 from minprefix.baselines import load_trained, read_trained, trained_file
 from minprefix.batches import Batch, collate, encode_sources, encode_target
 from minprefix.data import format_source
@@ -189,6 +189,8 @@ def attention_shares(model: Model, prefix: FoldedPrefix, batch: Batch) -> dict[s
 
     Mean over the source's tokens at the site "encoder", else over the positions that write the target.
     """
+    if isinstance(prefix, FoldedInfix):
+        prefix = prefix.at(batch.source_lengths)
     shares: dict[str, list[Tensor]] = {site: [] for site in prefix}
     handles = []
 
@@ -203,7 +205,7 @@ def attention_shares(model: Model, prefix: FoldedPrefix, batch: Batch) -> dict[s
         for module in modules if site in prefix else ():
             handles.append(module.register_forward_pre_hook(partial(record, site)))
     try:
-        model.hidden(*batch.inputs, prefix=prefix.at(batch.source_lengths) if is_infix(prefix) else prefix)
+        model.hidden(*batch.inputs, prefix=prefix)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,64 +1,68 @@
 """Requests of many users in one batch, each with the prefix that it names (paper, section 8)."""
 
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from minprefix import distributed
 from minprefix.baselines import load_trained, read_trained, trained_file, trained_max_source
 from minprefix.data import format_source, load_examples
-from minprefix.examples import Example
 from minprefix.files import InputError
 from minprefix.generate import generate, search_options
+from minprefix.load import Model
 from minprefix.prefix import FoldedPrefix, stack_prefixes
 from minprefix.tokenizer import Tokenizer
 
+Request = tuple[str, str]  # a source, the name of its prefix
 
-def load_prefixes(paths: list[Path], model: torch.nn.Module) -> dict[str, FoldedPrefix]:
+def load_prefixes(paths: list[Path], model: Model) -> dict[str, FoldedPrefix]:
     """Prefix files and folders by name: the file's without its ending, or the folder's."""
-    prefixes = {}
+    prefixes: dict[str, FoldedPrefix] = {}
     for path in paths:
         name = path.resolve().name if path.is_dir() else path.stem
         if name in prefixes:
             raise InputError(f"two --prefix are called {name!r}: rename one, or give the folders of their runs instead")
-        method = read_trained(trained_file(path))[1].get("method", "prefix")
-        if method not in ("prefix", "embedding"):
+        file = trained_file(path)
+        method = read_trained(file)[1].get("method", "prefix")
+        prefix = load_trained(file, model) if method in ("prefix", "embedding") else None
+        if prefix is None:
             raise InputError(f"--prefix {path} is of --method {method}: only prefixes and embeddings share a batch")
-        prefixes[name] = load_trained(trained_file(path), model)
+        prefixes[name] = prefix
     return prefixes
 
 
-def read_requests(file: str, prefixes: dict[str, FoldedPrefix], limit: int | None = None) -> list[Example]:
-    """The rows {"source": ..., "prefix": name} of a .jsonl file, the name as their topic."""
-    requests = load_examples(file, "all", topic_field="prefix")[:limit]
-    for number, request in enumerate(requests, 1):
-        if request.topic not in prefixes:
+def read_requests(file: str, prefixes: dict[str, FoldedPrefix], limit: int | None = None) -> list[Request]:
+    """The rows {"source": ..., "prefix": name} of a .jsonl file."""
+    requests = []
+    for number, row in enumerate(load_examples(file, "all", topic_field="prefix")[:limit], 1):
+        if row.topic not in prefixes:
             known = f"the prefixes are {', '.join(prefixes)}"
-            raise InputError(f'{file}: request {number} has "prefix": {request.topic!r:.80}, {known}')
+            raise InputError(f'{file}: request {number} has "prefix": {row.topic!r:.80}, {known}')
+        requests.append((row.source, row.topic))
     return requests
 
 
 def write_requests(
-    model: torch.nn.Module, tokenizer: Tokenizer, requests: list[Example], prefixes: dict[str, FoldedPrefix],
-    given: dict, drawing: dict,
+    model: Model, tokenizer: Tokenizer, requests: list[Request], prefixes: dict[str, FoldedPrefix],
+    given: dict[str, Any], drawing: dict[str, Any],
 ) -> list[str]:  # fmt: skip
     """A text for each request, in its prefix's task's form and by that task's search, but for the options given.
 
     Requests that are searched for alike share their batches. drawing: further options of `generate`.
     """
-    names, groups = list(prefixes), {}
-    for i, request in enumerate(requests):
-        info = prefixes[request.topic].info
+    places = {name: place for place, name in enumerate(prefixes)}
+    groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}  # options of `generate` -> numbers of requests
+    for i, (_, name) in enumerate(requests):
+        info = prefixes[name].info
         search = search_options(info.get("task", ""), given)
         search["max_source"] = given["max_source"] or trained_max_source(info)
         groups.setdefault(tuple(search.items()), []).append(i)
-    texts = [None] * len(requests)
-    for search, group in groups.items():
+    texts = [""] * len(requests)
+    for options, group in groups.items():
         mine = [requests[i] for i in distributed.share(group)]
-        sources = [format_source(prefixes[request.topic].info.get("task", ""), request.source) for request in mine]
-        stacked = stack_prefixes(list(prefixes.values()), [names.index(request.topic) for request in mine])
+        sources = [format_source(prefixes[name].info.get("task", ""), source) for source, name in mine]
+        stacked = stack_prefixes(list(prefixes.values()), [places[name] for _, name in mine])
         progress = len(group) > 1 and distributed.rank() == 0
-        written = generate(model, tokenizer, sources, stacked, **dict(search), **drawing, progress=progress)
+        written = generate(model, tokenizer, sources, stacked, **dict(options), **drawing, progress=progress)
         for i, text in zip(group, distributed.joined(written), strict=True):
             texts[i] = text
     return texts

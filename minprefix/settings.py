@@ -4,22 +4,23 @@ How texts are searched for by default is `recipe` in generate.py.
 """
 
 from argparse import Namespace
+from typing import Any
 
 from minprefix.checkpoint import read_config
 from minprefix.generate import recipe
 from minprefix.hub import model_name
 from minprefix.options import fill
 
-PAPER = {  # by config.json's model_type
+PAPER: dict[str, dict[str, float]] = {  # by config.json's model_type
     "gpt2": {"prefix_length": 5, "hidden": 512, "adapter_width": 108, "batch_size": 10, "epochs": 5},
     "bart": {"prefix_length": 200, "hidden": 800, "adapter_width": 108, "batch_size": 16, "epochs": 30,
              "eval_every": 1000},
 }  # fmt: skip
-PAPER_TASK = {  # what the paper sets otherwise for these tasks, for GPT-2
+PAPER_TASK: dict[str, dict[str, float]] = {  # what the paper sets otherwise for these tasks, for GPT-2
     "webnlg": {"lr": 5e-5, "batch_size": 5},
     "dart": {"lr": 5e-5, "batch_size": 5, "epochs": 10, "prefix_length": 10},
 }
-BUNDLED = {  # see weights/README.md
+BUNDLED: dict[str, dict[str, float]] = {  # see weights/README.md
     "gpt2-mini": {"prefix_length": 100, "hidden": 0, "adapter_width": 28, "batch_size": 16, "steps": 1500},
     "bart-mini": {"prefix_length": 20, "hidden": 512, "adapter_width": 25, "batch_size": 16, "steps": 750},
 }
@@ -34,7 +35,7 @@ LR = {  # learning rates; "adapter" is of 3% of the model's weights, the default
 LOW_DATA_LR = {"gpt2-mini": {"prefix": 0.02, "finetune": 3e-4}}  # of 50 to 500 examples, in the studies
 STUDY_STEPS = {"gpt2-mini": 1000, "bart-mini": 400}  # of a study's runs on all of the data; others: the paper's epochs
 
-OPTIONS = {  # method -> the options that set it and no other of its kind
+OPTIONS: dict[str, set[str]] = {  # method -> the options that set it and no other of its kind
     "prefix": {"prefix_length", "hidden", "sites", "offset", "init"},
     "finetune": set(),
     "top2": set(),
@@ -44,7 +45,7 @@ OPTIONS = {  # method -> the options that set it and no other of its kind
 }
 
 
-def default_settings(name: str | None, kind: str, task: str, method: str = "prefix") -> dict:
+def default_settings(name: str | None, kind: str, task: str, method: str = "prefix") -> dict[str, Any]:
     """What train.py trains with where nothing is given: option -> value, those that set another method left out.
 
     name: the model's, for the bundled ones; kind: else its model_type in config.json.
@@ -71,14 +72,12 @@ def learning_rate(name: str | None, kind: str, task: str, method: str, low_data:
 
     method: one of train.py's, or "adapter 0.1%".
     """
-    if low_data and method in LOW_DATA_LR.get(name, {}):
-        return LOW_DATA_LR[name][method]
     if name in BUNDLED:
-        return LR[name].get(method)
+        return (LR[name] | (LOW_DATA_LR.get(name, {}) if low_data else {})).get(method)
     return paper_task(kind, task).get("lr", LR.get(kind, {}).get(method))
 
 
-def paper_task(kind: str, task: str) -> dict:
+def paper_task(kind: str, task: str) -> dict[str, float]:
     return PAPER_TASK.get(task, {}) if kind == "gpt2" else {}
 
 
@@ -90,7 +89,7 @@ def other_options(method: str) -> set[str]:
 def settings_table() -> str:
     """The defaults that depend on the model and the task, for train.py's --help."""
     models = {"gpt2-mini": "gpt2", "bart-mini": "bart", "other GPT-2": "gpt2", "other BART": "bart"}
-    rows = {}  # what is set -> a value for each model
+    rows: dict[str, dict[str, float | None]] = {}  # what is set -> a value for each model
     for name, kind in models.items():
         for method in OPTIONS:
             for key, value in default_settings(name, kind, "", method).items():

@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minprefix.files import InputError
 from minprefix.settings import learning_rate
 
 METHODS = ("prefix", "finetune", "top2", "adapter 3%", "adapter 0.1%", "embedding")  # --method, and what it may train
@@ -22,11 +23,13 @@ WORDS = ("table to text :", "summarize :", "elephant banana keep", None)  # two 
 UNSEEN = ("Building", "Food", "SportsTeam")  # every third of WebNLG's ten categories, in the alphabet's order
 SEEN = ("Airport", "Astronaut", "City", "ComicsCharacter", "Monument", "University", "WrittenWork")
 
+What = dict[str, str | int]  # what a study varies -> its value for a run
+
 
 @dataclass
 class Run:
     name: str  # of its folder
-    what: dict[str, str | int]  # what the study varies, but for the seeds: runs alike in this are one row of the table
+    what: What  # but for the seeds: runs alike in this are one row of the table
     train: list[str]  # train.py's arguments
     samples: dict[str, list[str]]  # name of a set of scores -> sample.py's arguments
     examples: int  # that training sees
@@ -103,7 +106,7 @@ STUDIES = {"full": full, "low-data": low_data, "length": length, "init": init, "
 
 # ---- learning rates ----
 
-TUNED = {  # which learning rates a study needs: of what data, for which methods
+TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # which learning rates a study needs: of what data, for which methods
     "full": ("full", METHODS),
     "low-data": ("low-data", ("prefix", "finetune")),
     "length": ("full", ("prefix",)),
@@ -121,8 +124,10 @@ def tuning(args: Namespace, data: str, method: str) -> list[Run]:
     """
     runs, named = [], method.removesuffix(" 3%")  # the default width
     middle = learning_rate(args.model, args.kind, args.task, named, low_data=data == "low-data")
+    if middle is None:
+        raise InputError(f"{args.model} cannot be trained with {method}")
     for lr in (f"{middle * factor:.2g}" for factor in (1 / 3, 1, 3)):
-        what = {"method": method, "lr": lr}
+        what: What = {"method": method, "lr": lr}
         if data == "low-data":
             runs.append(low_data_run(args, what, method, 200, 1, 101, lr=lr, tested=False))
         else:
@@ -135,18 +140,18 @@ def tuning(args: Namespace, data: str, method: str) -> list[Run]:
 
 
 def low_data_run(
-    args: Namespace, what: dict, method: str, size: int, sampling: int, seed: int, options: Sequence[str] = (),
-    **others: str | bool,
+    args: Namespace, what: What, method: str, size: int, sampling: int, seed: int, options: Sequence[str] = (), *,
+    lr: str | None = None, tested: bool = True,
 ) -> Run:  # fmt: skip
     """A run on a sample of the training data with the paper's settings: 400 steps of 10, 100 of them warm-up."""
     steps = min(400, args.steps)
     options = [*options, "--low-data", str(size), "--low-data-seed", str(sampling), "--warmup", str(steps // 4)]
-    others |= {"steps": steps, "batch_size": 10, "evaluations": 8, "dev": math.ceil(0.3 * size)}
-    return make_run(args, what, method, seed, options, name=f"sampling{sampling}", **others)
+    return make_run(args, what, method, seed, options, name=f"sampling{sampling}", lr=lr, steps=steps, batch_size=10,
+                    evaluations=8, dev=math.ceil(0.3 * size), tested=tested)  # fmt: skip
 
 
 def make_run(
-    args: Namespace, what: dict, method: str, seed: int, options: Sequence[str] = (), *, name: str | None = None,
+    args: Namespace, what: What, method: str, seed: int, options: Sequence[str] = (), *, name: str | None = None,
     lr: str | None = None, steps: int | None = None, batch_size: int | None = None, evaluations: int = 10,
     dev: int = 500, tested: bool = True,
 ) -> Run:  # fmt: skip
@@ -162,7 +167,8 @@ def make_run(
         "--steps", str(steps), "--batch-size", str(batch_size), "--eval-every", str(math.ceil(steps / evaluations)),
         "--seed", str(seed), "--eval-inputs", "0",
     ]  # fmt: skip
-    samples, limit = {}, ["--limit", str(args.limit_test)] if args.limit_test else []
+    samples: dict[str, list[str]] = {}
+    limit = ["--limit", str(args.limit_test)] if args.limit_test else []
     for test, (split, topics) in test_sets(args).items() if tested else ():
         samples[test] = [*data, "--split", split, *(["--topics", *topics] if topics else []), *limit]
     parts = [*what.values(), name, f"seed{seed}"]

@@ -10,7 +10,7 @@ from minprefix.attention import Cache
 from minprefix.files import InputError
 from minprefix.generate import generate, generate_ids
 from minprefix.gpt2 import GPT2, to_huggingface
-from minprefix.prefix import FoldedInfix
+from minprefix.prefix import FoldedInfix, FoldedPrefix
 from tests.test_methods import reference_infix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,14 +18,6 @@ V, END, P, L, H, D = 100, 7, 3, 2, 2, 16
 CONFIG = {"vocab_size": V, "n_positions": 64, "n_embd": H * D, "n_layer": L, "n_head": H}
 NEW = 12  # tokens
 PREFIXES = ("none", "shared", "offset", "rows", "rows and offset")
-
-
-class Prefix(dict):
-    """What load_prefix returns, for all that generation sees of it."""
-
-    def __init__(self, tensors, position_offset=None):
-        super().__init__(tensors)
-        self.position_offset = position_offset
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +48,7 @@ def make_prefix(kind, n):
         return None
     rows = (n,) if kind.startswith("rows") else ()
     tensor = torch.randn(L, 2, *rows, H, P, D, generator=generator)
-    return Prefix({"decoder": tensor}, position_offset=0) if kind.endswith("offset") else {"decoder": tensor}
+    return FoldedPrefix({"decoder": tensor}, position_offset=0) if kind.endswith("offset") else {"decoder": tensor}
 
 
 def prefix_row(prefix, i):
@@ -64,7 +56,7 @@ def prefix_row(prefix, i):
     if prefix is None or prefix["decoder"].dim() == 5:
         return prefix
     row = {"decoder": prefix["decoder"][:, :, i]}
-    return Prefix(row, prefix.position_offset) if isinstance(prefix, Prefix) else row
+    return FoldedPrefix(row, prefix.position_offset) if isinstance(prefix, FoldedPrefix) else row
 
 
 # ---------------------------------------------------------------------------------------------------------------------

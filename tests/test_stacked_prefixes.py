@@ -7,7 +7,7 @@ import torch
 
 import sample
 from minprefix import Prefix, load_model, stack_prefixes
-from minprefix.attention import causal_mask
+from minprefix.attention import beside, causal_mask
 from minprefix.bart import BART
 from minprefix.baselines import load_trained, save_trained
 from minprefix.files import InputError
@@ -165,7 +165,7 @@ def test_embeddings_and_prefixes_share_a_batch(gpt2, mixed):
     (ids,) = inputs(gpt2, 1)
     x = torch.cat([virtual, gpt2.wte(ids[0])]) + gpt2.wpe.weight[: LENGTHS[0] + ids.size(1)]
     for block in gpt2.h:
-        x = block(x.view(1, -1, 32), [], causal_mask(x.size(-2), x))[0]
+        x = block(x.view(1, -1, 32), beside([], causal_mask(x.size(-2), x)))[0]
     expected = gpt2.logits(gpt2.ln_f(x))[:, LENGTHS[0] :]
     for rows in ([0], [0, 3], [2, 0, 1]):
         batch = ids.expand(len(rows), -1)
