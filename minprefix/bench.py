@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from multiprocessing.connection import Connection
 from typing import Any
@@ -251,8 +251,8 @@ def peer(args: Namespace) -> Work:
     )  # fmt: skip
     tuned = get_peft_model(base, config).to(args.device)
 
-    def tensors(rows: Sequence[list[int]], padding: int, left: bool = False) -> Tensor:
-        padded = pad([row[::-1] for row in rows], padding).flip(1) if left else pad(rows, padding)
+    def tensors(rows: Iterable[list[int]], padding: int, left: bool = False) -> Tensor:
+        padded = pad([row[::-1] for row in rows], padding).flip(1) if left else pad(list(rows), padding)
         return padded.to(args.device)
 
     def train(i: int) -> None:

@@ -45,11 +45,20 @@ def evaluate(task: str, examples: list[Example], texts: list[str], path: Path, s
                 print(f"{metric} left out: it needs {needs}", file=sys.stderr)
         if task == "e2e":
             scores.update(slot_accuracy([example.source for example in examples], texts))
+    sample = is_sample(settings.get("task"), settings.get("data"))
+    if sample:
+        print("the scores are of the bundled sample, not of E2E: give --data the folder of its files")
     bounds = {metric: f" [{low:.4f}, {high:.4f}]" for metric, (low, high) in intervals.items()}
     print("  ".join(f"{metric} {value:.4f}{bounds.get(metric, '')}" for metric, value in scores.items()))
     with atomic_write(path) as file:
         result = {"scores": scores, "intervals": intervals, "inputs": len(texts), "settings": settings}
+        result |= {"test set": "the bundled sample, not E2E"} if sample else {}
         json.dump(result, file, indent=2, default=str)
+
+
+def is_sample(task: str | None, data: str | None) -> bool:
+    """Whether a task's examples are those of the bundled sample, since there is no E2E."""
+    return task == "e2e" and find_e2e(data) is None
 
 
 def quick_scores(task: str, texts: list[str], references: list[list[str]]) -> dict[str, float]:
@@ -105,8 +114,7 @@ def compare(
     width = max(map(len, writers))
     print(f"\n{'input':<{width}}  {sources[0][:600]}\n{before}  {texts[before][0][:200]}")
     print(f"{after:<{width}}  {texts[after][0]}\n{'reference':<{width}}  {references[0][0]}")
-    sample = task == "e2e" and find_e2e(data) is None
-    what = "the bundled sample, not E2E" if sample else f"{task}, {len(sources)} test inputs"
+    what = "the bundled sample, not E2E" if is_sample(task, data) else f"{task}, {len(sources)} test inputs"
     for metric, value in scores[after].items():
         print(f"{metric} on {what}: {scores[before][metric]:.3f} {before}, {value:.3f} {after}")
     return scores

@@ -14,7 +14,7 @@ import torch
 
 import sample
 import train
-from minprefix import experiments, load_model, load_prefix, load_tokenizer, metrics, training
+from minprefix import data, evaluation, experiments, load_model, load_prefix, load_tokenizer, metrics, training
 from minprefix.checkpoint import read_safetensors
 from minprefix.files import run_main
 from minprefix.training import train as train_loop
@@ -113,6 +113,15 @@ def test_sample_evaluates(prefix_file, world, capsys):
     assert code == 0 and all(name in out for name in ("BLEU", "NIST", "ROUGE-L", "CIDEr"))
     assert len(output.read_text().splitlines()) == 4
     assert json.loads(output.with_suffix(".json").read_text())["scores"].keys() >= {"BLEU", "NIST", "ROUGE-L", "CIDEr"}
+
+
+def test_scores_on_the_bundled_sample_are_not_called_e2e(prefix_file, world, capsys, monkeypatch):
+    monkeypatch.setattr(data, "find_e2e", lambda folder=None: None)
+    monkeypatch.setattr(evaluation, "find_e2e", lambda folder=None: None)
+    code, out, _ = call(sample, capsys, "--prefix", prefix_file, "--task", "e2e", "--limit", 1, "--max-new-tokens", 2,
+                        "--evaluate", "--output", world / "sample.txt")  # fmt: skip
+    assert code == 0 and "not of E2E" in out
+    assert "not E2E" in json.loads((world / "sample.json").read_text())["test set"]
 
 
 def test_scores_lie_beside_the_prefix_by_default(prefix_file, world, capsys):
