@@ -57,26 +57,24 @@ class FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         transposed = getattr(ctx.weight, "packed_transposed", None)
         if transposed is None:  # packed for generation, or the head, of which loss.py takes the gradient
-            return gradient @ ctx.weight.packed.to_dense(), None, None
+            return gradient @ ctx.weight, None, None
         return packed_product(gradient, transposed, None, ctx.weight.size(1)), None, None
 
 
 def pack_weights(model: Any, training: bool = False) -> list[Tensor]:  # a GPT2 or BART, which import this file
     """From now on the model's products go through its frozen weights in packed form, which must not change.
 
-    training: with gradients for what is multiplied, too. In bfloat16 on a CPU that multiplies it; for any other model
-    nothing changes. The numbers are in memory once: in the weights themselves are none until they are unpacked, but
-    for the head's, which may be the embeddings, too. -> the weights that were not packed before.
+    training: with gradients for what is multiplied, too; to save memory the weights themselves are then empty (but for
+    the head's, which may be the embeddings). In bfloat16 on a CPU that multiplies it; for any other model nothing
+    changes. -> the weights that were not packed before.
     """
     weights = {model.head.weight, *(layer.weight for layer in model.modules() if isinstance(layer, Linear))}
     weights = [w for w in weights if packs(w) and not hasattr(w, "packed")]
     for weight in weights:
         weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-        if weight is model.head.weight:
-            continue
-        if training:
+        if training and weight is not model.head.weight:
             weight.packed_transposed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().T.contiguous())
-        weight.data = weight.new_full((), torch.nan).expand(weight.shape)  # one number, in the weight's shape
+            weight.data = weight.new_full((), torch.nan).expand(weight.shape)  # one number, in the weight's shape
     return weights
 
 
@@ -88,11 +86,10 @@ def packed_weights(model: Any, training: bool = False) -> Iterator[None]:
         yield
     finally:
         for weight in weights:
-            if weight is not model.head.weight:
-                weight.data = weight.packed.to_dense()
-            del weight.packed
             if hasattr(weight, "packed_transposed"):
+                weight.data = weight.packed.to_dense()
                 del weight.packed_transposed
+            del weight.packed
 
 
 def packs(weight: Tensor) -> bool:

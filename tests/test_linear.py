@@ -54,7 +54,7 @@ def test_a_packed_product_is_as_exact_as_a_plain_one(rows, bias):
 def test_a_packed_product_in_training_is_as_exact_and_so_is_its_gradient(rows, C, N):
     torch.manual_seed(0)
     layer = Linear(C, N).bfloat16().requires_grad_(False)
-    layer.head = layer
+    layer.head = Linear(8, 8).bfloat16()  # another: the head's own weights stay where they are
     x, upstream = torch.randn(rows, C).bfloat16(), torch.randn(rows, N).bfloat16()
     exact = [torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()),
              upstream.double() @ layer.weight.double()]  # fmt: skip
@@ -72,6 +72,19 @@ def test_a_packed_product_in_training_is_as_exact_and_so_is_its_gradient(rows, C
     for a, b, true in zip(packed, plain, exact, strict=True):
         assert a.shape == b.shape and a.dtype == torch.bfloat16
         assert (a - true).abs().max() <= 2 * (b - true).abs().max()
+
+
+@needs_onednn
+@WRITERS
+def test_weights_are_in_memory_once_in_training_and_unpacked_bit_for_bit(tmp_path, write):
+    model = load_model(write(tmp_path / "model"), dtype=torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with packed_weights(model, training=True):
+        packed = {name for name, p in model.named_parameters() if p.isnan().all()}
+        assert packed == {n for n in packed_names(model) if model.get_parameter(n) is not model.head.weight} != set()
+        assert all(p.shape == before[name].shape for name, p in model.named_parameters())
+        assert all(model.get_parameter(name).untyped_storage().nbytes() == 2 for name in packed)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 @needs_onednn
