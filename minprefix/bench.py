@@ -334,11 +334,12 @@ def bytes_of_a_step(model: Model) -> int:
 
 def machine(args: Namespace) -> tuple[float, float]:
     """What this machine can do: operations per second of a large matrix product, bytes per second read."""
-    a = torch.randn(4096, 4096, device=args.device).to(pick_dtype(args.dtype, args.device))
+    n = 4096 if args.device == "cuda" else 2048  # large enough for the full rate
+    a = torch.randn(n, n, device=args.device).to(pick_dtype(args.dtype, args.device))
     large = torch.empty(2**28, dtype=torch.uint8, device=args.device).fill_(1).view(torch.int64)
     product = min(seconds_of(args.device, torch.matmul, a, a) for _ in range(5))
     reading = min(seconds_of(args.device, large.sum) for _ in range(5))
-    return 2 * 4096**3 / product, 2**28 / reading
+    return 2 * n**3 / product, 2**28 / reading
 
 
 if __name__ == "__main__":
