@@ -172,8 +172,7 @@ def read_examples(args: Namespace, trained_task: str) -> list[Example]:
     rows = args.task or args.file
     if args.task or str(args.file).endswith(".jsonl"):
         examples = load_examples(rows, args.split, args.data, args.topic_field)
-        if args.topics:
-            examples = on_topics(examples, args.topics, f"{args.task}, {args.split} split")
+        examples = on_topics(examples, args.topics, f"{args.task}, {args.split} split")
         if not rows.endswith(".jsonl"):
             return examples
         return [Example(format_source(trained_task, e.source), e.references) for e in examples]

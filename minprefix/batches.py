@@ -125,9 +125,7 @@ def load_pairs(
     only. limit: the first so many. low_data: so many, or of "dev" the paper's 30% of it, drawn at random from the seed.
     """
     where = f"{task}, {split} split"
-    examples = load_examples(task, split, data, topic_field)
-    if topics:
-        examples = on_topics(examples, topics, where)
+    examples = on_topics(load_examples(task, split, data, topic_field), topics, where)
     if low_data:
         count = math.ceil(3 * low_data / 10) if split == "dev" else low_data
         examples = draw_pairs(examples, count, seed, where)
