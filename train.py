@@ -26,7 +26,7 @@ from minprefix.data import TRIPLES
 from minprefix.evaluation import compare, load_writers
 from minprefix.examples import Example, spread
 from minprefix.files import InputError, atomic_write, run_main
-from minprefix.generate import recipe
+from minprefix.generate import Search, recipe
 from minprefix.hub import resolve_model
 from minprefix.load import Model, check_vocabulary, keep_freed_memory, pick_device, pick_dtype
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, flag
@@ -124,6 +124,9 @@ def run(args: Namespace) -> None:
     base_fingerprint = fingerprint(model)
     tokenizer = load_tokenizer(args.model)
     check_vocabulary(tokenizer, model, args.model)
+    search = {**recipe(args.task), "beams": args.beams}  # for the texts at the end
+    if args.eval_inputs:
+        Search(**search).check(model, tokenizer.newline_ids)
 
     # What is trained, and on what.
     tuned = make_tuned(
@@ -167,7 +170,7 @@ def run(args: Namespace) -> None:
     files = ["log.jsonl", "result.json", *(["loss.png"] if plot_curve(log, args.out / "loss.png") else [])]
 
     # Texts without and with what was trained, which is read back from its file.
-    search, scores = {**recipe(args.task), "beams": args.beams}, {}
+    scores: dict[str, dict[str, float]] = {}
     if test:
         writers = load_writers(args.method, path, model, args.model, device, dtype)
         scores = compare(args.task, args.data, tokenizer, writers, test, args.max_source, search)

@@ -7,6 +7,7 @@ Shapes: B examples, K beams, R = B or B * K rows, S source tokens, N new tokens 
 import copy
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +20,52 @@ from minprefix.data import SUMMARISATION, TRIPLES
 from minprefix.files import InputError
 from minprefix.linear import packed_weights
 from minprefix.load import Model, check_vocabulary
+from minprefix.options import flag
 from minprefix.tokenizer import Tokenizer
 
 LEAVE = 0.75  # finished texts leave a batch as soon as no more than this share of it is unfinished
 Constrain = Callable[[Tensor, Tensor], None]  # scores (R, V), past (R, t): sets what may not follow to -inf
 
 
-def recipe(task: str) -> dict[str, Any]:
-    """How a task's texts are usually searched for: options of `generate`.
+@dataclass(frozen=True)
+class Search:
+    """How a text is searched for, or with `sample` drawn at random: the options of `generate` and `generate_ids`."""
 
-    Summaries: as BART's authors decode XSum (Lewis et al. 2020), with the length penalty of the paper's runs. Else the
-    beam search of the paper's table-to-text; 3% of WebNLG's texts have more than 64 of GPT-2's tokens, hence the 100.
+    beams: int = 5  # of beam search; 1: greedy decoding, the likeliest token at each step
+    max_new_tokens: int = 64  # at most so many tokens, the end token among them
+    min_new_tokens: int = 0  # at least so many tokens before the end token
+    length_penalty: float = 1.0  # the search is for the highest log-probability / length ** length_penalty
+    no_repeat_ngram: int = 0  # no sequence of so many tokens occurs twice in a text (0: any may)
+    sample: bool = False  # draw each token from the model's distribution; needs beams=1
+    temperature: float = 1.0  # sample: the logits are divided by it first
+    top_k: int = 0  # sample: only from the k likeliest tokens (0: from all)
+    top_p: float = 1.0  # sample: then only from the fewest likeliest tokens whose probabilities add up to p
+
+    def check(self, model: Model, forbidden: Iterable[int] = ()) -> None:
+        """InputError where an option makes no sense, by its name on the command line. forbidden: ids never written."""
+        allowed, most = model.config["vocab_size"] - len(set(forbidden)), self.max_new_tokens
+        for key, fine, needed in (
+            ("beams", self.beams >= 1, "at least 1"),
+            ("beams", 2 * self.beams <= allowed, f"at most {allowed // 2}, half of the tokens that may be written"),
+            ("max_new_tokens", most >= 1, "at least 1"),
+            ("min_new_tokens", 0 <= self.min_new_tokens <= most, f"from 0 to {most}, the most new tokens"),
+            ("length_penalty", -20 < self.length_penalty < 20, "between -20 and 20"),
+            ("no_repeat_ngram", self.no_repeat_ngram >= 0, "0 (any tokens may be repeated) or more"),
+            ("temperature", 1e-6 <= self.temperature < 1e6, "between 1e-6 and 1e6"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not fine:
+                raise InputError(f"{flag(key)} is {getattr(self, key)}: it must be {needed}")
+        if self.sample and self.beams > 1:
+            raise InputError(f"--sample with {self.beams} beams is not supported: use --beams 1, or leave out --sample")
+
+
+def recipe(task: str) -> dict[str, Any]:
+    """How a task's texts are usually searched for: options of `Search`.
+
+    Summaries: as BART's authors decode XSum (Lewis et al. 2020), with the length penalty of the paper's runs. All else:
+    the beam search of the paper's table-to-text; 3% of WebNLG's texts have more than 64 GPT-2 tokens, hence the 100.
     """
     if task in SUMMARISATION:
         return {"beams": 6, "length_penalty": 0.8, "no_repeat_ngram": 3, "min_new_tokens": 10, "max_new_tokens": 60}
@@ -38,9 +74,10 @@ def recipe(task: str) -> dict[str, Any]:
 
 
 def search_options(task: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The task's `recipe`, but for the options that are given (not None); with "sample" no beams, unless given.
+    """The task's `recipe` with those of its options replaced that are given (not None).
 
-    A text that may not be long need not be as long as the recipe wants it.
+    Two defaults depend on what is given: with "sample" there is 1 beam, and where fewer new tokens are allowed than the
+    recipe's minimum, that minimum is lowered to them.
     """
     options = {**recipe(task), **({"beams": 1} if given.get("sample") else {})}
     given = {key: given[key] for key in options if given.get(key) is not None}
@@ -60,7 +97,7 @@ def generate(
     InputError as in `generate_ids`.
     """
     if isinstance(sources, str):
-        raise InputError("sources is one text, a list of texts is needed")
+        raise InputError("sources is a single text: give a list of texts")
     check_vocabulary(tokenizer, model)
     options.setdefault("forbidden", tokenizer.newline_ids)
     if model.encoder_decoder:
@@ -77,43 +114,44 @@ def generate(
 @torch.inference_mode()
 def generate_ids(
     model: Model, sources: list[list[int]], start_id: int, end_id: int, prefix: PrefixDict | None = None,
-    beams: int = 5, max_new_tokens: int = 64, *, min_new_tokens: int = 0, length_penalty: float = 1.0,
-    no_repeat_ngram: int = 0, sample: bool = False, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-    generator: torch.Generator | None = None, forbidden: Iterable[int] = (), forced_first: int | None = None,
-    forced_last: int | None = None, batch_size: int = 16, progress: bool = False,
+    beams: int = 5, max_new_tokens: int = 64, *, generator: torch.Generator | None = None,
+    forbidden: Iterable[int] = (), forced_first: int | None = None, forced_last: int | None = None,
+    batch_size: int = 16, progress: bool = False, **options: Any,
 ) -> list[list[int]]:  # fmt: skip
     """What the model makes of each source: list of token ids -> list of token ids, without start and end token.
 
     prefix: as the model takes it; a tensor with a row dimension has one row for each source (or one for all).
-    beams > 1 is beam search, the result of a beam being its log-probability / its length ** length_penalty;
-    beams = 1 is greedy decoding, or with sample=True a draw from the distribution at that temperature, cut to its
-    top_k tokens (0: all) and then to the fewest that hold the mass top_p. generator: a torch.Generator on the model's
-    device. Only a draw depends on batch_size.
-    min_new_tokens: so many tokens come before the end token. no_repeat_ngram: of so many tokens no sequence is
-    generated twice (0: any may be). forbidden: ids that are never generated. forced_first, forced_last: the id of the
-    first token, and of the last if max_new_tokens are reached. progress: show a bar.
+    beams, max_new_tokens, options: those of `Search`, which says what they mean.
+    generator: for `sample`, a torch.Generator on the model's device. Only a draw depends on batch_size.
+    forbidden: ids that are never generated. forced_first: the id of the first token; forced_last: that of the token
+    number max_new_tokens, if a text gets so long. progress: show a bar.
     InputError: an option makes no sense, or a source is too long for the model.
     """
-    _check(model, sources, prefix, beams, max_new_tokens, min_new_tokens, length_penalty, no_repeat_ngram, sample,
-           temperature, top_k, top_p, forbidden, batch_size)  # fmt: skip
+    search, forbidden = Search(beams, max_new_tokens, **options), list(forbidden)
+    search.check(model, forbidden)
+    if batch_size < 1:
+        raise InputError(f"--batch-size is {batch_size}: it must be at least 1")
+    rows = {row_count(prefix, kv) for kv in (prefix or {}).values()} - {1, len(sources)}
+    if rows:
+        raise InputError(f"the prefix has {min(rows)} rows for {len(sources)} sources: give one for each, or one for all")
     device = next(model.parameters()).device
-    forbidden = torch.tensor(list(forbidden), dtype=torch.long, device=device)
+    forbidden_ids = torch.tensor(forbidden, dtype=torch.long, device=device)
 
     def constrain(scores: Tensor, past: Tensor) -> None:
         """Set the scores (R, V) of tokens that may not follow the generated ones, past (R, t), to -inf."""
         t = past.size(1)
-        scores[:, forbidden] = float("-inf")
-        if t < min_new_tokens:
+        scores[:, forbidden_ids] = float("-inf")
+        if t < search.min_new_tokens:
             scores[:, end_id] = float("-inf")
-        if no_repeat_ngram:
-            _bar_repeats(scores, past, no_repeat_ngram)
+        if search.no_repeat_ngram:
+            _bar_repeats(scores, past, search.no_repeat_ngram)
         forced = forced_last if t + 1 == max_new_tokens else None
         forced = forced_first if t == 0 and forced is None else forced
         if forced is not None:
             scores.fill_(float("-inf"))[:, forced] = 0.0
 
     def choose(logits: Tensor) -> Tensor:
-        return _draw(logits, temperature, top_k, top_p, generator) if sample else logits.argmax(dim=-1)
+        return _draw(logits, search, generator) if search.sample else logits.argmax(dim=-1)
 
     # The longest first: batches of like lengths, and what does not fit (model or memory) fails at once.
     order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
@@ -123,10 +161,10 @@ def generate_ids(
             cache = _prefill(model, sources, batch, prefix, max_new_tokens, device)
             start = torch.full((len(batch),), start_id, device=device)
             if beams > 1:
-                rows = _beam_search(model, cache, start, end_id, beams, max_new_tokens, length_penalty, constrain)
+                tokens = _beam_search(model, cache, start, end_id, search, constrain)
             else:
-                rows = _one_by_one(model, cache, start, end_id, max_new_tokens, constrain, choose)
-            for i, row in zip(batch, rows.tolist(), strict=True):
+                tokens = _one_by_one(model, cache, start, end_id, max_new_tokens, constrain, choose)
+            for i, row in zip(batch, tokens.tolist(), strict=True):
                 targets[i] = row[: row.index(end_id)] if end_id in row else row
             bar.update(len(batch))
     return targets
@@ -162,31 +200,30 @@ def _bar_repeats(scores: Tensor, past: Tensor, n: int) -> None:
     scores.scatter_add_(1, ngrams[:, :, -1], scores.new_zeros(repeats.shape).masked_fill(repeats, -torch.inf))
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+def _draw(logits: Tensor, search: Search, generator: torch.Generator | None) -> Tensor:
     """Logits (B, V) -> a sampled token id for each row (B,)."""
-    logits = logits / temperature
-    if top_k:
-        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+    logits = logits / search.temperature
+    if search.top_k:
+        least = logits.topk(min(search.top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p < 1:
+    if search.top_p < 1:
         ascending, index = logits.sort(dim=-1)
-        drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - search.top_p
         drop[:, -1] = False  # the likeliest stays
         logits = logits.masked_fill(drop.scatter(1, index, drop), float("-inf"))
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
 def _beam_search(
-    model: Model, cache: Cache, ids: Tensor, end_id: int, beams: int, max_new_tokens: int, length_penalty: float,
-    constrain: Constrain,
-) -> Tensor:  # fmt: skip
+    model: Model, cache: Cache, ids: Tensor, end_id: int, search: Search, constrain: Constrain
+) -> Tensor:
     """From the start tokens ids (B,), the best sequence of each example -> (B, N), end_id after its end.
 
     The search of HuggingFace's generate with early_stopping=False: of the 2K best continuations the K best that do not
     end run on; those that end and rank among the first K compete for the K places of the finished. An example is over
     when its best running beam, scored at its present length, is no better than its worst finished one.
     """
-    K, inf, B = beams, float("inf"), len(ids)
+    K, B, max_new_tokens, inf = search.beams, len(ids), search.max_new_tokens, float("inf")
     result = torch.full((B, max_new_tokens), end_id, device=ids.device)
     place = torch.arange(B, device=ids.device)  # of the examples that are not over, in `result`
     scores = torch.zeros((B, 1), device=ids.device)  # log-probabilities of the running beams: just one at first,
@@ -206,7 +243,7 @@ def _beam_search(
         candidates[:, :, t] = token
         ends = token == end_id if t + 1 < max_new_tokens else torch.ones_like(token, dtype=torch.bool)
 
-        length = (t + 1) ** length_penalty  # of the new tokens, the end token among them
+        length = (t + 1) ** search.length_penalty  # of the new tokens, the end token among them
         barred = ~(ends & improvable[:, None])
         ended_scores = (candidate_scores / length).masked_fill(barred, -inf)[:, :K]
         finished_scores, best = torch.cat([finished_scores, ended_scores], dim=1).topk(K)
@@ -252,7 +289,7 @@ def _prefill(
     if need > room:
         raise InputError(
             f"{longest}, needs {need} positions with its prefix and {max_new_tokens} new tokens, "
-            f"but the model has {room}: lower max_new_tokens, or shorten the source or the prefix"
+            f"but the model has {room}: lower --max-new-tokens, or shorten the source or the prefix"
         )
     return cache
 
@@ -269,29 +306,3 @@ def _rows(prefix: PrefixDict | None, batch: list[int]) -> PrefixDict | None:
         if kv.dim() == 6 and kv.size(2) > 1:
             part[site] = kv[:, :, batch]
     return part
-
-
-def _check(
-    model: Model, sources: list[list[int]], prefix: PrefixDict | None, beams: int, max_new_tokens: int,
-    min_new_tokens: int, length_penalty: float, no_repeat_ngram: int, sample: bool, temperature: float, top_k: int,
-    top_p: float, forbidden: Iterable[int], batch_size: int,
-) -> None:  # fmt: skip
-    """InputError where the options of `generate_ids` make no sense."""
-    allowed = model.config["vocab_size"] - len(set(forbidden))
-    rows = {row_count(prefix, kv) for kv in (prefix or {}).values()} - {1, len(sources)}
-    for wrong, complaint in (
-        (beams < 1, f"beams is {beams}, at least 1 is needed"),
-        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, at least 1 is needed"),
-        (not 0 <= min_new_tokens <= max_new_tokens, f"min_new_tokens is {min_new_tokens}, not in 0..{max_new_tokens}"),
-        (no_repeat_ngram < 0, f"no_repeat_ngram is {no_repeat_ngram}, it must be 0 (repeats allowed) or more"),
-        (batch_size < 1, f"batch_size is {batch_size}, at least 1 is needed"),
-        (not 1e-6 <= temperature < 1e6, f"temperature is {temperature}, it must be between 1e-6 and 1e6"),
-        (not -20 < length_penalty < 20, f"length_penalty is {length_penalty}, it must be between -20 and 20"),
-        (top_k < 0, f"top_k is {top_k}, it must be 0 (all tokens) or more"),
-        (not 0 < top_p <= 1, f"top_p is {top_p}, it must be above 0 and at most 1"),
-        (sample and beams > 1, f"sampling with {beams} beams is not supported: use beams 1"),
-        (2 * beams > allowed, f"{beams} beams need {2 * beams} tokens to choose from, the vocabulary allows {allowed}"),
-        (rows, f"the prefix has {rows} rows for {len(sources)} sources: one for each, or one for all, is needed"),
-    ):
-        if wrong:
-            raise InputError(complaint)

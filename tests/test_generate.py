@@ -216,6 +216,8 @@ def test_forbidden_tokens_never_appear(model, sources):
     for options in ({"beams": 3}, {"beams": 1}, {"beams": 1, "sample": True}):
         targets = generate_ids(model, sources, END, END, max_new_tokens=NEW, forbidden=forbidden, **options)
         assert not {token for target in targets for token in target} & set(forbidden)
+        given_once = generate_ids(model, sources, END, END, max_new_tokens=NEW, forbidden=iter(forbidden), **options)
+        assert not {token for target in given_once for token in target} & set(forbidden)
     never_ends = generate_ids(model, sources, END, END, beams=3, max_new_tokens=NEW, forbidden=[END])
     assert {len(target) for target in never_ends} == {NEW}
 
@@ -368,6 +370,8 @@ def test_texts(model):
         assert generate(model, tokenizer, texts, beams=3, max_new_tokens=NEW, **options) == expected
     with pytest.raises(InputError, match="list of texts"):
         generate(model, tokenizer, "one text")
+    with pytest.raises(TypeError, match="beam_width"):  # no such option
+        generate(model, tokenizer, texts, beam_width=3)
 
 
 def test_a_source_that_just_fits(model):
@@ -384,18 +388,19 @@ def test_a_source_that_just_fits(model):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"beams": 0}, "beams is 0"),
-        ({"beams": 51}, "102 tokens"),
-        ({"beams": 41, "forbidden": range(20)}, "allows 80"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"sample": True, "beams": 5}, "use beams 1"),
-        ({"prefix": {"decoder": torch.zeros(L, 2, 3, H, P, D)}}, "3} rows for 2 sources"),
+        ({"beams": 0}, "--beams is 0: it must be at least 1"),
+        ({"beams": 51}, "--beams is 51: it must be at most 50"),
+        ({"beams": 41, "forbidden": range(20)}, "--beams is 41: it must be at most 40"),
+        ({"beams": 41, "forbidden": iter(range(20))}, "--beams is 41: it must be at most 40"),
+        ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"temperature": 0.0}, "--temperature is 0.0"),
+        ({"temperature": float("nan")}, "--temperature is nan"),
+        ({"top_k": -1}, "--top-k is -1"),
+        ({"top_p": 0.0}, "--top-p is 0.0"),
+        ({"top_p": 1.1}, "--top-p is 1.1"),
+        ({"sample": True, "beams": 5}, "use --beams 1"),
+        ({"prefix": {"decoder": torch.zeros(L, 2, 3, H, P, D)}}, "the prefix has 3 rows for 2 sources: give one"),
     ],
 )
 def test_senseless_options_are_refused(model, options, message):
