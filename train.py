@@ -126,7 +126,7 @@ def run(args: Namespace) -> None:
     check_vocabulary(tokenizer, model, args.model)
     search = {**recipe(args.task), "beams": args.beams}  # for the texts at the end
     if args.eval_inputs:
-        Search(**search).check(model, tokenizer.newline_ids)
+        Search(search["beams"]).check(model, tokenizer.newline_ids)
 
     # What is trained, and on what.
     tuned = make_tuned(
@@ -197,7 +197,8 @@ def load_data(
     train_pairs = load_pairs(args.task, "train", *common, **chosen, limit=args.limit)
     dev_pairs = load_pairs(args.task, "dev", *common, **chosen)
     new_tokens = recipe(args.task)["max_new_tokens"]
-    test = load_inputs(args.task, "test", args.eval_inputs, *common, data=args.data, new_tokens=new_tokens)
+    test = load_inputs(args.task, "test", args.eval_inputs, *common, data=args.data, topics=args.topics,
+                       topic_field=args.topic_field, new_tokens=new_tokens)  # fmt: skip
     return train_pairs, spread(dev_pairs, 500), test
 
 
