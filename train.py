@@ -58,7 +58,7 @@ def parse_args() -> Namespace:
     add("--model", default="gpt2-mini", help="a GPT-2 or BART: a folder, bundled, or of the hub (%(default)s)")
     add("--method", choices=OPTIONS, metavar="METHOD", default="prefix", help=f"{', '.join(OPTIONS)} (%(default)s)")
     add("--prefix-length", type=int, metavar="N", help="virtual tokens (by model)")
-    add("--hidden", type=int, metavar="N", help="width of the prefix's MLP, 0 for none (by model)")
+    add("--hidden", type=int, metavar="N", help="width of the prefix's MLP; 0: none, and Muon, not AdamW (by model)")
     add("--adapter-width", type=int, metavar="N", help="of an adapter's bottleneck (by model, 3%% of its weights)")
     add("--init", metavar="TEXT", help='words that a prefix starts from, "table to text :" (random numbers)')
     add("--sites", nargs="+", metavar="SITE", help="BART: some of encoder, decoder, cross (all)")

@@ -32,6 +32,8 @@ LR = {  # learning rates; "adapter" is of 3% of the model's weights, the default
                   "embedding": 1.0, "infix": 0.03},
     "bart-mini": {"prefix": 0.03, "finetune": 1e-3, "top2": 2e-3, "adapter": 6e-3, "adapter 0.1%": 2e-2},
 }  # fmt: skip
+# Of a prefix or infix in the form that is not the model's default: keys and values trained directly, or an MLP's output.
+OTHER_FORM_LR = {"direct": 0.03, "MLP": 3e-3}
 LOW_DATA_LR = {"gpt2-mini": {"prefix": 0.01, "finetune": 3e-4}}  # of 50 to 500 examples, in the studies
 STUDY_STEPS = {"gpt2-mini": 1000, "bart-mini": 400}  # of a study's runs on all of the data; others: the paper's epochs
 
@@ -62,6 +64,8 @@ def fill_settings(args: Namespace) -> None:
     """What the command line of train.py leaves open; args.model is a folder."""
     kind = str(read_config(args.model).get("model_type"))
     settings = default_settings(model_name(args.model), kind, args.task, args.method)
+    if args.hidden is not None and args.method in ("prefix", "infix") and bool(args.hidden) != bool(settings["hidden"]):
+        settings["lr"] = OTHER_FORM_LR["MLP" if args.hidden else "direct"]
     if args.epochs is not None or args.steps is not None:
         settings = {key: value for key, value in settings.items() if key not in ("epochs", "steps")}
     fill(args, {"topic_field": "topic", "low_data_seed": 0, "beams": recipe(args.task)["beams"], **settings})

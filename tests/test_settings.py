@@ -102,3 +102,16 @@ def test_the_table_of_help_has_every_default():
     assert lines["--lr of infix"] == ["0.03", "-", "8e-5", "-"] and lines["--steps"] == ["1500", "750", "-", "-"]
     assert len(lines) == 13
     assert "other GPT-2 on dart: --lr 5e-5 --batch-size 5 --epochs 10 --prefix-length 10" in settings_table()
+
+
+@pytest.mark.parametrize("model, options, lr", [
+    ("model", "--hidden 0", 0.03), ("model", "--hidden 99", 8e-5), ("model", "--hidden 0 --lr 0.2", 0.2),
+    ("gpt2-mini", "--hidden 64", 3e-3), ("gpt2-mini", "--hidden 64 --method infix", 3e-3),
+    ("gpt2-mini", "--hidden 0", 0.03), ("gpt2-mini", "--hidden 64 --method embedding", 1.0),
+])  # fmt: skip
+def test_a_rate_suits_the_form_of_the_prefix(model, options, lr, tmp_path, monkeypatch):
+    if model == "model":
+        model = str(write_tiny_model(tmp_path / "model"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", model, *options.split()])
+    assert train.parse_args().lr == lr
