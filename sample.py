@@ -46,7 +46,7 @@ def parse_args() -> Namespace:
     inputs("--input", nargs="+", metavar="TEXT", help="inputs, in the form of the prefix's task")
     inputs("--file", help="one input a line, or a .jsonl file (if none is given: from stdin)")
     inputs("--task", help="inputs with references: e2e, webnlg, dart, xsum, scitldr, FILE.jsonl")
-    add("--split", choices=SPLITS, metavar="SPLIT", help=f"{', '.join(SPLITS)} (test; of FILE.jsonl all, unless scored)")
+    add("--split", choices=SPLITS, metavar="SPLIT", help=f"{', '.join(SPLITS)} (test; FILE.jsonl unscored: all)")
     add("--data", metavar="FOLDER", help="of the task's files")
     add("--topics", nargs="+", metavar="TOPIC", help="inputs of --task on these only (WebNLG: categories)")
     add("--topic-field", metavar="NAME", help="the key of a JSONL row's topic (topic)")
@@ -191,7 +191,7 @@ def read_examples(args: Namespace, trained_task: str) -> list[Example]:
 
 
 def put(texts: list[str], output: Path | None) -> list[str]:
-    """Print the texts, or write them to the file `output`, one a line -> the lines; a single one is printed as it is."""
+    """Print the texts, or write them to the file `output`, one a line -> the lines. One alone is printed as it is."""
     lines = [" ".join(text.splitlines()) for text in texts]  # one text is one line, whatever characters it has
     if distributed.rank() > 0:
         return lines

@@ -139,7 +139,7 @@ def load_inputs(
     max_source: int | None = None, *, data: str | None = None, topics: Sequence[str] | None = None,
     topic_field: str = "topic", new_tokens: int,
 ) -> list[Example]:  # fmt: skip
-    """At most `count` Examples of a task's split, on these topics, evenly spaced; so many new tokens fit behind each."""
+    """At most `count` Examples of a task's split, on these topics, evenly spaced; new_tokens fit behind each."""
     if count == 0:
         return []  # there need not be such a split
     examples = on_topics(load_examples(task, split, data, topic_field), topics, f"{task}, {split} split")

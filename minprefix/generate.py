@@ -94,8 +94,8 @@ def generate(
     """The text that the model writes for each source text: list of str -> list of str, without white space around.
 
     max_source, what: longer sources are cut, and that is said, see `encode_sources`. one_line: line breaks are
-    forbidden, as in the paper. options: those of `generate_ids`; BART's first and last token are by default those of its
-    config.json.
+    forbidden, as in the paper. options: those of `generate_ids`; BART's first and last token are by default those of
+    its config.json.
     InputError as in `generate_ids`.
     """
     if isinstance(sources, str):
@@ -135,7 +135,7 @@ def generate_ids(
         raise InputError(f"--batch-size is {batch_size}: it must be at least 1")
     rows = {row_count(prefix, kv) for kv in (prefix or {}).values()} - {1, len(sources)}
     if rows:
-        raise InputError(f"the prefix has {min(rows)} rows for {len(sources)} sources: give one for each, or one for all")
+        raise InputError(f"the prefix has {min(rows)} rows for {len(sources)} sources: give one for each, or one")
     device = next(model.parameters()).device
     forbidden_ids = torch.tensor(forbidden, dtype=torch.long, device=device)
 

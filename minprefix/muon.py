@@ -1,11 +1,10 @@
 """Muon (Jordan et al. 2024), the optimiser of keys and values that are trained directly.
 
-torch.optim.Muon takes single matrices; a prefix is a stack of them, one for the keys and one for the values of each head
-of each layer.
+torch.optim.Muon takes single matrices; a prefix is a stack of them, one for the keys and one for the values of each
+head of each layer.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:

@@ -52,8 +52,8 @@ class Prefix(nn.Module):
     """A prefix under training, one part for each site of the model; calling it gives what the model takes.
 
     hidden: width of the MLP that reparametrises it (paper section 4.3: 512 for table-to-text, 800 for summarisation);
-    0 trains the keys and values directly, by Muon. position_offset: position id of the (decoder's) first token, by default the
-    length of the prefix before it. sites: some of the model's, by default all.
+    0 trains the keys and values directly, by Muon. position_offset: position id of the (decoder's) first token, by
+    default the length of the prefix before it. sites: some of the model's, by default all.
     Parameters are float32 whatever the model's dtype.
     """
 

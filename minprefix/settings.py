@@ -32,7 +32,7 @@ LR = {  # learning rates; "adapter" is of 3% of the model's weights, the default
                   "embedding": 1.0, "infix": 0.03},
     "bart-mini": {"prefix": 0.03, "finetune": 1e-3, "top2": 2e-3, "adapter": 6e-3, "adapter 0.1%": 2e-2},
 }  # fmt: skip
-# Of a prefix or infix in the form that is not the model's default: keys and values trained directly, or an MLP's output.
+# Of a prefix or infix that is trained directly where the default is an MLP's output, or the other way round.
 OTHER_FORM_LR = {"direct": 0.03, "MLP": 3e-3}
 LOW_DATA_LR = {"gpt2-mini": {"prefix": 0.01, "finetune": 3e-4}}  # of 50 to 500 examples, in the studies
 STUDY_STEPS = {"gpt2-mini": 1000, "bart-mini": 400}  # of a study's runs on all of the data; others: the paper's epochs

@@ -298,7 +298,9 @@ BAD = {
     "no rate": (train, "--model model --task rows.jsonl --lr nan", "--lr is nan"),
     "no beams": (sample, "--prefix run/prefix.safetensors --input x --beams 0", "--beams is 0"),
     "seed too large": (sample, f"--prefix run/prefix.safetensors --input x --sample --seed {2**70}", "--seed"),
-    "length penalty nan": (sample, "--prefix run/prefix.safetensors --input x --length-penalty nan", "--length-penalty is nan"),
+    "length penalty nan": (
+        sample, "--prefix run/prefix.safetensors --input x --length-penalty nan", "--length-penalty is nan"
+    ),
     "texts into a folder": (sample, "--prefix run/prefix.safetensors --input x --output run", "run is a folder"),
     "texts below a file": (sample, "--prefix run --input x --output rows.jsonl/texts", "rows.jsonl is not a folder"),
     "scores over texts": (sample, "--prefix run/prefix.safetensors --input x --evaluate --output a.json", "a.json"),
