@@ -31,7 +31,7 @@ from minprefix.hub import resolve_model
 from minprefix.load import Model, check_vocabulary, keep_freed_memory, pick_device, pick_dtype
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, flag
 from minprefix.prefix import Prefix, count_numbers, fingerprint, parameter_shares
-from minprefix.runs import disk_size, is_run, resumable, run_folder, sample_command
+from minprefix.runs import disk_size, is_run, remove_half_written, resumable, run_folder, sample_command
 from minprefix.settings import OPTIONS, fill_settings, other_options, settings_table
 from minprefix.tokenizer import Tokenizer
 from minprefix.training import train
@@ -147,6 +147,8 @@ def run(args: Namespace) -> None:
     print(f"{args.method}{place}: {parameter_shares(tuned, model)}")
     if args.resume and not resuming:
         print(f"nothing to resume in {args.out}: starting")
+    if distributed.rank() == 0:
+        remove_half_written(args.out)
 
     trained, saved, total = count_numbers(tuned, model)
     mixed = finetune and dtype != torch.float32

@@ -18,7 +18,7 @@ from typing import IO, Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from minprefix.files import InputError, atomic_write, read_json
+from minprefix.files import InputError, atomic_write, out_of_memory, read_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -309,6 +309,9 @@ def read_bin(path: str | Path) -> dict[str, Tensor]:
             "get the model as safetensors"
         ) from error
     except Exception as error:  # for a damaged file torch raises nearly anything: RuntimeError, EOFError, KeyError, ...
+        if out_of_memory(error):
+            problem = f"{path} needs more memory than there is, or is damaged"
+            raise InputError(f"{problem}: free some memory, or download it again") from error
         problem = f"{path} is damaged or not a PyTorch file ({type(error).__name__})"
         raise InputError(f"{problem}: download it again") from error
     if not isinstance(loaded, dict):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minprefix.files import InputError
+from minprefix.files import InputError, one_line_errors
 
 T = TypeVar("T")
 
@@ -37,7 +37,8 @@ def each_rank(main: Callable[[], None]) -> Callable[[], None]:
             limit = datetime.timedelta(days=7)
             dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=limit)
             with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence if rank else sys.stdout):
-                main()
+                with one_line_errors():
+                    main()
             with others_alive():  # or one that ends early can be torn down while its connections are in use
                 dist.barrier()
         except (InputError, KeyboardInterrupt) as error:

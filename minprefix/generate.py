@@ -133,9 +133,8 @@ def generate_ids(
     search.check(model, forbidden)
     if batch_size < 1:
         raise InputError(f"--batch-size is {batch_size}: it must be at least 1")
-    rows = {row_count(prefix, kv) for kv in (prefix or {}).values()} - {1, len(sources)}
-    if rows:
-        raise InputError(f"the prefix has {min(rows)} rows for {len(sources)} sources: give one for each, or one")
+    for rows in {row_count(prefix, kv) for kv in (prefix or {}).values()} - {1, len(sources)}:
+        raise InputError(f"the prefix has {rows} rows for {len(sources)} sources: give one for each, or one for all")
     device = next(model.parameters()).device
     forbidden_ids = torch.tensor(forbidden, dtype=torch.long, device=device)
 

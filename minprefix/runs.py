@@ -10,7 +10,7 @@ from pathlib import Path
 from minprefix import distributed
 from minprefix.data import SUMMARISATION, TRIPLES
 from minprefix.examples import Example
-from minprefix.files import InputError, WriteError
+from minprefix.files import InputError, MemoryShort, WriteError, one_line_errors
 from minprefix.hub import model_name
 
 EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
@@ -38,12 +38,20 @@ def run_folder(out: Path | None, resume: bool, task: str, model: Path) -> Path:
     return last if resume else folder
 
 
+def remove_half_written(out: Path) -> None:
+    """Remove what a run that was killed as it wrote a file left in its folder: NAME.*.tmp, as `atomic_write` has it."""
+    for name in ("checkpoint.pt", "log.jsonl", "*.safetensors", "model/*", "loss.png", "result.json"):
+        for path in out.glob(f"{name}.*.tmp"):
+            path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def resumable(out: Path) -> Iterator[None]:
-    """What ends a run from outside says by which command it goes on, if it got as far as a checkpoint."""
+    """An error that stops the block's run from outside tells the command that resumes it, if there is a checkpoint."""
     try:
-        yield
-    except (KeyboardInterrupt, WriteError, distributed.RankLost) as error:
+        with one_line_errors():
+            yield
+    except (KeyboardInterrupt, WriteError, MemoryShort, distributed.RankLost) as error:
         if error.args and is_run(out):
             error.args = (f"{error.args[0]}; go on with: {resume_command(out)}", *error.args[1:])
         raise

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from minprefix import distributed, signals
 from minprefix.baselines import Tuned
 from minprefix.batches import Batch, Pair, bucket_batches, collate, pair_lengths, sorted_batches
-from minprefix.files import InputError, atomic_write
+from minprefix.files import InputError, atomic_write, out_of_memory
 from minprefix.linear import packed_weights
 from minprefix.load import Model
 from minprefix.loss import target_loss
@@ -93,6 +93,123 @@ def batch_stream(
         start = 0
 
 
+class Run:
+    """A run of `train`: what it trains on what, how far it has come, what it writes to OUT.
+
+    settings: what a resumed run must share. With `resume` it starts where OUT/checkpoint.pt has it.
+    """
+
+    def __init__(
+        self, model: Model, tuned: Tuned, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
+        out: Path, settings: dict[str, Any], resume: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.tuned, self.tokenizer, self.out, self.settings = model, tuned, tokenizer, out, settings
+        self.train_pairs, self.dev_pairs = train_pairs, dev_pairs
+        self.steps, self.batch_size, self.lr = (settings[key] for key in ("steps", "batch_size", "lr"))
+        self.optimizer = make_optimizer(tuned, self.lr)
+        self.schedule = LambdaLR(
+            self.optimizer, lambda step: linear_schedule(step, settings["steps"], settings["warmup"])
+        )
+        self.step = 0
+        self.log: Log = []
+        self.best: Any = None  # dev_loss, step and weights
+        self.sums = dict(NO_SUMS)  # since the last row of the log
+        if resume and (out / "checkpoint.pt").exists():
+            state = load_checkpoint(out / "checkpoint.pt", settings, tuned, self.optimizer, self.schedule)
+            self.step, self.log, self.best, self.sums = state
+        self.losses: list[Tensor] = []  # of the last steps, still on the device
+        self.since = time.perf_counter()  # when the first of them began
+        self.bar = tqdm(total=self.steps, initial=self.step, desc="training", unit="step", dynamic_ncols=True,
+                        disable=distributed.rank() > 0)  # fmt: skip
+
+    def is_due(self) -> bool:
+        """Whether the present step is one with a dev loss that is not taken yet."""
+        due = self.step % self.settings["eval_every"] == 0 or self.step == self.steps
+        return due and (not self.log or self.log[-1]["step"] < self.step)
+
+    def batches(self, start: int) -> Iterator[list[Pair]]:
+        """The batches from step `start` on."""
+        seed = self.settings["seed"]
+        return batch_stream(self.train_pairs, self.batch_size, seed, start, self.model.encoder_decoder)
+
+    def make_step(self, pairs: list[Pair]) -> None:
+        """One step on a batch of pairs, of which this rank takes its share."""
+        mine, device = distributed.share(pairs), next(self.model.parameters()).device
+        batch = collate(mine or pairs[:1], self.tokenizer, self.model).to(device)
+        share = target_tokens(mine) / target_tokens(pairs) if self.model.encoder_decoder else len(mine) / len(pairs)
+        with signals.put_off():  # a step is made whole or not at all
+            self.losses.append(training_step(self.model, self.tuned, batch, self.optimizer, share))
+            self.schedule.step()
+            self.step += 1
+            self.sums["tokens"] += target_tokens(pairs)
+            self.sums["examples"] += len(pairs)
+            self.bar.update()
+            if self.step % 10 == 0:
+                self.read_losses()
+                speed = (self.bar.format_dict["rate"] or 0.0) * self.batch_size
+                self.bar.set_postfix(
+                    loss=f"{self.sums['loss'] / self.sums['tokens']:.3f}",
+                    dev_loss=f"{self.log[-1]['dev_loss']:.3f}",
+                    examples_per_s=f"{speed:.0f}",
+                )
+
+    def read_losses(self) -> None:
+        """Put the losses of the last steps into the sums, which waits for the device: not at every step."""
+        losses = torch.stack(self.losses).tolist() if self.losses else []
+        for at, loss in enumerate(losses, self.step - len(losses) + 1):
+            if not math.isfinite(loss):
+                first = self.tokenizer.decode(next(self.batches(at - 1))[0][0]).strip()[:80]
+                remedy = f"lower the learning rate (--lr, now {self.lr}), or look at its batch, which begins with"
+                raise diverged(loss, f"at step {at}: {remedy} {first!r}", self.out)
+            self.sums["loss"] += loss
+        self.losses.clear()
+        self.sums["seconds"] += time.perf_counter() - self.since
+        self.since = time.perf_counter()
+
+    def evaluate(self) -> None:
+        """Take the dev loss, keep the best weights, and write everything down."""
+        with signals.put_off():
+            self.read_losses()
+        loss = dev_loss(self.model, self.tuned, self.dev_pairs, self.tokenizer, self.batch_size)
+        if not math.isfinite(loss) and self.step == 0:
+            raise InputError(f"the loss is {loss} before any training: look at the model's weights, or try --dtype")
+        if not math.isfinite(loss):
+            where = f"on the dev data after step {self.step}: lower the learning rate (--lr, now {self.lr})"
+            raise diverged(loss, where, self.out)
+        with signals.put_off():
+            self.log.append(self.new_row(loss))
+            if self.best is None or loss < self.best["dev_loss"]:
+                weights = {name: p.detach().clone() for name, p in self.tuned.state_dict().items()}
+                self.best = {"dev_loss": loss, "step": self.step, "weights": weights}
+            self.sums.update(NO_SUMS)
+            self.save()
+            if self.step:
+                tqdm.write(f"step {self.step:>6}  loss {self.log[-1]['loss']:.4f}  dev loss {loss:.4f}")
+            self.since = time.perf_counter()
+
+    def new_row(self, loss: float) -> dict[str, float]:
+        """The log's row for a dev loss: see `train`."""
+        epoch = round(self.step * self.batch_size / len(self.train_pairs), 3)
+        row = {"step": self.step, "epoch": epoch, "dev_loss": loss}
+        if self.step:
+            row["loss"] = self.sums["loss"] / self.sums["tokens"]
+            row["lr"] = self.optimizer.param_groups[0]["lr"]
+            row["examples_per_s"] = round(self.sums["examples"] / self.sums["seconds"], 1)
+        return row
+
+    def save(self) -> None:
+        if distributed.rank() == 0:
+            write_log(self.out, self.log)
+            save_checkpoint(self.out, self.settings, self.step, self.log, self.best, self.sums, self.tuned,
+                            self.optimizer, self.schedule)  # fmt: skip
+
+    def save_present_step(self) -> None:
+        """What can be saved of a run that was stopped between two dev losses."""
+        self.read_losses()
+        if self.log and all(p.isfinite().all() for p in self.tuned.parameters()):  # before the first row all is to do
+            self.save()
+
+
 def train(
     model: Model, tuned: Tuned, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
     out: str | Path, *, steps: int, batch_size: int, lr: float, warmup: int = 0, eval_every: int = 100,
@@ -105,13 +222,13 @@ def train(
     As in the authors' runs the loss is averaged over the batch's sentences for GPT-2 (a sentence's being the sum over
     its tokens), over its tokens for BART; and the gradient's norm is cut to 1.
     At the start and every `eval_every` steps the dev loss is taken and OUT/checkpoint.pt and OUT/log.jsonl are written,
-    the former also when a signal stops the run; with `resume` it goes on from there, on the same CPU bit for bit as if
-    it had not stopped. Rows of the log: step, epoch, dev_loss (nats per target token), and after the start loss
-    (likewise, since the last row), lr, examples_per_s.
+    the former also when the run is stopped by a signal, or because its output cannot be written. With `resume` it goes
+    on from there, on the same CPU bit for bit as if it had not stopped.
+    Rows of the log: step, epoch, dev_loss (nats per target token); after the start also loss (likewise, over the steps
+    since the last row), lr, examples_per_s.
     settings: what else a resumed run must share, name -> value. Of several ranks, rank 0 writes; all must see OUT.
-    InputError if a loss is not finite, or the run in OUT is of other settings; KeyboardInterrupt, RankLost.
+    InputError if a loss is not finite, or the run in OUT is of other settings; KeyboardInterrupt, RankLost, OSError.
     """
-    out, device = Path(out), next(model.parameters()).device
     settings = {
         **(settings or {}),
         "dtype": str(dtype_of_products(model)), "model": fingerprint(model), "trained": type(tuned).__name__,
@@ -119,102 +236,24 @@ def train(
         "position_offset": tuned.position_offset,
         "training data": digest(train_pairs), "dev data": digest(dev_pairs),
     }  # fmt: skip
-    optimizer = make_optimizer(tuned, lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup))
-    step = 0
-    log: Log = []
-    best: Any = None  # dev_loss, step and weights
-    sums = dict(NO_SUMS)  # since the last row of the log
-    if resume and (out / "checkpoint.pt").exists():
-        step, log, best, sums = load_checkpoint(out / "checkpoint.pt", settings, tuned, optimizer, schedule)
-    for name in ("checkpoint.pt", "log.jsonl") if distributed.rank() == 0 else ():
-        for left in out.glob(f"{name}.*.tmp"):
-            left.unlink()  # a process was killed as it wrote it
-    losses: list[Tensor] = []  # of the last steps, on the device
-    since = time.perf_counter()  # when the first of them began
-
-    def read_losses() -> None:
-        """Put the losses of the last steps into the sums, which waits for the device: not at every step."""
-        nonlocal since
-        for at, loss in enumerate(torch.stack(losses).tolist() if losses else [], step - len(losses) + 1):
-            if not math.isfinite(loss):
-                batch = next(batch_stream(train_pairs, batch_size, seed, at - 1, model.encoder_decoder))
-                first = tokenizer.decode(batch[0][0]).strip()[:80]
-                remedy = f"lower the learning rate (--lr, now {lr}), or look at its batch, which begins with"
-                raise diverged(loss, f"at step {at}: {remedy} {first!r}", out)
-            sums["loss"] += loss
-        losses.clear()
-        sums["seconds"] += time.perf_counter() - since
-        since = time.perf_counter()
-
-    def save() -> None:
-        if distributed.rank() == 0:
-            write_log(out, log)
-            save_checkpoint(out, settings, step, log, best, sums, tuned, optimizer, schedule)
-
-    def evaluate() -> None:
-        """Take the dev loss, keep the best weights, and write everything down."""
-        nonlocal best, since
-        with signals.put_off():
-            read_losses()
-        loss = dev_loss(model, tuned, dev_pairs, tokenizer, batch_size)
-        if not math.isfinite(loss) and step == 0:
-            raise InputError(f"the loss is {loss} before any training: look at the model's weights, or try --dtype")
-        if not math.isfinite(loss):
-            raise diverged(loss, f"on the dev data after step {step}: lower the learning rate (--lr, now {lr})", out)
-        with signals.put_off():
-            log.append({"step": step, "epoch": round(step * batch_size / len(train_pairs), 3), "dev_loss": loss})
-            if step:
-                speed = round(sums["examples"] / sums["seconds"], 1)
-                mean, rate = sums["loss"] / sums["tokens"], optimizer.param_groups[0]["lr"]
-                log[-1].update(loss=mean, lr=rate, examples_per_s=speed)
-                bar.write(f"step {step:>6}  loss {mean:.4f}  dev loss {loss:.4f}")
-            if best is None or loss < best["dev_loss"]:
-                weights = {name: p.detach().clone() for name, p in tuned.state_dict().items()}
-                best = {"dev_loss": loss, "step": step, "weights": weights}
-            sums.update(NO_SUMS)
-            save()
-            since = time.perf_counter()
-
+    run = Run(model, tuned, tokenizer, train_pairs, dev_pairs, Path(out), settings, resume)
     # Rank 0 acts on signals, the others end when it does.
     others = signals.put_off() if distributed.rank() else contextlib.nullcontext()
-    bar = tqdm(total=steps, initial=step, desc="training", unit="step", dynamic_ncols=True,
-               disable=distributed.rank() > 0)  # fmt: skip
-    batches = batch_stream(train_pairs, batch_size, seed, step, model.encoder_decoder)
-    with bar, others, packed_weights(model, training=True):
+    batches = run.batches(run.step)
+    with run.bar, others, packed_weights(model, training=True):
         try:
             while True:
-                if (step % eval_every == 0 or step == steps) and (not log or log[-1]["step"] < step):
-                    evaluate()
-                if step == steps:
+                if run.is_due():
+                    run.evaluate()
+                if run.step == steps:
                     break
-                pairs = next(batches)
-                mine = distributed.share(pairs)
-                batch = collate(mine or pairs[:1], tokenizer, model).to(device)
-                share = target_tokens(mine) / target_tokens(pairs) if model.encoder_decoder else len(mine) / len(pairs)
-                with signals.put_off():  # a step is made whole or not at all
-                    losses.append(training_step(model, tuned, batch, optimizer, share))
-                    schedule.step()
-                    step += 1
-                    sums["tokens"] += target_tokens(pairs)
-                    sums["examples"] += len(pairs)
-                    bar.update()
-                    if step % 10 == 0:
-                        read_losses()
-                        speed = (bar.format_dict["rate"] or 0.0) * batch_size
-                        bar.set_postfix(
-                            loss=f"{sums['loss'] / sums['tokens']:.3f}",
-                            dev_loss=f"{log[-1]['dev_loss']:.3f}",
-                            examples_per_s=f"{speed:.0f}",
-                        )
-        except (KeyboardInterrupt, distributed.RankLost):
+                run.make_step(next(batches))
+        except (KeyboardInterrupt, distributed.RankLost, OSError):  # the last: the output finds no room
             with contextlib.suppress(KeyboardInterrupt), signals.put_off():  # one is enough
-                read_losses()
-                if log and all(p.isfinite().all() for p in tuned.parameters()):  # before the first row all is to do
-                    save()
+                run.save_present_step()
             raise
-    tuned.load_state_dict(best["weights"])
-    return log, best["step"]
+    tuned.load_state_dict(run.best["weights"])
+    return run.log, run.best["step"]
 
 
 def diverged(loss: float, where: str, out: Path) -> InputError:
@@ -262,6 +301,8 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         saved = dict(state["settings"])
         differing = [key for key in {**settings, **saved} if saved.get(key) != settings.get(key)]
     except Exception as error:  # torch.load documents no closed list of errors for a damaged file
+        if out_of_memory(error):
+            raise
         raise InputError(f"{path} cannot be resumed from, it is damaged: delete it to start again") from error
     for key in differing:
         hidden = key in ("model", "training data", "dev data")  # known by their digests only
@@ -283,6 +324,8 @@ def load_checkpoint(
         schedule.load_state_dict(state["schedule"])
         return state["step"], state["log"], state["best"], state["sums"]
     except Exception as error:  # whatever the contents of a damaged file lead to
+        if out_of_memory(error):  # of the device, say: nothing is wrong with the file
+            raise
         what = "is of a run that trained something else, or damaged"
         raise InputError(f"{path} {what}: resume with the same settings, or delete it to start again") from error
 

@@ -8,7 +8,7 @@ import pytest
 
 import sample
 from minprefix.examples import Example
-from minprefix.runs import disk_size, sample_command, texts_folder
+from minprefix.runs import disk_size, remove_half_written, sample_command, texts_folder
 
 SHORT, LONG = [Example("item 3", ["It is three."])], [Example("word " * 99, ["Words."])]
 
@@ -44,3 +44,14 @@ def test_scored_texts_lie_in_the_run(tmp_path):
         assert texts_folder(tmp_path / trained) == tmp_path / "run"
     assert texts_folder(tmp_path / "elsewhere.safetensors") == Path()
     assert disk_size(tmp_path / "run" / "prefix.safetensors") == disk_size(tmp_path / "run" / "model") == 4
+
+
+def test_half_written_files_are_removed_and_no_others(tmp_path):
+    (tmp_path / "model").mkdir()
+    kept = ["checkpoint.pt", "result.json", "model/config.json", "notes.tmp", "my.txt.1.tmp"]
+    ours = ["checkpoint.pt", "log.jsonl", "result.json", "loss.png", "adapter.safetensors", "model/model.safetensors"]
+    for name in [*kept, *(f"{name}.k1ll_3d.tmp" for name in ours)]:
+        (tmp_path / name).write_text("half")
+    remove_half_written(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
+    remove_half_written(tmp_path / "nowhere")

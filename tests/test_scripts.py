@@ -1,5 +1,6 @@
 """train.py and sample.py as a user runs them: from the command line to the files, and what they say to bad input."""
 
+import errno
 import json
 import os
 import re
@@ -212,7 +213,7 @@ def stop_and_resume(world, capsys, out, disturb):
     assert shlex.split(line.partition("; go on with: ")[2])[1:] == [*sys.argv, "--resume"], err
     assert not list(out.glob("*.tmp")) and not (out / "prefix.safetensors").exists()
     state = torch.load(out / "checkpoint.pt", weights_only=True)
-    for name in ("checkpoint.pt", "log.jsonl"):
+    for name in ("checkpoint.pt", "log.jsonl", "result.json", "prefix.safetensors"):
         (out / f"{name}.killed.tmp").write_text("half")
     assert call(train, capsys, *common, out, "--resume")[0] == 0 and not list(out.glob("*.tmp"))
     logs = [[json.loads(row) for row in open(folder / "log.jsonl")] for folder in (out, whole)]
@@ -268,6 +269,36 @@ def test_a_full_disk_leaves_the_last_checkpoint(world, capsys, tmp_path):
     assert state["step"] == 0
 
 
+def test_a_full_disk_below_the_output_saves_the_present_step(world, capsys, tmp_path):
+    """A bar that finds no room at step 6, between two dev losses."""
+
+    class Bar(training.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            if self.n == 6:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    code, line, state = stop_and_resume(
+        world, capsys, tmp_path / "run", lambda patch: patch.setattr(training, "tqdm", Bar)
+    )
+    assert code == 2 and "error: cannot write the output: No space left on device; make room" in line
+    assert state["step"] == 6
+
+
+def test_too_little_memory_says_how_to_go_on(world, capsys, tmp_path):
+    original, calls = training.training_step, []
+
+    def hungry(*args):
+        calls.append(None)
+        return torch.empty(10**14) if len(calls) == 7 else original(*args)
+
+    code, line, state = stop_and_resume(
+        world, capsys, tmp_path / "run", lambda patch: patch.setattr(training, "training_step", hungry)
+    )
+    assert code == 2 and "error: out of memory (400000000000000 bytes more needed): free some, or lower" in line
+    assert state["step"] == 4  # the last that was written; step 7 may be half done
+
+
 def break_prefix(source, target, **metadata):
     """A copy of a prefix file with other metadata."""
     raw = source.read_bytes()
@@ -298,9 +329,7 @@ BAD = {
     "no rate": (train, "--model model --task rows.jsonl --lr nan", "--lr is nan"),
     "no beams": (sample, "--prefix run/prefix.safetensors --input x --beams 0", "--beams is 0"),
     "seed too large": (sample, f"--prefix run/prefix.safetensors --input x --sample --seed {2**70}", "--seed"),
-    "length penalty nan": (
-        sample, "--prefix run/prefix.safetensors --input x --length-penalty nan", "--length-penalty is nan"
-    ),
+    "length penalty nan": (sample, "--prefix run --input x --length-penalty nan", "--length-penalty is nan"),
     "texts into a folder": (sample, "--prefix run/prefix.safetensors --input x --output run", "run is a folder"),
     "texts below a file": (sample, "--prefix run --input x --output rows.jsonl/texts", "rows.jsonl is not a folder"),
     "scores over texts": (sample, "--prefix run/prefix.safetensors --input x --evaluate --output a.json", "a.json"),

@@ -160,6 +160,19 @@ def test_resuming_refuses_other_settings_and_damage(model_folder, tmp_path):
         run(model_folder, tmp_path, resume=True)
 
 
+def test_a_checkpoint_is_not_called_damaged_for_want_of_memory(model_folder, tmp_path, monkeypatch):
+    """Whoever believed that would delete it."""
+
+    def hungry(*args, **options):
+        torch.empty(10**14)
+
+    run(model_folder, tmp_path)
+    for owner, name in ((torch, "load"), (torch.optim.AdamW, "load_state_dict")):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="can't allocate memory"):
+            patch.setattr(owner, name, hungry)
+            run(model_folder, tmp_path, resume=True)
+
+
 def test_a_damaged_checkpoint_is_refused_or_harmless(model_folder, tmp_path):
     """Each bit that is flipped is told, unless it is one of those that fill up the file between its parts."""
 
