@@ -146,7 +146,7 @@ def main() -> None:
         json.dump(known | losses, file, indent=2)
     args.lr = {method: best(losses[method]) for method in methods}
     runs = study(args)
-    take_over(runs, args.out / f"tune-{data}", args.out / args.study)
+    take_over(runs, args.out, args.out / args.study)
     rows = execute(runs, args.out / args.study, args)
     text = table(rows, {method: losses[method] for method in methods}, args)
     with atomic_write(args.out / args.study / "table.md") as file:
@@ -229,15 +229,15 @@ def commands(run: Run, folder: Path) -> Iterator[list[str]]:
         yield [sample, "--prefix", str(out), *arguments, "--evaluate", "--output", str(out / f"{name}.txt")]
 
 
-def take_over(runs: list[Run], tuned: Path, folder: Path) -> None:
-    """Put a study's runs into its folder that were trained already, when the learning rates were tuned."""
-    there = {tuple(read_json(path)): path.parent for path in tuned.glob(f"*/{TRAINED}")}
+def take_over(runs: list[Run], out: Path, folder: Path) -> None:
+    """Put a study's runs into its folder that were trained already, to tune a learning rate or for another study."""
+    there = {tuple(read_json(path)): path.parent for path in out.glob(f"*/*/{TRAINED}")}
     for run in runs:
-        twin, out = there.get(tuple(run.train)), folder / run.name
-        if twin and not out.exists():
-            part = out.with_name(out.name + ".tmp")
+        twin, own = there.get(tuple(run.train)), folder / run.name
+        if twin and not own.exists():
+            part = own.with_name(own.name + ".tmp")
             shutil.copytree(twin, part, dirs_exist_ok=True)  # there is one if it was stopped in this
-            part.rename(out)
+            part.rename(own)
 
 
 def is_trained(run: Run, out: Path) -> bool:

@@ -17,10 +17,12 @@ class Muon(torch.optim.Optimizer):
     """Steps along the gradient's momentum made orthogonal, matrix by matrix: all of its directions move alike.
 
     params: stacks of matrices (..., P, D). lr: about the root mean square by which a step changes their numbers.
+    weight_decay: the share of lr by which a step also shrinks them. It matters for what a prefix does to names that
+    training did not have: large keys draw the attention away from the input (see weights/README.md).
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -32,6 +34,7 @@ class Muon(torch.optim.Optimizer):
                 momentum = state.setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 direction = orthogonal(p.grad.lerp(momentum, group["momentum"]))  # Nesterov's
+                p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(direction, alpha=group["lr"] * max(p.shape[-2:]) ** 0.5)
 
 

@@ -24,9 +24,9 @@ def test_a_stack_is_trained_as_torch_trains_each_of_its_matrices():
     start, target = torch.randn(2, 3, 10, 4), torch.randn(2, 3, 10, 4)
     stack = start.clone().requires_grad_()
     singles = [matrix.clone().requires_grad_() for matrix in start.flatten(0, 1)]
-    ours = Muon([stack], lr=0.02)
-    # Torch's step is 0.2 sqrt(10) lr long, in bfloat16.
-    torchs = torch.optim.Muon(singles, lr=0.1, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    ours = Muon([stack], lr=0.02, weight_decay=0.5)
+    # Torch's step is 0.2 sqrt(10) lr long, in bfloat16; its decay is of that lr.
+    torchs = torch.optim.Muon(singles, lr=0.1, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
         (stack - target).pow(2).sum().backward()
         sum((one - t).pow(2).sum() for one, t in zip(singles, target.flatten(0, 1), strict=True)).backward()
