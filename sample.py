@@ -25,7 +25,7 @@ from minprefix.examples import Example, on_topics
 from minprefix.files import InputError, atomic_write, read_text, run_main
 from minprefix.generate import search_options
 from minprefix.hub import resolve_model
-from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_dtype
+from minprefix.load import check_vocabulary, empty_model, keep_freed_memory, pick_device, pick_dtype
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, fill
 from minprefix.requests import load_prefixes, read_requests, write_requests
 from minprefix.runs import texts_folder
@@ -46,7 +46,7 @@ def parse_args() -> Namespace:
     inputs("--input", nargs="+", metavar="TEXT", help="inputs, in the form of the prefix's task")
     inputs("--file", help="one input a line, or a .jsonl file (if none is given: from stdin)")
     inputs("--task", help="inputs with references: e2e, webnlg, dart, xsum, scitldr, FILE.jsonl")
-    add("--split", choices=SPLITS, metavar="SPLIT", help=f"{', '.join(SPLITS)} (test; FILE.jsonl all)")
+    add("--split", choices=SPLITS, metavar="SPLIT", help=f"{', '.join(SPLITS)} (test; FILE.jsonl unscored: all)")
     add("--data", metavar="FOLDER", help="of the task's files")
     add("--topics", nargs="+", metavar="TOPIC", help="inputs of --task on these only (WebNLG: categories)")
     add("--topic-field", metavar="NAME", help="the key of a JSONL row's topic (topic)")
@@ -76,7 +76,7 @@ def parse_args() -> Namespace:
 
     args = parser.parse_args()
     check(args)
-    split = "test" if args.task and not args.task.endswith(".jsonl") else "all"
+    split = "test" if args.task and (args.evaluate or not args.task.endswith(".jsonl")) else "all"
     fill(args, {"split": split, "topic_field": "topic", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 101})
     args.prefixes, args.prefix = args.prefix, next(iter(args.prefix), None)  # all of them, the first
     if args.evaluate and not args.output:
@@ -118,9 +118,10 @@ def main() -> None:
     if name is None:
         raise InputError("which model? give --prefix FILE, or --model for a frozen model alone")
     device, folder = pick_device(args.device), resolve_model(name)
-    model, tokenizer = load_model(folder, device, pick_dtype(args.dtype, device)), load_tokenizer(folder)
-    if args.dtype == "auto" and model.head.weight.size(1) < 512:
-        model = load_model(folder, device)  # in float32: a narrow model is as fast, and free of bfloat16's rounding
+    dtype = pick_dtype(args.dtype, device)
+    if args.dtype == "auto" and empty_model(folder).head.weight.size(1) < 512:
+        dtype = torch.float32  # a narrow model is as fast in it, and free of bfloat16's rounding
+    model, tokenizer = load_model(folder, device, dtype), load_tokenizer(folder)
     check_vocabulary(tokenizer, model, folder)
 
     rank, several = distributed.rank(), distributed.world_size() > 1
@@ -172,8 +173,7 @@ def read_examples(args: Namespace, trained_task: str) -> list[Example]:
     rows = args.task or args.file
     if args.task or str(args.file).endswith(".jsonl"):
         examples = load_examples(rows, args.split, args.data, args.topic_field)
-        if args.topics:
-            examples = on_topics(examples, args.topics, f"{args.task}, {args.split} split")
+        examples = on_topics(examples, args.topics, f"{args.task}, {args.split} split")
         if not rows.endswith(".jsonl"):
             return examples
         return [Example(format_source(trained_task, e.source), e.references) for e in examples]
@@ -191,7 +191,7 @@ def read_examples(args: Namespace, trained_task: str) -> list[Example]:
 
 
 def put(texts: list[str], output: Path | None) -> list[str]:
-    """Print the texts, or write them to the file `output`, one a line -> the lines."""
+    """Print the texts, or write them to the file `output`, one a line -> the lines. One alone is printed as it is."""
     lines = [" ".join(text.splitlines()) for text in texts]  # one text is one line, whatever characters it has
     if distributed.rank() > 0:
         return lines
@@ -200,7 +200,7 @@ def put(texts: list[str], output: Path | None) -> list[str]:
             file.writelines(line + "\n" for line in lines)
         print(f"wrote {len(lines)} texts to {output}", file=sys.stderr)
     else:
-        print(*lines, sep="\n")
+        print(*(texts if len(texts) == 1 else lines), sep="\n")
     return lines
 
 

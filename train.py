@@ -58,7 +58,7 @@ def parse_args() -> Namespace:
     add("--model", default="gpt2-mini", help="a GPT-2 or BART: a folder, bundled, or of the hub (%(default)s)")
     add("--method", choices=OPTIONS, metavar="METHOD", default="prefix", help=f"{', '.join(OPTIONS)} (%(default)s)")
     add("--prefix-length", type=int, metavar="N", help="virtual tokens (by model)")
-    add("--hidden", type=int, metavar="N", help="width of the prefix's MLP, 0 for none (by model)")
+    add("--hidden", type=int, metavar="N", help="width of the prefix's MLP; 0: none, and Muon, not AdamW (by model)")
     add("--adapter-width", type=int, metavar="N", help="of an adapter's bottleneck (by model, 3%% of its weights)")
     add("--init", metavar="TEXT", help='words that a prefix starts from, "table to text :" (random numbers)')
     add("--sites", nargs="+", metavar="SITE", help="BART: some of encoder, decoder, cross (all)")
@@ -126,7 +126,7 @@ def run(args: Namespace) -> None:
     check_vocabulary(tokenizer, model, args.model)
     search = {**recipe(args.task), "beams": args.beams}  # for the texts at the end
     if args.eval_inputs:
-        Search(**search).check(model, tokenizer.newline_ids)
+        Search(search["beams"]).check(model, tokenizer.newline_ids)
 
     # What is trained, and on what.
     tuned = make_tuned(
@@ -199,7 +199,8 @@ def load_data(
     train_pairs = load_pairs(args.task, "train", *common, **chosen, limit=args.limit)
     dev_pairs = load_pairs(args.task, "dev", *common, **chosen)
     new_tokens = recipe(args.task)["max_new_tokens"]
-    test = load_inputs(args.task, "test", args.eval_inputs, *common, data=args.data, new_tokens=new_tokens)
+    test = load_inputs(args.task, "test", args.eval_inputs, *common, data=args.data, topics=args.topics,
+                       topic_field=args.topic_field, new_tokens=new_tokens)  # fmt: skip
     return train_pairs, spread(dev_pairs, 500), test
 
 

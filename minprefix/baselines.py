@@ -94,6 +94,8 @@ class Adapters(nn.Module):
     def __init__(self, model: Model, width: int):
         super().__init__()
         layers = {name: layer for name, layer in model.named_modules() if name.endswith(SUBLAYER_ENDS)}
+        if any(layer._forward_hooks for layer in layers.values()):
+            raise InputError("the model has adapters already: load it anew")
         self.names = list(layers)
         self.adapters = nn.ModuleList(Adapter(layer.out_features, width) for layer in layers.values())
         for layer, adapter in zip(layers.values(), self.adapters, strict=True):

@@ -125,9 +125,7 @@ def load_pairs(
     only. limit: the first so many. low_data: so many, or of "dev" the paper's 30% of it, drawn at random from the seed.
     """
     where = f"{task}, {split} split"
-    examples = load_examples(task, split, data, topic_field)
-    if topics:
-        examples = on_topics(examples, topics, where)
+    examples = on_topics(load_examples(task, split, data, topic_field), topics, where)
     if low_data:
         count = math.ceil(3 * low_data / 10) if split == "dev" else low_data
         examples = draw_pairs(examples, count, seed, where)
@@ -138,12 +136,14 @@ def load_pairs(
 
 def load_inputs(
     task: str, split: str, count: int, tokenizer: Tokenizer, model: Model, start: int,
-    max_source: int | None = None, *, data: str | None = None, new_tokens: int,
+    max_source: int | None = None, *, data: str | None = None, topics: Sequence[str] | None = None,
+    topic_field: str = "topic", new_tokens: int,
 ) -> list[Example]:  # fmt: skip
-    """At most `count` Examples of a task's split, evenly spaced; they leave room for so many new tokens."""
+    """At most `count` Examples of a task's split, on these topics, evenly spaced; new_tokens fit behind each."""
     if count == 0:
         return []  # there need not be such a split
-    examples = spread(load_examples(task, split, data), count)
+    examples = on_topics(load_examples(task, split, data, topic_field), topics, f"{task}, {split} split")
+    examples = spread(examples, count)
     sources = encode_sources([example.source for example in examples], tokenizer, model, max_source, what=None)
     longest = [(source, [0] * new_tokens) for source in sources]
     check_lengths(longest, model, start, f"{task}, {split} split with {new_tokens} new tokens")

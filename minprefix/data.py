@@ -35,6 +35,7 @@ DEADLINE = 120  # seconds that the whole download may take
 MAX_BYTES = 32 * 2**20  # of the zip and of each file in it; the largest has 9 MiB
 
 SLOT_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}  # the others keep theirs
+SLOTS = ("name", "eatType", "food", "priceRange", "customer rating", "area", "familyFriendly", "near")
 SPLITS = ("train", "dev", "test")
 WEBNLG_SPLITS = (*SPLITS, "test_seen", "test_unseen")
 TRIPLES = ("webnlg", "dart")
@@ -103,10 +104,19 @@ def format_source(task: str, text: str) -> str:
     """
     text = check_text(text, "the input")
     if task == "e2e" and ("[" in text or " : " not in text):
+        for slot, _ in re.findall(PAIR, text):
+            tell_unknown_slot(slot.strip())
         return linearise_e2e(text)
     if task in TRIPLES:
         return linearise_triples(split_triples(text))
     return collapse(text) if task in SUMMARISATION else text
+
+
+@functools.cache  # once for each slot, however many inputs have it
+def tell_unknown_slot(slot: str) -> None:
+    """Say on stderr that E2E has no such slot; data in E2E's form, of a user's own, may have it."""
+    if slot not in SLOTS and slot not in SLOT_NAMES.values():
+        print(f"{slot!r} is no slot of E2E's: it has {', '.join(SLOTS)}", file=sys.stderr)
 
 
 def linearise_e2e(mr: str, where: str = "the input") -> str:

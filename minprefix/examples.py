@@ -48,8 +48,13 @@ def grouped(examples: list[Example]) -> list[Example]:
     return list(by_source.values())
 
 
-def on_topics(examples: list[Example], topics: Sequence[str], where: str) -> list[Example]:
-    """The Examples on one of these topics, in order; InputError if none is on one of them. where: for the message."""
+def on_topics(examples: list[Example], topics: Sequence[str] | None, where: str) -> list[Example]:
+    """The Examples on one of these topics, in order, or without topics all; InputError if none is on one of them.
+
+    where: for the message.
+    """
+    if not topics:
+        return examples
     there = {example.topic for example in examples if example.topic is not None}
     if missing := [topic for topic in topics if topic not in there]:
         known = f"the topics there are {', '.join(sorted(there))}" if there else "the examples there have no topics"

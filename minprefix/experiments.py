@@ -108,7 +108,7 @@ def complete(args: Namespace) -> None:
 def inputs(args: Namespace, split: str, topics: Sequence[str]) -> list[Example]:
     """The Examples that sample.py writes texts for."""
     examples = load_examples(args.task, split, args.data)
-    return (on_topics(examples, topics, f"{args.task}, {split} split") if topics else examples)[: args.limit_test]
+    return on_topics(examples, topics, f"{args.task}, {split} split")[: args.limit_test]
 
 
 def adapter_width(folder: Path, share: float) -> int:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from minprefix.attention import Cache, PrefixDict, PrefixStack, row_count
 from minprefix.batches import encode_sources, start_id
-from minprefix.data import SUMMARISATION, TRIPLES
+from minprefix.data import SUMMARISATION, TASKS, TRIPLES
 from minprefix.files import InputError
 from minprefix.linear import packed_weights
 from minprefix.load import Model, check_vocabulary
@@ -62,15 +62,16 @@ class Search:
 
 
 def recipe(task: str) -> dict[str, Any]:
-    """How a task's texts are usually searched for: options of `Search`.
+    """How a task's texts are usually searched for: options of `Search`, and `one_line` of `generate`.
 
     Summaries: as BART's authors decode XSum (Lewis et al. 2020), with the length penalty of the paper's runs. All else:
     the beam search of the paper's table-to-text; 3% of WebNLG's texts have more than 64 GPT-2 tokens, hence the 100.
     """
     if task in SUMMARISATION:
-        return {"beams": 6, "length_penalty": 0.8, "no_repeat_ngram": 3, "min_new_tokens": 10, "max_new_tokens": 60}
+        return {"beams": 6, "length_penalty": 0.8, "no_repeat_ngram": 3, "min_new_tokens": 10, "max_new_tokens": 60,
+                "one_line": True}  # fmt: skip
     return {"beams": 5, "length_penalty": 1.0, "no_repeat_ngram": 0, "min_new_tokens": 0,
-            "max_new_tokens": 100 if task in TRIPLES else 64}  # fmt: skip
+            "max_new_tokens": 100 if task in TRIPLES else 64, "one_line": task in TASKS}  # fmt: skip
 
 
 def search_options(task: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -87,19 +88,20 @@ def search_options(task: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def generate(
     model: Model, tokenizer: Tokenizer, sources: list[str], prefix: PrefixDict | None = None, beams: int = 5,
-    max_new_tokens: int = 64, max_source: int | None = None, what: str | None = "sources", **options: Any,
+    max_new_tokens: int = 64, max_source: int | None = None, what: str | None = "sources", one_line: bool = True,
+    **options: Any,
 ) -> list[str]:  # fmt: skip
     """The text that the model writes for each source text: list of str -> list of str, without white space around.
 
-    max_source, what: longer sources are cut, and that is said, see `encode_sources`. options: those of `generate_ids`;
-    by default the tokens of blank lines are forbidden (as in the paper), and BART's first and last token are those of
+    max_source, what: longer sources are cut, and that is said, see `encode_sources`. one_line: line breaks are
+    forbidden, as in the paper. options: those of `generate_ids`; BART's first and last token are by default those of
     its config.json.
     InputError as in `generate_ids`.
     """
     if isinstance(sources, str):
         raise InputError("sources is a single text: give a list of texts")
     check_vocabulary(tokenizer, model)
-    options.setdefault("forbidden", tokenizer.newline_ids)
+    options.setdefault("forbidden", tokenizer.newline_ids if one_line else ())
     if model.encoder_decoder:
         options.setdefault("forced_first", model.config["forced_bos_token_id"])
         options.setdefault("forced_last", model.config["forced_eos_token_id"])

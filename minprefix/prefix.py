@@ -52,8 +52,8 @@ class Prefix(nn.Module):
     """A prefix under training, one part for each site of the model; calling it gives what the model takes.
 
     hidden: width of the MLP that reparametrises it (paper section 4.3: 512 for table-to-text, 800 for summarisation);
-    0 trains the keys and values directly. position_offset: position id of the (decoder's) first token, by default the
-    length of the prefix before it. sites: some of the model's, by default all.
+    0 trains the keys and values directly, by Muon. position_offset: position id of the (decoder's) first token, by
+    default the length of the prefix before it. sites: some of the model's, by default all.
     Parameters are float32 whatever the model's dtype.
     """
 
@@ -71,7 +71,7 @@ class Prefix(nn.Module):
             raise InputError(f"the model has no prefix site {min(unknown)!r}, only {', '.join(model.prefix_sites)}")
         if length < 1 or hidden < 0:
             raise InputError(f"prefix length {length} must be at least 1, hidden width {hidden} at least 0")
-        self.length = length
+        self.length, self.hidden = length, hidden
         default = length if "decoder" in sites else 0  # nothing stands before the decoder's tokens then
         self.position_offset = default if position_offset is None else position_offset
         self.parts = nn.ModuleDict(

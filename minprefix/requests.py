@@ -14,6 +14,7 @@ from minprefix.tokenizer import Tokenizer
 
 Request = tuple[str, str]  # a source, the name of its prefix
 
+
 def load_prefixes(paths: list[Path], model: Model) -> dict[str, FoldedPrefix]:
     """Prefix files and folders by name: the file's without its ending, or the folder's."""
     prefixes: dict[str, FoldedPrefix] = {}

@@ -22,17 +22,19 @@ PAPER_TASK: dict[str, dict[str, float]] = {  # what the paper sets otherwise for
 }
 BUNDLED: dict[str, dict[str, float]] = {  # see weights/README.md
     "gpt2-mini": {"prefix_length": 100, "hidden": 0, "adapter_width": 28, "batch_size": 16, "steps": 1500},
-    "bart-mini": {"prefix_length": 20, "hidden": 512, "adapter_width": 25, "batch_size": 16, "steps": 750},
+    "bart-mini": {"prefix_length": 20, "hidden": 0, "adapter_width": 25, "batch_size": 16, "steps": 750},
 }
 LR = {  # learning rates; "adapter" is of 3% of the model's weights, the default width
     "gpt2": {"prefix": 8e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5, "adapter 0.1%": 8e-5,
              "embedding": 8e-5, "infix": 8e-5},
     "bart": {"prefix": 5e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5, "adapter 0.1%": 8e-5},
-    "gpt2-mini": {"prefix": 0.1, "finetune": 1e-3, "top2": 3e-3, "adapter": 1e-2, "adapter 0.1%": 0.03,
-                  "embedding": 1.0, "infix": 0.3},
-    "bart-mini": {"prefix": 3e-3, "finetune": 1e-3, "top2": 2e-3, "adapter": 6e-3, "adapter 0.1%": 2e-2},
+    "gpt2-mini": {"prefix": 0.03, "finetune": 1e-3, "top2": 3e-3, "adapter": 1e-2, "adapter 0.1%": 0.03,
+                  "embedding": 1.0, "infix": 0.03},
+    "bart-mini": {"prefix": 0.03, "finetune": 1e-3, "top2": 2e-3, "adapter": 6e-3, "adapter 0.1%": 2e-2},
 }  # fmt: skip
-LOW_DATA_LR = {"gpt2-mini": {"prefix": 0.02, "finetune": 3e-4}}  # of 50 to 500 examples, in the studies
+# Of a prefix or infix that is trained directly where the default is an MLP's output, or the other way round.
+OTHER_FORM_LR = {"direct": 0.03, "MLP": 3e-3}
+LOW_DATA_LR = {"gpt2-mini": {"prefix": 0.01, "finetune": 3e-4}}  # of 50 to 500 examples, in the studies
 STUDY_STEPS = {"gpt2-mini": 1000, "bart-mini": 400}  # of a study's runs on all of the data; others: the paper's epochs
 
 OPTIONS: dict[str, set[str]] = {  # method -> the options that set it and no other of its kind
@@ -62,6 +64,8 @@ def fill_settings(args: Namespace) -> None:
     """What the command line of train.py leaves open; args.model is a folder."""
     kind = str(read_config(args.model).get("model_type"))
     settings = default_settings(model_name(args.model), kind, args.task, args.method)
+    if args.hidden is not None and args.method in ("prefix", "infix") and bool(args.hidden) != bool(settings["hidden"]):
+        settings["lr"] = OTHER_FORM_LR["MLP" if args.hidden else "direct"]
     if args.epochs is not None or args.steps is not None:
         settings = {key: value for key, value in settings.items() if key not in ("epochs", "steps")}
     fill(args, {"topic_field": "topic", "low_data_seed": 0, "beams": recipe(args.task)["beams"], **settings})

@@ -25,7 +25,8 @@ from minprefix.files import InputError, atomic_write, out_of_memory
 from minprefix.linear import packed_weights
 from minprefix.load import Model
 from minprefix.loss import target_loss
-from minprefix.prefix import fingerprint
+from minprefix.muon import Muon
+from minprefix.prefix import Prefix, fingerprint
 from minprefix.tokenizer import Tokenizer
 
 Log = list[dict[str, float]]  # rows: see `train`
@@ -33,6 +34,9 @@ NO_SUMS: dict[str, float] = {"loss": 0.0, "tokens": 0, "examples": 0, "seconds":
 
 
 def make_optimizer(tuned: Tuned, lr: float) -> Optimizer:
+    """Muon for keys and values that are trained directly, AdamW, as the paper, for all else."""
+    if isinstance(tuned, Prefix) and tuned.hidden == 0:
+        return Muon(tuned.parameters(), lr)
     return torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
@@ -80,8 +84,8 @@ def batch_stream(
 
     encoder_decoder: whether they are for a BART, which pads sources and targets apart.
     """
-    lengths = np.array([(len(source), len(target)) for source, target in pairs])
-    lengths = lengths if encoder_decoder else lengths.sum(axis=1)
+    apart = [(len(source), len(target)) for source, target in pairs]
+    lengths = np.array(apart if encoder_decoder else pair_lengths(pairs))
     per_epoch = math.ceil(len(pairs) / batch_size)
     for epoch in itertools.count(start // per_epoch):
         for picked in bucket_batches(lengths, batch_size, seed, epoch)[start % per_epoch :]:
@@ -211,7 +215,7 @@ def train(
     out: str | Path, *, steps: int, batch_size: int, lr: float, warmup: int = 0, eval_every: int = 100,
     seed: int = 101, settings: dict[str, Any] | None = None, resume: bool = False,
 ) -> tuple[Log, int]:  # fmt: skip
-    """Train for `steps` steps of AdamW; leave the weights with the best dev loss in `tuned` -> (log, best step).
+    """Train for `steps` steps; leave the weights with the best dev loss in `tuned` -> (log, best step).
 
     tuned: what is trained, a Prefix, or a comparator of baselines.py: calling it gives the prefix that the model takes.
 
@@ -329,7 +333,9 @@ def load_checkpoint(
 def is_of_this_run(state: dict[str, Any], steps: int, tuned: Tuned, optimizer: Optimizer, schedule: LambdaLR) -> bool:
     """Whether all that a run goes on from has the form in which this run would have saved it."""
     weights = tuned.state_dict()
-    moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(tuned.parameters())}
+    names = ["momentum"] if isinstance(optimizer, Muon) else ["exp_avg", "exp_avg_sq"]
+    step = {} if isinstance(optimizer, Muon) else {"step": torch.zeros(())}
+    moments = {i: {**step, **dict.fromkeys(names, p)} for i, p in enumerate(tuned.parameters())}
     moments = {i: moments[i] for i in state["optimizer"]["state"]}  # none before the first step
     own = {
         "step": 0, "best": {"dev_loss": 0.0, "step": 0, "weights": weights}, "sums": NO_SUMS,

@@ -17,7 +17,7 @@ import sample
 import train
 from minprefix import data, evaluation, experiments, load_model, load_prefix, load_tokenizer, metrics, training
 from minprefix.checkpoint import read_safetensors
-from minprefix.files import run_main
+from minprefix.files import atomic_write, run_main
 from minprefix.training import train as train_loop
 from tests.test_triples import entry, write_xml
 from tests.tiny import write_tiny_model
@@ -462,3 +462,56 @@ def test_help_is_a_page(script, capsys):
     described = [re.match(r"  (--[\w-]+).*?  +\S", line) for line in lines]
     described = {match[1] for match in described if match}
     assert options and options <= described and not any(line.startswith(" " * 20) for line in lines)  # none goes on
+
+
+def test_texts_of_own_data_may_have_several_lines(world, capsys, tmp_path):
+    rows = [{"source": f"item {i}", "target": "one\ntwo\nthree"} for i in range(30)]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = "--method finetune --steps 60 --batch-size 10 --lr 0.01 --eval-every 60 --eval-inputs 0"
+    files = ["--task", tmp_path / "lines.jsonl", "--model", world / "model", "--out", tmp_path / "run"]
+    assert call(train, capsys, *options.split(), *files)[0] == 0
+    code, out, err = call(sample, capsys, "--prefix", tmp_path / "run", "--input", "item 3")
+    assert (code, out) == (0, "one\ntwo\nthree\n"), err
+    assert call(sample, capsys, "--prefix", tmp_path / "run", "--input", "item 3", "item 4")[1] == "one two three\n" * 2
+
+
+def test_own_rows_are_scored_on_what_was_held_out(prefix_file, world, capsys, tmp_path):
+    files = ["--task", world / "rows.jsonl", "--output", tmp_path / "texts.txt"]
+    assert call(sample, capsys, "--prefix", prefix_file, *files, "--evaluate", "--max-new-tokens", "5")[0] == 0
+    assert json.loads((tmp_path / "texts.json").read_text())["inputs"] == len(ROWS) // 10
+
+
+def test_a_misspelt_slot_is_told(capsys):
+    data.tell_unknown_slot.cache_clear()
+    for text in ("eattype[pub], food[Thai]", "eattype[restaurant]", "Type[pub], customer rating[low]"):
+        data.format_source("e2e", text)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("'eattype' is no slot of E2E's") and "eatType" in err
+
+
+def test_output_to_a_pipe_and_through_a_link(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_write(tmp_path / "pipe") as file:
+        file.write("text")
+    assert os.read(reader, 10) == b"text" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    mask = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "link") as file:
+            file.write("text")
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there").read_text() == "text"
+    assert (tmp_path / "there").stat().st_mode & 0o777 == 0o640
+
+
+def test_topics_hold_for_the_texts_at_the_end_too(world, capsys, tmp_path):
+    rows = [{"source": f"{topic} {i}", "target": "x", "topic": topic} for i in range(20) for topic in ("tea", "cake")]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = "--steps 2 --batch-size 4 --prefix-length 2 --hidden 0 --lr 0.1 --topics tea --eval-inputs 9"
+    files = ["--task", tmp_path / "train.jsonl", "--model", world / "model", "--out", tmp_path / "run"]
+    code, out, err = call(train, capsys, *options.split(), *files)
+    assert code == 0 and re.search(r"^input +tea", out, re.M) and not re.search(r"^input +cake", out, re.M), (out, err)

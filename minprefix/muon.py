@@ -1,0 +1,47 @@
+"""Muon (Jordan et al. 2024), the optimiser of keys and values that are trained directly.
+
+torch.optim.Muon takes single matrices; a prefix is a stack of them, one for the keys and one for the values of each
+head of each layer.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients: quick, singular values come to 0.7 to 1.2, not to 1
+ITERATIONS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the gradient's momentum made orthogonal, matrix by matrix: all of its directions move alike.
+
+    params: stacks of matrices (..., P, D). lr: about the root mean square by which a step changes their numbers.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                momentum = state.setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                direction = orthogonal(p.grad.lerp(momentum, group["momentum"]))  # Nesterov's
+                p.sub_(direction, alpha=group["lr"] * max(p.shape[-2:]) ** 0.5)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(..., P, D) -> the same with all singular values near 1, by Newton-Schulz iterations; zeros stay zeros."""
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-20)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(ITERATIONS):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if tall else x
