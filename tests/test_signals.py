@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minprefix import signals
-from minprefix.files import InputError, run_main
+from minprefix.files import InputError, WriteError, atomic_write, run_main
 from tests.tiny import ROOT
 
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
@@ -78,6 +78,13 @@ def test_a_full_disk_below_stdout_is_one_line(capsys, monkeypatch):
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1, err
         assert err.startswith("error: cannot write the output: No space left on device; make room"), err
+
+
+@needs_dev_full
+def test_a_device_without_room_is_named():
+    with pytest.raises(WriteError, match="cannot write /dev/full: No space left on device"):
+        with atomic_write("/dev/full") as file:
+            file.write("text")
 
 
 @needs_dev_full

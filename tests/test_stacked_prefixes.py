@@ -247,7 +247,7 @@ def test_sample_takes_an_embedding_beside_a_prefix(tmp_path, capsys, monkeypatch
         ("--prefix a.safetensors --prefix a.safetensors --file requests.jsonl", "two --prefix are called 'a'"),
         ("--prefix a.safetensors --prefix b.safetensors --file requests.jsonl",
          "request 2 has \"prefix\": 'run', the prefixes are a, b"),
-        ("--prefix a.safetensors --prefix run --file bare.jsonl", 'request 1 has "prefix": None'),
+        ("--prefix a.safetensors --prefix run --file bare.jsonl", 'request 1 has no "prefix", the prefixes are'),
         ("--prefix a.safetensors --prefix run --input x", "several --prefix need --file FILE.jsonl"),
         ("--prefix a.safetensors --prefix run --file requests.jsonl --evaluate", "unscored"),
         ("--prefix a.safetensors --prefix none --file requests.jsonl", "nothing at none"),
