@@ -46,7 +46,7 @@ def parse_args() -> Namespace:
     inputs("--input", nargs="+", metavar="TEXT", help="inputs, in the form of the prefix's task")
     inputs("--file", help="one input a line, or a .jsonl file (if none is given: from stdin)")
     inputs("--task", help="inputs with references: e2e, webnlg, dart, xsum, scitldr, FILE.jsonl")
-    add("--split", choices=SPLITS, metavar="SPLIT", help=f"{', '.join(SPLITS)} (test; FILE.jsonl unscored: all)")
+    add("--split", choices=SPLITS, metavar="SPLIT", help=f"{', '.join(SPLITS)} (test; FILE.jsonl all)")
     add("--data", metavar="FOLDER", help="of the task's files")
     add("--topics", nargs="+", metavar="TOPIC", help="inputs of --task on these only (WebNLG: categories)")
     add("--topic-field", metavar="NAME", help="the key of a JSONL row's topic (topic)")
@@ -76,7 +76,9 @@ def parse_args() -> Namespace:
 
     args = parser.parse_args()
     check(args)
-    split = "test" if args.task and (args.evaluate or not args.task.endswith(".jsonl")) else "all"
+    split = "test" if args.task and not args.task.endswith(".jsonl") else "all"
+    if args.evaluate and args.task and split == "all" and not args.split:
+        print(f"scoring all of {args.task}: if it was trained on, --split test is what was held out", file=sys.stderr)
     fill(args, {"split": split, "topic_field": "topic", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 101})
     args.prefixes, args.prefix = args.prefix, next(iter(args.prefix), None)  # all of them, the first
     if args.evaluate and not args.output:

@@ -475,9 +475,12 @@ def test_texts_of_own_data_may_have_several_lines(world, capsys, tmp_path):
     assert call(sample, capsys, "--prefix", tmp_path / "run", "--input", "item 3", "item 4")[1] == "one two three\n" * 2
 
 
-def test_own_rows_are_scored_on_what_was_held_out(prefix_file, world, capsys, tmp_path):
-    files = ["--task", world / "rows.jsonl", "--output", tmp_path / "texts.txt"]
-    assert call(sample, capsys, "--prefix", prefix_file, *files, "--evaluate", "--max-new-tokens", "5")[0] == 0
+def test_scoring_own_rows_says_which(prefix_file, world, capsys, tmp_path):
+    options = ["--prefix", prefix_file, "--task", world / "rows.jsonl", "--evaluate", "--max-new-tokens", "2"]
+    options += ["--output", tmp_path / "texts.txt"]
+    assert "--split test is what was held out" in call(sample, capsys, *options)[2]
+    assert json.loads((tmp_path / "texts.json").read_text())["inputs"] == len(ROWS)
+    assert "held out" not in call(sample, capsys, *options, "--split", "test")[2]
     assert json.loads((tmp_path / "texts.json").read_text())["inputs"] == len(ROWS) // 10
 
 
