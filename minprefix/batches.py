@@ -53,8 +53,9 @@ def encode_sources(
     if model.encoder_decoder:
         max_source = min(MAX_SOURCE if max_source is None else max_source, model.n_positions)
     if max_source is not None and max_source <= around:
-        least = f"raise --max-source to {around + 1} or more"
-        raise InputError(f"sources of at most {max_source} tokens have no room for text beside <s> and </s>: {least}")
+        room = f"no room for text{' beside <s> and </s>' if around else ''}"
+        remedy = f"raise --max-source to {around + 1} or more"
+        raise InputError(f"sources of at most {max_source} tokens have {room}: {remedy}")
     sources = [tokenizer.encode(text if model.encoder_decoder else f" {text} ") for text in texts]
     if max_source is not None:
         most = max_source - around
