@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,7 @@ from minprefix.tokenizer import load_tokenizer
 from minprefix.training import batch_stream, make_optimizer, training_step
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # the repository, where train.py and sample.py are
+TRAINED = "trained.json"  # in a run's folder: the arguments with which train.py has finished it
 START = 20  # seconds that the programs take to start, to read the data and to compile
 Process = subprocess.Popen[bytes]
 
@@ -113,10 +115,9 @@ def inputs(args: Namespace, split: str, topics: Sequence[str]) -> list[Example]:
 
 def adapter_width(folder: Path, share: float) -> int:
     """The width of adapters that come nearest to a share of the model's weights: shapes alone, nothing is loaded."""
-    model = empty_model(folder)
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in empty_model(folder).parameters())
     with torch.device("meta"):
-        one, two = (sum(p.numel() for p in Adapters(model, width).parameters()) for width in (1, 2))
+        one, two = (sum(p.numel() for p in Adapters(empty_model(folder), width).parameters()) for width in (1, 2))
     return max(1, 1 + round((share * total - one) / (two - one)))
 
 
@@ -144,7 +145,9 @@ def main() -> None:
     with atomic_write(args.out / rates) as file:  # put beside the model it spares other studies the tuning
         json.dump(known | losses, file, indent=2)
     args.lr = {method: best(losses[method]) for method in methods}
-    rows = execute(study(args), args.out / args.study, args)
+    runs = study(args)
+    take_over(runs, args.out / f"tune-{data}", args.out / args.study)
+    rows = execute(runs, args.out / args.study, args)
     text = table(rows, {method: losses[method] for method in methods}, args)
     with atomic_write(args.out / args.study / "table.md") as file:
         file.write(text)
@@ -226,6 +229,22 @@ def commands(run: Run, folder: Path) -> Iterator[list[str]]:
         yield [sample, "--prefix", str(out), *arguments, "--evaluate", "--output", str(out / f"{name}.txt")]
 
 
+def take_over(runs: list[Run], tuned: Path, folder: Path) -> None:
+    """Put a study's runs into its folder that were trained already, when the learning rates were tuned."""
+    there = {tuple(read_json(path)): path.parent for path in tuned.glob(f"*/{TRAINED}")}
+    for run in runs:
+        twin, out = there.get(tuple(run.train)), folder / run.name
+        if twin and not out.exists():
+            part = out.with_name(out.name + ".tmp")
+            shutil.copytree(twin, part, dirs_exist_ok=True)  # there is one if it was stopped in this
+            part.rename(out)
+
+
+def is_trained(run: Run, out: Path) -> bool:
+    """Whether train.py has finished this run, with these arguments, so that only sample.py is left."""
+    return (out / TRAINED).is_file() and read_json(out / TRAINED) == run.train
+
+
 def execute(runs: list[Run], folder: Path, args: Namespace) -> list[Row]:
     """Do the runs that have no row yet, args.jobs at a time -> the rows of all. InputError when one fails.
 
@@ -248,18 +267,23 @@ def execute(runs: list[Run], folder: Path, args: Namespace) -> list[Row]:
                     run, left, began = running.pop(process)
                     out = folder / run.name
                     diverged = process.returncode != 0 and has_diverged(run, out)
+                    if not diverged and not is_trained(run, out):
+                        with atomic_write(out / TRAINED) as file:
+                            json.dump(run.train, file)
                     if left and not diverged:
                         running[start(left.pop(0), out, args)] = run, left, began
                         continue
                     rows[run.name] = make_row(run, out, diverged)
                     with atomic_write(folder / "rows.jsonl") as file:
                         file.writelines(json.dumps(row) + "\n" for row in rows.values())
-                    (out / "checkpoint.pt").unlink()  # fine-tuning's is four times as large as the model
+                    (out / "checkpoint.pt").unlink(missing_ok=True)  # fine-tuning's is four times as large as the model
                     done += estimate(run, args, speed)
                     bar.set_description_str(f"{sum(run.name in rows for run in runs)}/{len(runs)} runs")
                 while waiting and len(running) < args.jobs:
                     run = waiting.pop(0)
                     left = list(commands(run, folder))
+                    if run.samples and is_trained(run, folder / run.name):
+                        left.pop(0)
                     running[start(left.pop(0), folder / run.name, args)] = run, left, time.monotonic()
             spent = sum(min(time.monotonic() - began, estimate(run, args, speed)) for run, _, began in running.values())
             bar.update(done + spent - bar.n)

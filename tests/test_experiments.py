@@ -114,6 +114,18 @@ def test_a_study_tunes_runs_and_reports(scripts, capsys):
     assert calls(scripts) == TUNING + RUNS
 
 
+def test_the_best_of_the_tuning_is_a_run_of_the_study(scripts, capsys, monkeypatch):
+    monkeypatch.setattr(experiments, "METHODS", ("prefix",))
+    code, _, err = run(capsys, "full", scripts / "out", "--seeds", 101, 102, "--jobs", 1)
+    assert code == 0, err
+    assert calls(scripts) == [*TUNING, "prefix-seed102"]
+    rows = [row for _, row in json_rows(scripts / "out" / "full" / "rows.jsonl")]
+    assert [(row["run"], round(row["dev_loss"], 3)) for row in rows] == [
+        ("prefix-seed101", 0.133), ("prefix-seed102", 0.233)
+    ]  # fmt: skip
+    assert all(row["scores"]["test"]["NIST"] == 3 for row in rows)
+
+
 def test_a_stopped_study_goes_on_and_comes_to_the_same_table(scripts, capsys):
     options = ("--seeds", 101, 102, "--jobs", 2)
     assert run(capsys, "length", scripts / "whole", *options)[0] == 0
@@ -145,7 +157,7 @@ def test_a_failing_run_stops_the_study_with_its_last_line(scripts, capsys):
 def test_other_settings_are_not_taken_for_done(scripts, capsys):
     assert run(capsys, "length", scripts / "out", "--seeds", 101, "--steps", 50)[0] == 0
     code, _, err = run(capsys, "length", scripts / "out", "--seeds", 101, "--steps", 100)
-    assert code == 2 and "prefix-0.033-seed101 with 20, not 40" in err and err.count("\n") == 1
+    assert code == 2 and "prefix-0.033-seed101 with 50, not 100" in err and err.count("\n") == 1
     code, _, err = run(capsys, "length", scripts / "out", "--seeds", 101, "--steps", 50, "--limit-test", 3)
     assert code == 2 and "1-seed101" in err and err.count("\n") == 1
 
