@@ -43,7 +43,8 @@ def run_main(main: Callable[[], None]) -> None:
     So do too little memory and no room for the output (`one_line_errors`). A closed pipe ends the script without a
     word, as it ends other commands.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell has closed it (>&-)
+    sys.stdin = sys.stdin or open(os.devnull)  # None where the shell has closed it (<&-)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
         with signals.raised(), one_line_errors():

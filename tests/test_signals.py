@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minprefix import signals
-from minprefix.files import InputError, WriteError, atomic_write, run_main
+from minprefix.files import InputError, WriteError, atomic_write, read_text, run_main
 from tests.tiny import ROOT
 
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
@@ -99,7 +99,9 @@ def test_a_process_whose_output_cannot_be_written_ends_with_its_code(streams, sa
     assert ("error: " in done.stderr) == said
 
 
-def test_without_stdout_and_stderr_a_script_still_ends_as_it_should(monkeypatch):
+def test_without_stdin_stdout_and_stderr_a_script_still_ends_as_it_should(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    run_main(lambda: read_text("-"))
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     with pytest.raises(SystemExit) as stop:
