@@ -54,18 +54,21 @@ def write_requests(
     """
     places = {name: place for place, name in enumerate(prefixes)}
     groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}  # options of `generate` -> numbers of requests
-    for i, (_, name) in enumerate(requests):
+    sources = []  # of all, before the first text: one may not be in its task's form
+    for i, (source, name) in enumerate(requests):
         info = prefixes[name].info
+        sources.append(format_source(info.get("task", ""), source))
         search = search_options(info.get("task", ""), given)
         search["max_source"] = given["max_source"] or trained_max_source(info)
         groups.setdefault(tuple(search.items()), []).append(i)
     texts = [""] * len(requests)
     for options, group in groups.items():
-        mine = [requests[i] for i in distributed.share(group)]
-        sources = [format_source(prefixes[name].info.get("task", ""), source) for source, name in mine]
-        stacked = stack_prefixes(list(prefixes.values()), [places[name] for _, name in mine])
+        mine = distributed.share(group)
+        stacked = stack_prefixes(list(prefixes.values()), [places[requests[i][1]] for i in mine])
         progress = len(group) > 1 and distributed.rank() == 0
-        written = generate(model, tokenizer, sources, stacked, **dict(options), **drawing, progress=progress)
+        written = generate(
+            model, tokenizer, [sources[i] for i in mine], stacked, **dict(options), **drawing, progress=progress
+        )
         for i, text in zip(group, distributed.joined(written), strict=True):
             texts[i] = text
     return texts
