@@ -30,7 +30,7 @@ MAX_SOURCE = 512  # tokens of a source that an encoder reads (the paper's XSum a
 
 
 def sequence_form(model: Model) -> str:
-    """What the model reads and writes for a source x and a target y, to be noted in a prefix file."""
+    """What the model reads and writes for a source x and a target y, as it stands in a prefix file."""
     return "<s>{x}</s> -> <s>{y}</s>" if model.encoder_decoder else " {x} <|endoftext|> {y} <|endoftext|>"
 
 
@@ -42,11 +42,10 @@ def start_id(model: Model, tokenizer: Tokenizer) -> int:
 def encode_sources(
     texts: list[str], tokenizer: Tokenizer, model: Model, max_source: int | None = None, what: str | None = "sources"
 ) -> list[list[int]]:
-    """The source ids of each text, cut to max_source tokens: one line on stderr says how many of `what` had to be.
+    """The source ids of each text, cut to max_source tokens; one line on stderr says how many were cut.
 
-    what: a name for that line, None for silence.
-    max_source: by default 512 for BART, and never more than the encoder has positions for; GPT-2's sources are not cut
-    unless it is given.
+    max_source: by default 512 for BART, and never more than the encoder has positions for; GPT-2's sources are cut only
+    if it is given. what: what that line calls the sources, None for no line.
     """
     if model.encoder_decoder and "<s>" not in tokenizer.special:
         raise InputError("the tokeniser lacks <s>: it is not BART's")
@@ -54,7 +53,9 @@ def encode_sources(
     if model.encoder_decoder:
         max_source = min(MAX_SOURCE if max_source is None else max_source, model.n_positions)
     if max_source is not None and max_source <= around:
-        raise InputError(f"a source of at most {max_source} tokens has no room for text: give it {around + 1} or more")
+        room = f"no room for text{' beside <s> and </s>' if around else ''}"
+        remedy = f"raise --max-source to {around + 1} or more"
+        raise InputError(f"sources of at most {max_source} tokens have {room}: {remedy}")
     sources = [tokenizer.encode(text if model.encoder_decoder else f" {text} ") for text in texts]
     if max_source is not None:
         most = max_source - around
@@ -68,7 +69,7 @@ def encode_sources(
 
 
 def encode_target(text: str, tokenizer: Tokenizer, model: Model) -> list[int]:
-    """The ids to be written for a text y, the end token last."""
+    """The ids that the model is to write for a text y, the end token last."""
     if model.encoder_decoder:
         return [tokenizer.special["<s>"], *tokenizer.encode(text), tokenizer.end_id]
     return [*tokenizer.encode(f" {text} "), tokenizer.end_id]
@@ -88,15 +89,15 @@ def encode_pairs(
 
 
 def pair_lengths(pairs: list[Pair]) -> list[int]:
-    """How many tokens of each pair the model reads: the source, and one before each token of the target."""
+    """How many tokens the model reads of each pair: the source, then the token before each token of the target."""
     return [len(source) + len(target) for source, target in pairs]
 
 
 def check_lengths(pairs: list[Pair], model: Model, start: int, what: str) -> None:
-    """InputError if a pair of `what` (a name for the message) has more tokens than the model has positions for.
+    """InputError if a pair has more tokens than the model has positions for. what: what the message calls the pairs.
 
-    start: position of the first token after the prefix, which takes its positions from GPT-2's whole sequence, from
-    BART's target.
+    start: position of the first token after the prefix. The prefix takes positions from GPT-2's sequence of source and
+    target, but for BART from the target alone.
     """
     room = model.n_positions - start
     kind = "target" if model.encoder_decoder else "pair"
@@ -121,8 +122,9 @@ def load_pairs(
 ) -> list[Pair]:  # fmt: skip
     """The (source ids, target ids) of a task's split, all of which fit the model; InputError if one does not.
 
-    start: position of the first token after the prefix. data, topic_field: see `load_examples`. topics: pairs on these
-    only. limit: the first so many. low_data: so many, or of "dev" the paper's 30% of it, drawn at random from the seed.
+    start: position of the first token after the prefix. data, topic_field: see `load_examples`. topics: only pairs on
+    these. limit: only the first so many pairs. low_data: only so many pairs (for "dev" 30% of that, as in the paper),
+    drawn at random from the seed.
     """
     where = f"{task}, {split} split"
     examples = on_topics(load_examples(task, split, data, topic_field), topics, where)
@@ -156,7 +158,7 @@ def load_inputs(
 @dataclass
 class Batch:
     inputs: tuple[Any, ...]  # what model.hidden takes: GPT-2's (ids,), BART's (source_ids, target_ids, source_mask)
-    index: Tensor  # (N,) int64, positions b * T + t of model.hidden's states whose next token is in the target
+    index: Tensor  # (N,) int64, places b * T + t of the states (of model.hidden) whose next token is in the target
     labels: Tensor  # (N,) int64, those next tokens
     source_lengths: Tensor  # (B,) int64
     rows: int  # B
@@ -193,9 +195,10 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
 def bucket_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """One epoch's batches as lists of indices: each index once, rows of like lengths together, all full but one.
 
-    lengths: of the rows (N,), or where they have parts that are padded apart (N, 2), of both.
-    Rows are shuffled, sorted by length inside windows of up to 50 batches, and the batches are shuffled. There are
-    at least four windows where there are enough batches, for in a single one the batches would hardly ever change.
+    lengths: (N,), those of the rows; or (N, 2), those of both parts of each row, where the parts are padded apart.
+    The rows are shuffled, cut into windows of up to 50 batches, sorted by length inside each, and the batches are
+    shuffled. There are at least four windows if there are enough rows: with a single one, sorted as a whole, the same
+    rows would nearly always share a batch.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -209,7 +212,7 @@ def bucket_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) 
 
 
 def by_length(lengths: np.ndarray, batch_size: int) -> np.ndarray:
-    """The order (N,) of rows in which neighbours are of like length: rows (N,), or both parts of rows (N, 2)."""
+    """The order (N,) in which neighbouring rows have like lengths. lengths: as in `bucket_batches`."""
     if lengths.ndim == 1:
         return np.argsort(lengths, kind="stable")
     order = np.argsort(lengths[:, 0], kind="stable")
@@ -219,6 +222,6 @@ def by_length(lengths: np.ndarray, batch_size: int) -> np.ndarray:
 
 
 def sorted_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Batches for evaluation: each index once, the longest first, so that what exceeds the memory does so at once."""
+    """Batches for evaluation: each index once, the longest rows first, so that too little memory shows at once."""
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

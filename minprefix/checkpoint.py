@@ -31,8 +31,8 @@ Entry = tuple[int, int, torch.dtype, list[int]]  # of a safetensors header: begi
 def read_config(folder: str | Path) -> dict[str, Any]:
     """A model folder's `config.json` as a dict; InputError if the folder or the file is missing or unusable.
 
-    Where there is a `generation_config.json`, BART's forced first and last tokens are those that it names or none, and
-    its decoder start token goes before that of config.json, as in HuggingFace.
+    As in HuggingFace, a `generation_config.json` goes before it: BART's forced first and last tokens are only those
+    that this file names, and its decoder start token is taken if it names one.
     """
     folder = check_folder(folder)
     path = folder / "config.json"
@@ -73,7 +73,7 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
 
 
 def bare_names(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
-    """The tensors under their names without `start` before them, as some folders have them and others have not."""
+    """The tensors with `start` removed from their names: some folders have it before all names, others do not."""
     bare = {}
     for name, tensor in tensors.items():
         name = name.removeprefix(start)
@@ -139,9 +139,9 @@ def check_shard_name(shard: object, name: str, index_path: Path) -> None:
     # symlink to ../../blobs/..., put there by the user's own download and not by the index.
     where = f"{index_path}: tensor {name!r:.200}"
     if not isinstance(shard, str):
-        raise InputError(f"{where} is said to be in a JSON {type(shard).__name__}, expected a plain file name")
+        raise InputError(f"{where} has a JSON {type(shard).__name__} for its file, expected a plain file name")
     if shard in ("", ".", "..") or re.search(r"[/\\:\0]", shard):
-        raise InputError(f"{where} is said to be in {shard!r:.200}, expected a plain file name in the same folder")
+        raise InputError(f"{where} has {shard!r:.200} for its file, expected a plain file name in the same folder")
 
 
 # ---- safetensors: 8 bytes of header length (little-endian), the header (JSON), the tensors' bytes ----
@@ -305,7 +305,7 @@ def read_bin(path: str | Path) -> dict[str, Tensor]:
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for `{found[1]}`" if found else "it holds other objects, or is damaged"
         raise InputError(
-            f"{path} is refused, for such a file can run code: expected tensors only, but {reason}; "
+            f"{path} is refused, since such files can run code: expected tensors only, but {reason}; "
             "get the model as safetensors"
         ) from error
     except Exception as error:  # for a damaged file torch raises nearly anything: RuntimeError, EOFError, KeyError, ...

@@ -73,10 +73,10 @@ def load_examples(task: str, split: str, data: str | Path | None = None, topic_f
     train.jsonl, dev.jsonl and test.jsonl of rows {"source": [sentence, ...], "target": [y, ...]}.
 
     "FILE.jsonl", rows {"source": x, "target": y} or {"source": x, "references": [y, ...]}, or as in the two above (see
-    `parse_row`): split "all" is every row, references or not. For the others each row needs a reference, and rows with
-    one source (and topic) become one Example. "train" is the file less a held-out tail, "dev" that tail (a tenth of the
-    sources, at least 1, at most 500), and "test" the same as "dev". But beside a file that is called train.jsonl,
-    dev.jsonl takes the place of the tail (nothing is held out then) and test.jsonl that of "test".
+    `parse_row`). Split "all" is every row, with or without references. For the other splits each row needs a reference,
+    and rows with the same source (and topic) become one Example. The file's tail is held out: "dev" is that tail (a
+    tenth of the sources, at least 1, at most 500), "train" all before it, "test" the same as "dev". But if the file is
+    called train.jsonl, a dev.jsonl beside it is used for "dev", and nothing is held out; so is a test.jsonl for "test".
     """
     if task not in TASKS and not task.endswith(".jsonl"):
         raise InputError(f"there is no task {task!r}: known are {', '.join(TASKS)} and FILE.jsonl, your own rows")
@@ -207,7 +207,7 @@ def download_e2e() -> Path | None:
 
 
 def download(url: str) -> bytes:
-    """The bytes at a URL. Some exception if the server is not there, errs, stalls, dawdles or sends too much."""
+    """The bytes at a URL. Raises some exception if the server fails, is too slow, or sends too much."""
     deadline, content = time.monotonic() + DEADLINE, bytearray()
     with open_url(url, TIMEOUT)[0] as response:
         total = response.length
@@ -226,7 +226,7 @@ def download(url: str) -> bytes:
 
 
 def load_jsonl(path: Path, split: str, topic_field: str) -> list[Example]:
-    """The Examples of a user's file; `load_examples` says what the splits are."""
+    """The Examples of a split of a user's file: see `load_examples`."""
     if split == "all":
         return read_jsonl(path, topic_field)
     dev, test = path.with_name("dev.jsonl"), path.with_name("test.jsonl")
@@ -239,7 +239,7 @@ def load_jsonl(path: Path, split: str, topic_field: str) -> list[Example]:
     if has_dev:
         return examples
     if len(examples) < 2:
-        raise InputError(f"{path} has only 1 row or source, and one is held out: at least 2 are needed to train")
+        raise InputError(f"{path} has only one source, and one is held out for dev losses: add rows with other sources")
     held_out = min(max(len(examples) // 10, 1), 500)
     return examples[:-held_out] if split == "train" else examples[-held_out:]
 
@@ -270,22 +270,22 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def parse_row(row: dict[str, Any], where: str, topic_field: str, labelled: bool = False) -> Example:
-    """A JSONL row as an Example, for all tasks; `labelled` if it must have a reference.
+    """A row of a JSONL file, of whatever task, as an Example; `labelled`: InputError if it has no reference.
 
-    x is "source" or else "document": a string, or a list of sentences, which are joined by blanks. The texts y are
-    "target" or else "summary": a string, or a list of references; or they are the list "references". The topic is
-    the value of topic_field, if that is a string or a number. Other keys are ignored.
+    The source is the value of "source" or "document": a string, or a list of sentences, which are joined by blanks. The
+    references are the value of "target" or "summary", a string or a list of strings, or the list "references". The
+    topic is the value of topic_field, if that is a string or a number. Other keys are ignored.
     """
     x = next((key for key in ("source", "document") if key in row), None)
     y = next((key for key in ("target", "references", "summary") if key in row), "target")
     if x is None:
-        raise InputError(f"{where}: a JSONL row without a source: its keys are {list(row)!r:.200}")
+        raise InputError(f'{where}: the row has no "source", its keys are {list(row)!r:.200}')
     if "target" in row and "references" in row:
-        raise InputError(f"{where}: a row with both target and references: keep one of them")
+        raise InputError(f"{where}: the row has both target and references: keep one of them")
     source, references, kind = row[x], row.get(y, []), "a reference"
     if isinstance(source, list):
         if not all(isinstance(sentence, str) for sentence in source):
-            raise InputError(f"{where}: {x} is a list, but not of strings only: each must be a sentence")
+            raise InputError(f"{where}: {x} is a list of other things than strings: give a string, or a list of them")
         source = collapse(" ".join(source))  # SciTLDR's sentences end in line breaks, and one is blank
     if isinstance(references, str) and y != "references":
         references, kind = [references], y
@@ -293,10 +293,10 @@ def parse_row(row: dict[str, Any], where: str, topic_field: str, labelled: bool 
         needed = "a list of strings" if y == "references" else "a string or a list of strings"
         raise InputError(f"{where}: {y} is a JSON {type(references).__name__}, {needed} is needed")
     if labelled and not references:
-        raise InputError(f'{where}: a JSONL row without a target: add "target" or "references"')
+        raise InputError(f'{where}: the row has no reference: add "target" or "references"')
     references = [check_text(reference, f"{where}: {kind}") for reference in references]
     topic = row.get(topic_field)
-    topic = str(topic) if isinstance(topic, (str, int)) else None
+    topic = str(topic) if isinstance(topic, (str, int, float)) else None
     return Example(check_text(source, f"{where}: {x}"), references, topic)
 
 
@@ -337,8 +337,8 @@ def load_xsum(split: str, folder: Path, topic_field: str) -> list[Example]:
     if not examples:
         raise InputError(f"{path} has no row with a document and a summary: {XSUM_LAYOUT}")
     if empty:
-        rows = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
-        print(f"skipped {rows} of {path} with an empty document or summary, first at line {empty[0]}", file=sys.stderr)
+        count = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
+        print(f"skipped {count} of {path} with an empty document or summary, first at line {empty[0]}", file=sys.stderr)
     return examples
 
 
@@ -354,9 +354,9 @@ def find_xsum(split: str, folder: Path) -> Path:
 
 
 def line_rows(source: Path, target: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) for each line of two line files, of which one has the sources and one the targets.
+    """(line number, row) for each line number of a file of sources and a file of targets, one text a line.
 
-    Blank lines at a file's end do not matter, unless the other file has a text there.
+    Blank lines at the end of a file are ignored, unless the other file has a text there.
     """
     if not target.is_file():
         raise InputError(f"{target} is missing: the summaries of {source.name}, one a line")
@@ -375,7 +375,7 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a text file; the line end of the last does not begin another."""
     text = read_text(path)
     if "\r" in text and "\n" not in text:
-        raise InputError(f"{path} has no line ends but CR: save it with LF or CRLF line ends")
+        raise InputError(f"{path} has old Mac line ends (CR alone): save it with LF or CRLF line ends")
     lines = text.split("\n")  # splitlines would also split at U+2028
     return lines if lines[-1] else lines[:-1]
 

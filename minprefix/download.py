@@ -20,12 +20,12 @@ from tqdm import tqdm
 from minprefix.files import InputError
 
 TIMEOUT = 10  # seconds that one network operation may take
-TRIES = 4  # in a row that bring nothing new
+TRIES = 4  # so many in a row without a further byte, and it gives up
 PAUSE = 1  # seconds before the second of them; each later pause is twice as long
 
 
 class Broken(Exception):
-    """A download ended early, or wrongly, in a way that another try may mend."""
+    """A download broke off, or what arrived is wrong: another try may succeed."""
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
@@ -45,9 +45,10 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def open_url(url: str, timeout: float, headers: dict[str, str] | None = None) -> tuple[HTTPResponse, list[HTTPMessage]]:
-    """The response at a URL, and the headers of all answers on the way to it, its own last.
+    """The response at a URL, and the headers of all answers on the way to it, redirects first, its own last.
 
-    In a thread that is given up if need be: urllib's timeout bounds neither name look-up nor slow headers.
+    It is asked for in a thread, which is abandoned after twice the timeout: urllib's own timeout does not cover the
+    look-up of the host's name, nor headers that arrive slowly.
     """
     result, redirects = [], Redirects()
 
@@ -69,10 +70,11 @@ def open_url(url: str, timeout: float, headers: dict[str, str] | None = None) ->
 
 
 def fetch(url: str, path: Path, headers: dict[str, str] | None = None) -> tuple[Path, list[HTTPMessage]]:
-    """Download a URL as a neighbour of `path`, PATH.ETAG-SIZE.part, and check it: that file, and the answers' headers.
+    """Download a URL to PATH.ETAG-SIZE.part, beside `path`, and check it -> (that file, the headers of all answers).
 
-    A part that is there already is gone on with, if it is still the same file on the server. Raises HTTPError if the
-    server refuses, URLError or TimeoutError if there is no connection, InputError if it breaks off again and again.
+    If a part is there already, only the rest is downloaded, provided that the file on the server is still the same.
+    Raises HTTPError if the server refuses, URLError or TimeoutError if there is no connection, InputError if the
+    download breaks off again and again.
     """
     failures, most = 0, 0
     while True:
@@ -90,6 +92,7 @@ def fetch(url: str, path: Path, headers: dict[str, str] | None = None) -> tuple[
 
 
 def fetch_once(url: str, path: Path, headers: dict[str, str]) -> tuple[Path, list[HTTPMessage]]:
+    """One try of `fetch`; Broken if another may succeed."""
     parts = parts_of(path)
     start = max(parts[0].stat().st_size - 1, 0) if parts else 0  # the last byte again, as a range may not be empty
     response, answers = open_range(url, parts, start, headers)
@@ -137,7 +140,7 @@ def open_range(
 
 
 def identity(url: str, response: HTTPResponse, answers: list[HTTPMessage]) -> tuple[str, int]:
-    """The ETag of a file and its size; the hub tells those of the file itself before it redirects to another host."""
+    """The ETag and the size of a file. Where the hub redirects to another host, its own answer tells them."""
     etag = next((answer["X-Linked-Etag"] for answer in answers if answer["X-Linked-Etag"]), response.headers["ETag"])
     size = next((answer["X-Linked-Size"] for answer in answers if answer["X-Linked-Size"]), None)
     if size is None and response.status == 206:
@@ -151,7 +154,7 @@ def identity(url: str, response: HTTPResponse, answers: list[HTTPMessage]) -> tu
 
 
 def copy(response: HTTPResponse, file: IO[bytes], size: int, name: str) -> None:
-    """Write the rest of a response to a file that shall have `size` bytes at the end."""
+    """Write a response to a file from its present place on; Broken if the file then has other than `size` bytes."""
     with tqdm(total=size, initial=file.tell(), unit="B", unit_scale=True, desc=name, leave=False, disable=None) as bar:
         while file.tell() <= size:
             try:
@@ -172,7 +175,7 @@ def copy(response: HTTPResponse, file: IO[bytes], size: int, name: str) -> None:
 
 
 def check_digest(part: Path, etag: str) -> None:
-    """Broken, and the file removed, unless it is what an ETag says that is a SHA-256 or git's SHA-1 of a blob."""
+    """Remove the file and raise Broken if an ETag that is a hash (SHA-256, or git's SHA-1 of a blob) is not its own."""
     if re.fullmatch("[0-9a-f]{64}", etag):
         digest = hashlib.sha256()
     elif re.fullmatch("[0-9a-f]{40}", etag):

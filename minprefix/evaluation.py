@@ -26,7 +26,7 @@ NOUNS = {"prefix": "the prefix", "finetune": "fine-tuning", "top2": "fine-tuning
 
 
 def check_scorable(task: str, examples: list[Example]) -> None:
-    """InputError, before the work, where texts for these examples could not be scored."""
+    """InputError if texts for these examples could not be scored: said before they are written."""
     if not all(example.references for example in examples):
         raise InputError("--evaluate needs references: use --task with a split, or a .jsonl file with targets")
     if task in SUMMARISATION:
@@ -34,7 +34,7 @@ def check_scorable(task: str, examples: list[Example]) -> None:
 
 
 def evaluate(task: str, examples: list[Example], texts: list[str], path: Path, settings: dict[str, Any]) -> None:
-    """Score the texts; print the scores, with their intervals where there are any, and write both as JSON."""
+    """Score the texts, print the scores, those of summaries with intervals, and write them to `path` as JSON."""
     references = [example.references for example in examples]
     if task in SUMMARISATION:
         scores, intervals = metrics.summary_score(texts, references)
@@ -57,19 +57,15 @@ def evaluate(task: str, examples: list[Example], texts: list[str], path: Path, s
 
 
 def is_sample(task: str | None, data: str | None) -> bool:
-    """Whether a task's examples are those of the bundled sample, since there is no E2E."""
+    """Whether a task's examples are those of the bundled sample, because there are no E2E files."""
     return task == "e2e" and find_e2e(data) is None
 
 
 def quick_scores(task: str, texts: list[str], references: list[list[str]]) -> dict[str, float]:
-    """BLEU, or for summaries ROUGE if its package is there."""
+    """BLEU, or for summaries ROUGE; InputError if its package is missing."""
     if task not in SUMMARISATION:
         return {"BLEU": metrics.bleu(texts, references)}
-    try:
-        return metrics.summary_score(texts, references)[0]
-    except InputError as error:
-        print(error)
-        return {}
+    return metrics.summary_score(texts, references)[0]
 
 
 # ---- without and with what was trained ----
@@ -78,9 +74,9 @@ def quick_scores(task: str, texts: list[str], references: list[list[str]]) -> di
 def load_writers(
     method: str, path: Path, model: Model, base: Path, device: str, dtype: torch.dtype
 ) -> dict[str, Writer]:
-    """Who writes without and with what a method trained, read back from its file: name -> (model, prefix).
+    """Those who write at the end of a run, without what was trained and with it: name -> (model, prefix).
 
-    model: the one of the training; base: the folder it was loaded from.
+    What was trained is read back from its file, `path`. model: the one that was trained with; base: its folder.
     """
     noun = NOUNS[method]
     before, after = ("before", "after") if noun == "fine-tuning" else ("without", "with")
@@ -99,21 +95,27 @@ def compare(
     task: str, data: str | None, tokenizer: Tokenizer, writers: dict[str, Writer], test: list[Example],
     max_source: int | None, search: dict[str, Any],
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Print an example's texts by two writers, name -> (model, prefix), and the scores of all: name -> scores."""
+    """Texts for the test inputs by both writers (see `load_writers`): name -> scores, none if a package is missing.
+
+    Prints the texts for the first input, and the scores.
+    """
     sources, references = [e.source for e in test], [e.references for e in test]
     before, after = writers
     texts: dict[str, list[str]] = {}
-    scores: dict[str, dict[str, float]] = {}
     for name, (model, prefix) in writers.items():
         print(f"\nwriting {len(sources)} texts for held-out inputs {name}, {search['beams']} beams")
         what = "test sources" if name == before else None  # said once
         texts[name] = generate(
             model, tokenizer, sources, prefix, max_source=max_source, what=what, progress=True, **search
         )
-        scores[name] = quick_scores(task, texts[name], references)
     width = max(map(len, writers))
-    print(f"\n{'input':<{width}}  {sources[0][:600]}\n{before}  {texts[before][0][:200]}")
+    print(f"\n{'input':<{width}}  {sources[0][:600]}\n{before:<{width}}  {texts[before][0][:200]}")
     print(f"{after:<{width}}  {texts[after][0]}\n{'reference':<{width}}  {references[0][0]}")
+    scores: dict[str, dict[str, float]] = {name: {} for name in writers}
+    try:
+        scores = {name: quick_scores(task, texts[name], references) for name in writers}
+    except InputError as error:
+        print(error)
     what = "the bundled sample, not E2E" if is_sample(task, data) else f"{task}, {len(sources)} test inputs"
     for metric, value in scores[after].items():
         print(f"{metric} on {what}: {scores[before][metric]:.3f} {before}, {value:.3f} {after}")

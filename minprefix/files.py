@@ -43,7 +43,8 @@ def run_main(main: Callable[[], None]) -> None:
     So do too little memory and no room for the output (`one_line_errors`). A closed pipe ends the script without a
     word, as it ends other commands.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell has closed it (>&-)
+    sys.stdin = sys.stdin or open(os.devnull)  # None where the shell has closed it (<&-)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
         with signals.raised(), one_line_errors():
@@ -126,15 +127,18 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
     A link is followed. What is no file, as a pipe or /dev/null, is written to as it is, for a rename would replace it.
     """
-    path = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path))  # messages name `path`, as the user wrote it
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with open(path, mode, **text) as file:
-            yield file
+    if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):
+        try:
+            with open(target, mode, **text) as file:
+                yield file
+        except OSError as error:
+            raise WriteError(f"cannot write {path}: {error.strerror}") from error
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=target.name + ".", suffix=".tmp", dir=target.parent)
     except OSError as error:
         raise WriteError(f"cannot write {path}: {error.strerror}") from error
     try:
@@ -143,7 +147,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~umask())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

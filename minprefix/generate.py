@@ -175,7 +175,7 @@ def _one_by_one(
     model: Model, cache: Cache, ids: Tensor, end_id: int, max_new_tokens: int, constrain: Constrain,
     choose: Callable[[Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
-    """From the start tokens ids (B,), the token that `choose` picks at each step -> (B, N), end_id after its end."""
+    """After the start tokens ids (B,), at each step the token that `choose` picks -> (B, N), filled up with end_id."""
     tokens = torch.full((len(ids), max_new_tokens), end_id, device=ids.device)
     place = torch.arange(len(ids), device=ids.device)  # of the running rows in `tokens`
     for t in range(max_new_tokens):
@@ -192,12 +192,12 @@ def _one_by_one(
 
 
 def _bar_repeats(scores: Tensor, past: Tensor, n: int) -> None:
-    """Set the scores (R, V) of tokens that would complete an n-gram which past (R, t) has already to -inf."""
+    """Set those scores (R, V) to -inf whose token would complete an n-gram that is in past (R, t) already."""
     if past.size(1) < n:
         return
     ngrams = past.unfold(1, n, 1)  # (R, t - n + 1, n)
     repeats = (ngrams[:, :, :-1] == past[:, None, past.size(1) - n + 1 :]).all(dim=-1)
-    # Adding 0 or -inf, for a token may stand in several places, of which only some are repeats.
+    # Added, not set: a token may end several n-grams, of which only some are repeats.
     scores.scatter_add_(1, ngrams[:, :, -1], scores.new_zeros(repeats.shape).masked_fill(repeats, -torch.inf))
 
 
@@ -218,11 +218,12 @@ def _draw(logits: Tensor, search: Search, generator: torch.Generator | None) -> 
 def _beam_search(
     model: Model, cache: Cache, ids: Tensor, end_id: int, search: Search, constrain: Constrain
 ) -> Tensor:
-    """From the start tokens ids (B,), the best sequence of each example -> (B, N), end_id after its end.
+    """After the start tokens ids (B,), the best sequence of each example -> (B, N), filled up with end_id.
 
-    The search of HuggingFace's generate with early_stopping=False: of the 2K best continuations the K best that do not
-    end run on; those that end and rank among the first K compete for the K places of the finished. An example is over
-    when its best running beam, scored at its present length, is no better than its worst finished one.
+    The search of HuggingFace's generate with early_stopping=False. At each step the 2K best continuations of all beams
+    are looked at. The K best of those that do not end are the running beams of the next step; those that end, if they
+    are among the K best of all, compete for the K places of the finished. An example is over when its best running
+    beam, scored at its present length, is no better than its worst finished one.
     """
     K, B, max_new_tokens, inf = search.beams, len(ids), search.max_new_tokens, float("inf")
     result = torch.full((B, max_new_tokens), end_id, device=ids.device)
@@ -272,14 +273,14 @@ def _prefill(
     model: Model, sources: list[list[int]], batch: list[int], prefix: PrefixDict | None, max_new_tokens: int,
     device: torch.device,
 ) -> Cache:  # fmt: skip
-    """The Cache of the sources number `batch`, the longest first; InputError if that one leaves too little room."""
+    """The Cache of the sources whose numbers are `batch`, longest first; InputError if the longest is too long."""
     lengths = [len(sources[i]) for i in batch]
-    # Any id pads, nothing looks at padding; one column at least, since a model may not take empty rows.
+    # Nothing looks at padding, so any id will do; at least one column, since a model may not take empty rows.
     ids = torch.zeros((len(batch), max(1, lengths[0])), dtype=torch.long)
     for row, i in zip(ids, batch, strict=True):
         row[: len(sources[i])] = torch.tensor(sources[i], dtype=torch.long)
     if model.encoder_decoder and lengths[-1] == 0:
-        raise InputError(f"source {batch[-1] + 1} of {len(sources)} has no token: an encoder needs one")
+        raise InputError(f"source {batch[-1] + 1} of {len(sources)} has no token: BART's encoder needs at least one")
     longest = f"source {batch[0] + 1} of {len(sources)}, the longest with {lengths[0]} tokens"
     try:
         cache = model.prefill(ids.to(device), torch.tensor(lengths, device=device), _rows(prefix, batch))
@@ -296,7 +297,7 @@ def _prefill(
 
 
 def _rows(prefix: PrefixDict | None, batch: list[int]) -> PrefixDict | None:
-    """The rows `batch` of a prefix whose rows differ; else the prefix as it is."""
+    """The prefix for the sources whose numbers are `batch`: their rows of it, or all of it if it has but one row."""
     if prefix is None or all(row_count(prefix, kv) == 1 for kv in prefix.values()):
         return prefix
     part = copy.copy(prefix)  # keeps what else a prefix may carry: position_offset

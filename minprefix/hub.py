@@ -35,7 +35,8 @@ def resolve_model(name: str | Path) -> Path:
         raise InputError(f"{name} is a file: give the model's folder instead")
     if name and os.path.isdir(name):
         return Path(name)
-    has = ", ".join(sorted(config.parent.name for config in WEIGHTS.glob("[!.]*/config.json"))) or "none"
+    configs = [*WEIGHTS.glob("[!.]*/config.json"), *WEIGHTS.glob("[!.]*/[!.]*/config.json")]  # NAME, OWNER/NAME
+    has = ", ".join(sorted(str(path.parent.relative_to(WEIGHTS)) for path in configs)) or "none"
     absent = f"no model {str(name)!r}: there is neither such a folder nor one in {WEIGHTS} (which has: {has})"
     if not is_hub_name(str(name)):
         raise InputError(absent)
@@ -55,7 +56,7 @@ def resolve_model(name: str | Path) -> Path:
 
 
 def is_on(variable: str) -> bool:
-    """Whether an environment variable says yes, as huggingface_hub reads it."""
+    """Whether an environment variable is set to yes, by the rules of huggingface_hub."""
     return (os.environ.get(variable) or "").upper() in ("1", "ON", "YES", "TRUE")
 
 
@@ -79,7 +80,7 @@ def model_name(folder: str | Path) -> str | None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether it can be NAME or OWNER/NAME on the hub; if so, it is safe as a path below a folder."""
+    """Whether it has the form NAME or OWNER/NAME of the hub's names, which cannot lead out of a folder as a path."""
     part = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
     return len(name) <= 96 and bool(re.fullmatch(f"(?:{part}/)?{part}", name, re.A)) and not re.search(r"--|\.\.", name)
 
@@ -148,9 +149,10 @@ def endpoint() -> str:
 
 
 def download_model(name: str, folder: Path) -> Path:
-    """Download a model of the hub; the folder appears whole or not at all. What breaks off is gone on with next time.
+    """Download a model of the hub to a folder, which appears whole or not at all.
 
-    It grows in .NAME.part beside the folder; of several processes that want it, one downloads and the others wait.
+    The files are collected in .NAME.part beside it, where the next try finds what an interrupted one has got. Of
+    several processes that want the model, one downloads it and the others wait.
     """
     part = folder.with_name(f".{folder.name}.part")
     try:
@@ -179,7 +181,7 @@ def download_model(name: str, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in here with the same folder; the lock of one that dies goes with it."""
+    """Let one process at a time into the block for a folder; a process that dies leaves no lock behind."""
     import fcntl  # not on Windows
 
     handle = os.open(folder, os.O_RDONLY)
@@ -195,9 +197,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def fetch_model(name: str, part: Path) -> dict[str, Path]:
-    """Fetch what minprefix needs of a model into a folder: file name -> the checked download, still under a .part name.
+    """Download the files of a model that minprefix needs, and check them: file name -> path, still with a .part name.
 
-    All files are of one commit, the one that `main` is now.
+    All files are of the same commit: that of `main` when config.json arrives.
     """
     url, headers = f"{endpoint()}/{full_name(name)}/resolve", {"User-Agent": "minprefix", **authorization()}
     config, answers = fetch(f"{url}/main/config.json", part / "config.json", headers)
@@ -208,7 +210,7 @@ def fetch_model(name: str, part: Path) -> dict[str, Path]:
     files = {"config.json": config}
 
     def get(file_name: str) -> bool:
-        """Fetch a file, if there is one: whether there is."""
+        """Download a file if the model has it -> whether it has."""
         try:
             files[file_name] = fetch(f"{url}/{quote(commit)}/{quote(file_name)}", part / file_name, headers)[0]
         except urllib.error.HTTPError as error:
@@ -234,15 +236,15 @@ def authorization() -> dict[str, str]:
     """The header with the user's token, if there is one; it goes to no other host than the endpoint."""
     token, where = user_token()
     if not re.fullmatch("[!-~]*", token):
-        raise InputError(f"{where} holds blanks or other characters that no token has: set it anew, or remove it")
+        raise InputError(f"the token in {where} has blanks or other characters that none has: correct or remove it")
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def user_token() -> tuple[str, str]:
-    """The user's token, "" for none, and where it stands. As in huggingface_hub variables go before the file."""
+    """The user's token ("" for none), and the variable or file that it is from, looked for as huggingface_hub does."""
     if is_on("HF_HUB_DISABLE_IMPLICIT_TOKEN"):
         return "", "nothing"
-    variable = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "HUGGING_FACE_HUB_TOKEN"  # the latter is of old versions
+    variable = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "HUGGING_FACE_HUB_TOKEN"  # the old name
     if token := without_line_ends(os.environ.get(variable, "")):
         return token, variable
     path = expanded(os.environ.get("HF_TOKEN_PATH") or hub_home() / "token")  # what `hf auth login` writes

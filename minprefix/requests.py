@@ -16,12 +16,12 @@ Request = tuple[str, str]  # a source, the name of its prefix
 
 
 def load_prefixes(paths: list[Path], model: Model) -> dict[str, FoldedPrefix]:
-    """Prefix files and folders by name: the file's without its ending, or the folder's."""
+    """The prefixes in files or folders, by name: that of the file without its ending, or that of the folder."""
     prefixes: dict[str, FoldedPrefix] = {}
     for path in paths:
         name = path.resolve().name if path.is_dir() else path.stem
         if name in prefixes:
-            raise InputError(f"two --prefix are called {name!r}: rename one, or give the folders of their runs instead")
+            raise InputError(f"two --prefix are called {name!r}: rename one, or give its run's folder instead")
         file = trained_file(path)
         method = read_trained(file)[1].get("method", "prefix")
         prefix = load_trained(file, model) if method in ("prefix", "embedding") else None
@@ -37,7 +37,8 @@ def read_requests(file: str, prefixes: dict[str, FoldedPrefix], limit: int | Non
     for number, row in enumerate(load_examples(file, "all", topic_field="prefix")[:limit], 1):
         if row.topic not in prefixes:
             known = f"the prefixes are {', '.join(prefixes)}"
-            raise InputError(f'{file}: request {number} has "prefix": {row.topic!r:.80}, {known}')
+            named = 'has no "prefix"' if row.topic is None else f'has "prefix": {row.topic!r:.80}'
+            raise InputError(f"{file}: request {number} {named}, {known}")
         requests.append((row.source, row.topic))
     return requests
 
@@ -46,24 +47,28 @@ def write_requests(
     model: Model, tokenizer: Tokenizer, requests: list[Request], prefixes: dict[str, FoldedPrefix],
     given: dict[str, Any], drawing: dict[str, Any],
 ) -> list[str]:  # fmt: skip
-    """A text for each request, in its prefix's task's form and by that task's search, but for the options given.
+    """A text for each request, by the prefix that it names, in the form and by the search of that prefix's task.
 
-    Requests that are searched for alike share their batches. drawing: further options of `generate`.
+    given: options of the command line; those that are not None replace the task's. drawing: further options of
+    `generate`. Requests whose options are the same share batches, whatever their prefixes.
     """
     places = {name: place for place, name in enumerate(prefixes)}
     groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}  # options of `generate` -> numbers of requests
-    for i, (_, name) in enumerate(requests):
+    sources = []  # of all, before the first text: one may not be in its task's form
+    for i, (source, name) in enumerate(requests):
         info = prefixes[name].info
+        sources.append(format_source(info.get("task", ""), source))
         search = search_options(info.get("task", ""), given)
         search["max_source"] = given["max_source"] or trained_max_source(info)
         groups.setdefault(tuple(search.items()), []).append(i)
     texts = [""] * len(requests)
     for options, group in groups.items():
-        mine = [requests[i] for i in distributed.share(group)]
-        sources = [format_source(prefixes[name].info.get("task", ""), source) for source, name in mine]
-        stacked = stack_prefixes(list(prefixes.values()), [places[name] for _, name in mine])
+        mine = distributed.share(group)
+        stacked = stack_prefixes(list(prefixes.values()), [places[requests[i][1]] for i in mine])
         progress = len(group) > 1 and distributed.rank() == 0
-        written = generate(model, tokenizer, sources, stacked, **dict(options), **drawing, progress=progress)
+        written = generate(
+            model, tokenizer, [sources[i] for i in mine], stacked, **dict(options), **drawing, progress=progress
+        )
         for i, text in zip(group, distributed.joined(written), strict=True):
             texts[i] = text
     return texts

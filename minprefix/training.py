@@ -21,7 +21,7 @@ from tqdm import tqdm
 from minprefix import distributed, signals
 from minprefix.baselines import Tuned
 from minprefix.batches import Batch, Pair, bucket_batches, collate, pair_lengths, sorted_batches
-from minprefix.files import InputError, atomic_write, out_of_memory
+from minprefix.files import InputError, MemoryShort, atomic_write, out_of_memory
 from minprefix.linear import packed_weights
 from minprefix.load import Model
 from minprefix.loss import target_loss
@@ -302,13 +302,17 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         differing = [key for key in {**settings, **saved} if saved.get(key) != settings.get(key)]
     except Exception as error:  # torch.load documents no closed list of errors for a damaged file
         if out_of_memory(error):
-            raise
+            raise too_little_memory(path) from error
         raise InputError(f"{path} cannot be resumed from, it is damaged: delete it to start again") from error
     for key in differing:
         hidden = key in ("model", "training data", "dev data")  # known by their digests only
         was = f"another {key}" if hidden else f"{key} = {saved.get(key)}, not {settings.get(key)}"
         raise InputError(f"{path} is of a run with {was}: resume with the same settings")
     return state
+
+
+def too_little_memory(path: Path) -> MemoryShort:
+    return MemoryShort(f"there is too little memory to resume from {path}, unless it is damaged: free some, try again")
 
 
 def load_checkpoint(
@@ -325,7 +329,7 @@ def load_checkpoint(
         return state["step"], state["log"], state["best"], state["sums"]
     except Exception as error:  # whatever the contents of a damaged file lead to
         if out_of_memory(error):  # of the device, say: nothing is wrong with the file
-            raise
+            raise too_little_memory(path) from error
         what = "is of a run that trained something else, or damaged"
         raise InputError(f"{path} {what}: resume with the same settings, or delete it to start again") from error
 

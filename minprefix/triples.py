@@ -31,7 +31,7 @@ def linearise_triples(triples: Iterable[Triple]) -> str:
 def split_triples(text: str) -> list[Triple]:
     """A user's `subject : property : object | ...` -> [(subject, property, object)].
 
-    Bars and colons count where they have blanks around: a URL may be an object. Bars around the whole are ignored.
+    Only bars and colons with blanks on both sides separate, so an object may be a URL. A bar at either end is ignored.
     """
     triples = [part.strip().split(" : ", 2) for part in re.split(r" \|(?= )", collapse(text).strip("| "))]
     if not all(len(triple) == 3 for triple in triples):
@@ -60,7 +60,7 @@ def load_webnlg(split: str, folder: Path) -> list[Example]:
 
 
 def find_webnlg(split: str, folder: Path) -> list[Path]:
-    """The XML files of a split: all that are under train or dev; of the test, the one file that has it whole."""
+    """The XML files of a split: for train and dev all in that folder; for test the one file that has the whole test."""
     if split in ("train", "dev"):
         paths, needed = sorted((folder / split).rglob("*.xml")), f"{split}/*triples/*.xml"
     else:
@@ -74,13 +74,13 @@ def find_webnlg(split: str, folder: Path) -> list[Path]:
 
 
 def read_webnlg(path: Path, good_only: bool) -> list[Example]:
-    """The Examples of a WebNLG XML file, in order, those that have a text."""
+    """The Examples of a WebNLG XML file, in order, without the entries that have no text."""
     examples = []
     for number, entry in enumerate(parse_xml(path).iter("entry"), 1):
         where = f"{path}: entry {number}"
         triples = [(triple.text or "").split(" | ") for triple in entry.iterfind("modifiedtripleset/mtriple")]
         if not triples or not all(len(triple) == 3 for triple in triples):
-            raise InputError(f"{where}: its modifiedtripleset is not of mtriples like `subject | property | object`")
+            raise InputError(f"{where}: its modifiedtripleset must have mtriples like `subject | property | object`")
         if not entry.get("category"):
             raise InputError(f"{where} has no category")
         texts = [lex.text for lex in entry.iterfind("lex") if lex.get("comment") == "good" or not good_only]
@@ -125,7 +125,7 @@ def load_dart(split: str, folder: Path) -> list[Example]:
     if not examples:
         raise InputError(f"{path} has no texts: {DART_LAYOUT}")
     if empty:
-        print(f"skipped {empty} empty texts of {path}", file=sys.stderr)
+        print(f"skipped {empty} empty text{'s' * (empty > 1)} of {path}", file=sys.stderr)
     return grouped(examples)
 
 

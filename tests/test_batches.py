@@ -212,11 +212,11 @@ def test_gpt2_sources_are_cut_on_request_only(tiny, capsys):
 def test_a_cut_that_leaves_no_text(tiny, tiny_bart):
     for most in (-5, 0, 1, 2):
         message = complaint(encode_sources, [letters(9)], tiny_bart, bart(), most)
-        assert f"at most {most} tokens" in message and "give it 3 or more" in message
+        assert f"at most {most} tokens" in message and "--max-source to 3 or more" in message
         complaint(encode_pairs, [Example("b", ["b"])], tiny_bart, bart(), most)
     assert encode_sources([letters(9)], tiny_bart, bart(), 3) == [[0, 69, 2]]
     for most in (-1, 0):
-        assert "give it 1 or more" in complaint(encode_sources, ["a"], tiny, gpt2(), most)
+        assert "no room for text: raise --max-source to 1" in complaint(encode_sources, ["a"], tiny, gpt2(), most)
     assert "at most 2 tokens" in complaint(encode_sources, ["b"], tiny_bart, bart(n_positions=2))
 
 

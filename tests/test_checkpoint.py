@@ -584,7 +584,7 @@ def test_code_in_a_bin_is_refused_and_not_run(tmp_path, kind):
         path.write_bytes(pickle.dumps({"b": Payload(trace)}, protocol=int(kind[-1])))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
-    with warnings.catch_warnings(), pytest.raises(InputError, match="is refused, for such a file can run code") as info:
+    with warnings.catch_warnings(), pytest.raises(InputError, match="refused, since such files can run code") as info:
         warnings.simplefilter("error")
         read_tensors(tmp_path)
     assert str(path) in str(info.value) and "\n" not in str(info.value)

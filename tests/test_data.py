@@ -416,7 +416,7 @@ def test_jsonl_rows(tmp_path):
     ]
     for split in SIZES:
         message = complaint(load_examples, str(path), split)
-        assert message.startswith(f"{path}:4: ") and "a JSONL row without a target" in message
+        assert message.startswith(f"{path}:4: ") and "the row has no reference" in message
 
 
 @pytest.mark.parametrize("n, held_out", [(2, 1), (10, 1), (19, 1), (20, 2), (4999, 499), (6000, 500)])
@@ -442,7 +442,7 @@ def test_files_beside_train_jsonl(tmp_path):
     assert sources(task, "all") == rest + tail
     for name in ("dev", "test"):
         path = write_jsonl(tmp_path / f"{name}.jsonl", [{"source": "s"}])
-        assert complaint(load_examples, task, name).startswith(f"{path}:1: a JSONL row without a target")
+        assert complaint(load_examples, task, name).startswith(f"{path}:1: the row has no reference")
 
 
 OK_ROW = '\n{"source": "a", "target": "b"}\n'  # so the next row is on line 3
@@ -459,7 +459,7 @@ OK_ROW = '\n{"source": "a", "target": "b"}\n'  # so the next row is on line 3
         (OK_ROW + '{"source": "a", "target": ' + "1" * 5000 + "}", 3, "not valid JSON"),
         (OK_ROW + '["a", "b"]', 3, "not an object"),
         (OK_ROW + "null", 3, "not an object"),
-        (OK_ROW + '{"src": "a", "target": "b"}', 3, "without a source: its keys are ['src', 'target']"),
+        (OK_ROW + '{"src": "a", "target": "b"}', 3, "the row has no \"source\", its keys are ['src', 'target']"),
         (OK_ROW + '{"source": 1, "target": "b"}', 3, "source is a JSON int"),
         (OK_ROW + '{"source": {"a": 1}, "target": "b"}', 3, "source is a JSON dict"),
         (OK_ROW + '{"source": "", "target": "b"}', 3, "source is empty"),
@@ -486,7 +486,7 @@ def test_too_few_rows(tmp_path):
     task = write_jsonl(tmp_path / "train.jsonl", numbered(1))
     for split in SIZES:
         message = complaint(load_examples, task, split)
-        assert message.startswith(f"{task} has only 1 row") and "at least 2" in message
+        assert message.startswith(f"{task} has only one source") and "add rows" in message
     assert sources(task, "all") == [0]
     write_jsonl(tmp_path / "dev.jsonl", numbered(1))
     assert sources(task, "train") == sources(task, "dev") == [0]

@@ -385,10 +385,12 @@ def test_promises(model, sources, options):
 
 
 def test_recipes():
-    summaries = {"beams": 6, "length_penalty": 0.8, "no_repeat_ngram": 3, "min_new_tokens": 10, "max_new_tokens": 60}
-    tables = {"beams": 5, "length_penalty": 1.0, "no_repeat_ngram": 0, "min_new_tokens": 0, "max_new_tokens": 64}
+    summaries = {"beams": 6, "length_penalty": 0.8, "no_repeat_ngram": 3, "min_new_tokens": 10, "max_new_tokens": 60,
+                 "one_line": True}  # fmt: skip
+    tables = {"beams": 5, "length_penalty": 1.0, "no_repeat_ngram": 0, "min_new_tokens": 0, "max_new_tokens": 64,
+              "one_line": True}  # fmt: skip
     assert recipe("xsum") == recipe("scitldr") == summaries
-    assert recipe("e2e") == recipe("my/train.jsonl") == tables
+    assert recipe("e2e") == tables and recipe("my/train.jsonl") == {**tables, "one_line": False}
     recipe("xsum")["beams"] = 1
     assert recipe("xsum") == summaries
 
@@ -518,7 +520,7 @@ def test_long_sources_are_cut(writer, tokenizer):
         cut = generate(writer, tokenizer, texts, max_source=max_source, **options)
         assert cut == generate(writer, tokenizer, [text[:kept] for text in texts], **options)
     assert generate(writer, tokenizer, texts, max_source=8, **options) != cut
-    with pytest.raises(InputError, match="at most 2 tokens has no room"):
+    with pytest.raises(InputError, match="at most 2 tokens have no room"):
         generate(writer, tokenizer, texts, max_source=2, **options)
     with pytest.raises(InputError, match="list of texts"):
         generate(writer, tokenizer, "one text", **options)

@@ -453,10 +453,10 @@ def test_a_token_that_is_none(fake, weights, monkeypatch):
     assert f"{path} is not UTF-8 text" in complaint("gpt2")
     path.write_text("hf_a hf_b")
     message = complaint("gpt2")
-    assert f"{path} holds blanks" in message and "hf_a" not in message
+    assert f"the token in {path} has blanks" in message and "hf_a" not in message
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_\xe9")
     message = complaint("gpt2")
-    assert "HUGGING_FACE_HUB_TOKEN holds blanks or other" in message and "hf_" not in message
+    assert "the token in HUGGING_FACE_HUB_TOKEN has blanks or other" in message and "hf_" not in message
     assert fake.requests == []
 
 

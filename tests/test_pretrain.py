@@ -3,6 +3,7 @@
 import json
 import lzma
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -103,13 +104,55 @@ def run(monkeypatch, *args):
     run_main(pretrain.main)
 
 
+def write_corpus(folder):
+    folder.mkdir()
+    for split, n in (("pretrain", 200), ("heldout", 40)):
+        with lzma.open(folder / f"{split}.txt.xz", "wt", encoding="utf-8") as file:
+            file.write("<|endoftext|>".join(f"{TEXT} {i}." for i in range(n)))
+    return folder
+
+
+def test_help_is_a_page(monkeypatch, capsys):
+    """In groups, a line for each option, as that of train.py."""
+    with pytest.raises(SystemExit, match="0"):
+        run(monkeypatch, "--help")
+    out = capsys.readouterr().out
+    options = set(re.findall(r'add\("(--[\w-]+)"', (ROOT / "weights" / "pretrain.py").read_text(encoding="utf-8")))
+    assert len(options) == 18 and options == set(re.findall(r"^  (--[\w-]+) [A-Z]+ +\S", out, re.M))
+    assert len(re.findall(r"^[a-z' ]+:$", out, re.M)) >= 4 and max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("gpt3", "invalid choice: 'gpt3'"),
+        ("gpt2", "required: --corpus, --out"),
+        ("gpt2 --corpus corpus --out out --widht 1", "unrecognized arguments: --widht 1"),
+        ("gpt2 --corpus corpus --out out --layers 0", "--layers is 0: it must be above 0"),
+        ("bpe --corpus corpus --out out --vocab-size 70000", "--vocab-size is 70000"),
+        ("gpt2 --corpus corpus --out out --length 600", "rows of 600 tokens do not fit 512 positions"),
+        ("gpt2 --corpus corpus --out out", "out has no vocab.json: train a BPE first"),
+        ("bart --corpus corpus --out out", "give --bpe"),
+        ("bart --corpus corpus --out out --bpe corpus", "corpus has no vocab.json"),
+        ("bart --corpus nowhere --out bart --bpe BPE", "nowhere/pretrain.txt.xz is missing"),
+        ("bart --corpus broken --out bart --bpe BPE", "broken/pretrain.txt.xz is not UTF-8 text compressed by xz"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "corpus")
+    write_corpus(tmp_path / "broken")
+    path = tmp_path / "broken" / "pretrain.txt.xz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, *arguments.replace("BPE", str(ROOT / "weights" / "gpt2-mini")).split())
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+
+
 @pytest.mark.parametrize("what", ["gpt2", "bart"])
 def test_a_small_run_learns_resumes_and_exports_what_loads(tmp_path, monkeypatch, what):
-    corpus, out = tmp_path / "corpus", tmp_path / "model"
-    corpus.mkdir()
-    for split, n in (("pretrain", 200), ("heldout", 40)):
-        with lzma.open(corpus / f"{split}.txt.xz", "wt", encoding="utf-8") as file:
-            file.write("<|endoftext|>".join(f"{TEXT} {i}." for i in range(n)))
+    corpus, out = write_corpus(tmp_path / "corpus"), tmp_path / "model"
     if what == "gpt2":
         out.mkdir()
         for name in ("vocab.json", "merges.txt"):

@@ -98,6 +98,13 @@ def test_without_its_package_rouge_is_missed_before_the_work(trained, capsys, mo
     assert code == 2 and err.startswith("error: ROUGE") and 'pip install -e ".[eval]"' in err
 
 
+def test_texts_that_cannot_be_scored_are_shown_all_the_same(world, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    code, out, _ = call(train, capsys, *COMMON, "--eval-inputs", 1, "--beams", 1, "--out", "unscored")
+    assert code == 0 and out.count("ROUGE of summaries needs rouge-score") == 1 and "with the prefix  " in out
+    assert set(map(str, json.loads(open("unscored/result.json").read())["scores"].values())) == {"{}"}
+
+
 def test_summaries_are_searched_for_as_bart_does_xsum(trained, capsys):
     common = ("--prefix", "run/prefix.safetensors", "--input", "We count. The count is 3.")
     default = call(sample, capsys, *common)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minprefix import signals
-from minprefix.files import InputError, run_main
+from minprefix.files import InputError, WriteError, atomic_write, read_text, run_main
 from tests.tiny import ROOT
 
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
@@ -81,6 +81,13 @@ def test_a_full_disk_below_stdout_is_one_line(capsys, monkeypatch):
 
 
 @needs_dev_full
+def test_a_device_without_room_is_named():
+    with pytest.raises(WriteError, match="cannot write /dev/full: No space left on device"):
+        with atomic_write("/dev/full") as file:
+            file.write("text")
+
+
+@needs_dev_full
 @pytest.mark.parametrize("streams, said", [(">/dev/full", True), ("2>/dev/full", False), (">&- 2>&-", False)])
 def test_a_process_whose_output_cannot_be_written_ends_with_its_code(streams, said):
     """To the very end of Python, which flushes what is left."""
@@ -92,7 +99,9 @@ def test_a_process_whose_output_cannot_be_written_ends_with_its_code(streams, sa
     assert ("error: " in done.stderr) == said
 
 
-def test_without_stdout_and_stderr_a_script_still_ends_as_it_should(monkeypatch):
+def test_without_stdin_stdout_and_stderr_a_script_still_ends_as_it_should(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    run_main(lambda: read_text("-"))
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     with pytest.raises(SystemExit) as stop:

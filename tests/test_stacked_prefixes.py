@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sample
-from minprefix import Prefix, load_model, stack_prefixes
+from minprefix import Prefix, load_model, requests, stack_prefixes
 from minprefix.attention import beside, causal_mask
 from minprefix.bart import BART
 from minprefix.baselines import load_trained, save_trained
@@ -247,7 +247,8 @@ def test_sample_takes_an_embedding_beside_a_prefix(tmp_path, capsys, monkeypatch
         ("--prefix a.safetensors --prefix a.safetensors --file requests.jsonl", "two --prefix are called 'a'"),
         ("--prefix a.safetensors --prefix b.safetensors --file requests.jsonl",
          "request 2 has \"prefix\": 'run', the prefixes are a, b"),
-        ("--prefix a.safetensors --prefix run --file bare.jsonl", 'request 1 has "prefix": None'),
+        ("--prefix a.safetensors --prefix b.safetensors --file other.jsonl", "'pub' is not an E2E meaning"),
+        ("--prefix a.safetensors --prefix run --file bare.jsonl", 'request 1 has no "prefix", the prefixes are'),
         ("--prefix a.safetensors --prefix run --input x", "several --prefix need --file FILE.jsonl"),
         ("--prefix a.safetensors --prefix run --file requests.jsonl --evaluate", "unscored"),
         ("--prefix a.safetensors --prefix none --file requests.jsonl", "nothing at none"),
@@ -256,6 +257,9 @@ def test_sample_takes_an_embedding_beside_a_prefix(tmp_path, capsys, monkeypatch
 )  # fmt: skip
 def test_requests_that_make_no_sense(world, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(world[0])
+    monkeypatch.setattr(requests, "generate", None)  # is not reached
+    other = '{"source": "x", "prefix": "a"}\n{"source": "pub", "prefix": "b"}\n'  # of another task than the first
+    (world[0] / "other.jsonl").write_text(other)
     (world[0] / "bare.jsonl").write_text('{"source": "x"}\n')
     (world[0] / "top").mkdir(exist_ok=True)
     save_trained(world[0] / "top" / "top2.safetensors", {}, [], {"method": "top2"})

@@ -95,7 +95,7 @@ def test_blank_lines_on_both_sides_are_skipped_too(tmp_path, capsys):
 def test_line_ends_of_old_macs_are_refused(tmp_path):
     path = write_lines(tmp_path, ["a"], ["c"])
     path.write_bytes(b"a\rb\rc")
-    assert complaint(load_examples, "xsum", "train", tmp_path).startswith(f"{path} has no line ends but CR")
+    assert complaint(load_examples, "xsum", "train", tmp_path).startswith(f"{path} has old Mac line ends (CR alone)")
 
 
 @pytest.mark.parametrize("documents, summaries", [(3, 2), (2, 3), (0, 1), (5, 0)])
@@ -148,8 +148,8 @@ def test_half_of_a_pair_and_two_copies(tmp_path):
 @pytest.mark.parametrize(
     "line, part",
     [
-        ('{"document": "a"}', "a JSONL row without a target"),
-        ('{"summary": "a"}', "a JSONL row without a source"),
+        ('{"document": "a"}', "the row has no reference"),
+        ('{"summary": "a"}', 'the row has no "source"'),
         ('{"document": null, "summary": "a"}', "document is a JSON NoneType"),
         ('{"document": "a", "summary": 3}', "summary is a JSON int"),
         ('{"document": "a", "summary": "\\ud83d"}', "lone surrogate"),
@@ -219,13 +219,13 @@ def test_scitldr_rows(tmp_path):
 @pytest.mark.parametrize(
     "row, part",
     [
-        ({"source": ["a"], "target": []}, "a JSONL row without a target"),
-        ({"source": ["a"]}, "a JSONL row without a target"),
+        ({"source": ["a"], "target": []}, "the row has no reference"),
+        ({"source": ["a"]}, "the row has no reference"),
         ({"source": ["a"], "target": ["b", " "]}, "a reference is empty"),
         ({"source": ["a"], "target": ["b", 1]}, "a reference is a JSON int"),
         ({"source": ["a"], "target": [["b"]]}, "a reference is a JSON list"),
-        ({"source": ["a", 1], "target": ["b"]}, "source is a list, but not of strings only"),
-        ({"source": ["a", None], "target": ["b"]}, "source is a list, but not of strings only"),
+        ({"source": ["a", 1], "target": ["b"]}, "source is a list of other things than strings"),
+        ({"source": ["a", None], "target": ["b"]}, "source is a list of other things than strings"),
         ({"source": [" ", "\n"], "target": ["b"]}, "source is empty"),
         ({"source": [], "target": ["b"]}, "source is empty"),
         ({"source": ["a", "\0"], "target": ["b"]}, "NUL"),

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from minprefix import Prefix, load_model, load_tokenizer
 from minprefix.batches import collate, encode_pairs
 from minprefix.data import Example
-from minprefix.files import InputError
+from minprefix.files import InputError, MemoryShort
 from minprefix.loss import target_loss
 from minprefix.training import batch_stream, dev_loss, linear_schedule, read_checkpoint, train
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
@@ -168,7 +168,7 @@ def test_a_checkpoint_is_not_called_damaged_for_want_of_memory(model_folder, tmp
 
     run(model_folder, tmp_path)
     for owner, name in ((torch, "load"), (torch.optim.AdamW, "load_state_dict")):
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="can't allocate memory"):
+        with monkeypatch.context() as patch, pytest.raises(MemoryShort, match="too little memory to resume"):
             patch.setattr(owner, name, hungry)
             run(model_folder, tmp_path, resume=True)
 

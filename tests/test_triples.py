@@ -222,7 +222,7 @@ def test_topics_of_rows(tmp_path):
     rows = [
         {"source": "a", "target": "b", "topic": "news", "year": 2019},
         {"source": "c", "target": "d", "topic": ["no topic"]},
-        {"source": "a", "target": "e", "topic": "sport", "year": 2020},
+        {"source": "a", "target": "e", "topic": "sport", "year": 2020.5},
         {"source": "a", "target": "f", "topic": "news"},
     ]
     for name in ("train.jsonl", "dev.jsonl"):
@@ -234,7 +234,7 @@ def test_topics_of_rows(tmp_path):
         topics = [example.topic for example in load_examples(task, split, tmp_path)]
         assert topics == ["news", None, "sport", "news"]
         topics = [example.topic for example in load_examples(task, split, tmp_path, topic_field="year")]
-        assert topics == ["2019", None, "2020", None]
+        assert topics == ["2019", None, "2020.5", None]
 
 
 def test_choosing_topics():

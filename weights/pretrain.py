@@ -31,7 +31,7 @@ from minprefix.attention import real_tokens
 from minprefix.batches import pad
 from minprefix.files import InputError, atomic_write, read_json, run_main
 from minprefix.load import Model, check_state, keep_freed_memory, load_model, save_model
-from minprefix.options import check_above_zero
+from minprefix.options import Parser, check_above_zero, check_not_negative, fill
 from minprefix.tokenizer import Tokenizer, load_tokenizer
 from minprefix.training import read_checkpoint
 
@@ -43,8 +43,12 @@ Rows = tuple[tuple[Any, ...], Tensor, int]  # model inputs, labels, the position
 def read_documents(path: Path) -> list[str]:
     if not path.is_file():
         raise InputError(f"{path} is missing: documents separated by {END}, compressed by xz")
-    with lzma.open(path, "rt", encoding="utf-8") as file:
-        return [document.strip() for document in file.read().split(END) if document.strip()]
+    try:
+        with lzma.open(path, "rt", encoding="utf-8") as file:
+            documents = file.read().split(END)
+    except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not UTF-8 text compressed by xz, or damaged ({error})") from error
+    return [document.strip() for document in documents if document.strip()]
 
 
 def train_bpe(args: argparse.Namespace) -> None:
@@ -67,12 +71,19 @@ def bart_vocabulary(args: argparse.Namespace) -> None:
     """The BPE of another folder with BART's special tokens: `<s> <pad> </s> <unk>` first, `<mask>` last."""
     if args.bpe is None:
         raise InputError(f"{args.out} has no vocab.json: give --bpe, the folder whose BPE it shall have")
+    check_bpe(args.bpe)
     vocab = read_json(args.bpe / "vocab.json")
     tokens = ["<s>", "<pad>", "</s>", "<unk>", *(t for t in sorted(vocab, key=vocab.get) if t != END), "<mask>"]
     args.out.mkdir(parents=True, exist_ok=True)
     shutil.copy(args.bpe / "merges.txt", args.out / "merges.txt")
     with atomic_write(args.out / "vocab.json") as file:
         json.dump({token: i for i, token in enumerate(tokens)}, file, ensure_ascii=False)
+
+
+def check_bpe(folder: Path) -> None:
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} has no {name}: train a BPE first (pretrain.py bpe), or copy one there")
 
 
 def vocabulary_digest(folder: Path) -> str:
@@ -269,20 +280,11 @@ def copying_loss(model: gpt2.GPT2, ids: np.ndarray, device: str, rows: int = 32,
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train a new GPT-2 or BART on --tokens of the corpus, or go on with the run that --state holds."""
     keep_freed_memory()
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    longest = args.length if args.what == "gpt2" else 2 * args.length
-    if longest > args.positions:
-        raise InputError(f"rows of {longest} tokens do not fit {args.positions} positions: lower --length")
-    args.state.mkdir(parents=True, exist_ok=True)
-    if args.what == "bart" and not (args.out / "vocab.json").exists():
-        bart_vocabulary(args)
-    objective = language_modelling if args.what == "gpt2" else denoising
-    train_ids, heldout_ids = corpus_ids(args, "pretrain"), corpus_ids(args, "heldout")
-    if min(len(train_ids), len(heldout_ids)) < 4 * longest:
-        raise InputError(f"{args.corpus} has less text than a few rows: {len(train_ids)} and {len(heldout_ids)} tokens")
-    train_batches, heldout_batches = objective(args, train_ids, args.seed), objective(args, heldout_ids, args.seed)
+    train_batches, heldout_batches, heldout_ids = load_corpus(args)
     model = new_model(args, load_tokenizer(args.out).vocab_size)
     if args.init:
         start_from(args.init, model)
@@ -290,15 +292,7 @@ def train(args: argparse.Namespace) -> None:
     masters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     model.to(torch.bfloat16)
     optimizers = make_optimizers(masters, args)
-    step, log = 0, []
-    if (args.state / "state.pt").exists():
-        state = read_checkpoint(args.state / "state.pt", settings(args))
-        step, log = state["step"], state["log"]
-        with torch.no_grad():
-            for name, p in masters.items():
-                p.copy_(state["masters"][name])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    step, log = load_state(args, masters, optimizers)
     copy_weights(model, masters)
     for layer in [*model.encoder.layers, *model.decoder.layers] if model.encoder_decoder else model.h:
         layer.compile()  # one program for all layers of a kind
@@ -331,6 +325,25 @@ def train(args: argparse.Namespace) -> None:
             saved_at = time.time()
 
 
+def load_corpus(args: argparse.Namespace) -> tuple[Callable[[int], Rows], Callable[[int], Rows], np.ndarray]:
+    """The batches of the training text and of the held-out text by step, and the held-out ids.
+
+    A new BART gets its vocabulary here. InputError if rows do not fit the model, or there is too little text.
+    """
+    longest = args.length if args.what == "gpt2" else 2 * args.length
+    if longest > args.positions:
+        raise InputError(f"rows of {longest} tokens do not fit {args.positions} positions: lower --length")
+    args.state.mkdir(parents=True, exist_ok=True)
+    if args.what == "bart" and not (args.out / "vocab.json").exists():
+        bart_vocabulary(args)
+    check_bpe(args.out)
+    train_ids, heldout_ids = corpus_ids(args, "pretrain"), corpus_ids(args, "heldout")
+    if min(len(train_ids), len(heldout_ids)) < 4 * longest:
+        raise InputError(f"{args.corpus} has less text than a few rows: {len(train_ids)} and {len(heldout_ids)} tokens")
+    batches = language_modelling if args.what == "gpt2" else denoising
+    return batches(args, train_ids, args.seed), batches(args, heldout_ids, args.seed), heldout_ids
+
+
 def update(model: Model, masters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
     """One optimiser step on the masters from the model's bf16 gradients."""
     for name, p in model.named_parameters():
@@ -353,6 +366,21 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {**{key: getattr(args, key) for key in keys}, "vocabulary": vocabulary_digest(args.out)}
 
 
+def load_state(
+    args: argparse.Namespace, masters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]
+) -> tuple[int, list[dict[str, Any]]]:
+    """The step and the log of the run in --state, whose weights and optimisers are put back; 0 and [] for a new run."""
+    if not (args.state / "state.pt").exists():
+        return 0, []
+    state = read_checkpoint(args.state / "state.pt", settings(args))
+    with torch.no_grad():
+        for name, p in masters.items():
+            p.copy_(state["masters"][name])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"], state["log"]
+
+
 def save_state(
     args: argparse.Namespace, step: int, log: list[dict[str, Any]], masters: dict[str, Tensor],
     optimizers: list[torch.optim.Optimizer],
@@ -373,33 +401,52 @@ def export(args: argparse.Namespace, model: Model, masters: dict[str, Tensor], l
         file.writelines(json.dumps(row) + "\n" for row in log)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["bpe", "gpt2", "bart"])
-    parser.add_argument("--corpus", type=Path, required=True, help="folder with pretrain.txt.xz and heldout.txt.xz")
-    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--state", type=Path, help="resumable state and encoded corpus (runs/pretrain-NAME of --out)")
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--bpe", type=Path, help="bart: the folder whose BPE the new model shall have")
-    parser.add_argument("--init", help="the folder of a trained model to start from, instead of random weights")
-    parser.add_argument("--layers", type=int, help="6; BART: 4 in the encoder and 4 in the decoder")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--positions", type=int, default=512)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a training row")
-    parser.add_argument("--batch-size", type=int, default=24)
-    parser.add_argument("--tokens", type=float, default=60e6)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--decay", type=float, default=0.3)
-    parser.add_argument("--eval-every", type=int, default=250, help="steps")
-    parser.add_argument("--save-every", type=int, default=300, help="seconds")
-    parser.add_argument("--seed", type=int, default=0)
+def parse_args() -> argparse.Namespace:
+    parser = Parser("python weights/pretrain.py WHAT", __doc__)
+    parser.add_argument("what", choices=["bpe", "gpt2", "bart"], metavar="WHAT", help="bpe, gpt2 or bart")
+
+    add = parser.add_argument_group("from where to where").add_argument
+    add("--corpus", type=Path, required=True, metavar="FOLDER", help="with pretrain.txt.xz and heldout.txt.xz (needed)")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="of the model, NAME, to be written (needed)")
+    add("--state", type=Path, metavar="FOLDER", help="of checkpoint and encoded corpus (runs/pretrain-NAME)")
+    add("--init", metavar="MODEL", help="a trained model of the same shape to start from (random weights)")
+
+    add = parser.add_argument_group("the vocabulary").add_argument
+    add("--vocab-size", type=int, metavar="N", default=4096, help="bpe: how many tokens (%(default)s)")
+    add("--bpe", type=Path, metavar="FOLDER", help="bart: a folder whose BPE the new model shall have")
+
+    add = parser.add_argument_group("the model's shape").add_argument
+    add("--layers", type=int, metavar="N", help="gpt2: how many (6); bart: in encoder and decoder each (4)")
+    add("--width", type=int, metavar="N", default=256, help="numbers in a token's state (%(default)s)")
+    add("--heads", type=int, metavar="N", default=4, help="attention heads in a layer (%(default)s)")
+    add("--positions", type=int, metavar="N", default=512, help="the longest sequence (%(default)s)")
+
+    add = parser.add_argument_group("how it is trained").add_argument
+    add("--tokens", type=float, metavar="N", default=60e6, help="how many in all, then it ends (%(default)g)")
+    add("--length", type=int, metavar="N", default=256, help="tokens in a row (%(default)s)")
+    add("--batch-size", type=int, metavar="N", default=24, help="rows in a step (%(default)s)")
+    add("--lr", type=float, metavar="X", default=3e-3, help="learning rate between warm-up and decay (%(default)s)")
+    add("--decay", type=float, metavar="X", default=0.3, help="share of the tokens over which it decays (%(default)s)")
+    add("--eval-every", type=int, metavar="N", default=250, help="steps between held-out losses (%(default)s)")
+    add("--save-every", type=int, metavar="N", default=300, help="seconds between checkpoints (%(default)s)")
+    add("--seed", type=int, metavar="N", default=0, help="of the first weights and the order (%(default)s)")
+
     args = parser.parse_args()
-    sizes = ("vocab_size", "width", "heads", "positions", "length")
-    check_above_zero(args, (*sizes, "batch_size", "tokens", "lr", "decay", "eval_every"))
-    args.layers = args.layers or {"gpt2": 6}.get(args.what, 4)
-    args.state = args.state or Path("runs", f"pretrain-{args.out.name}")
-    train_bpe(args) if args.what == "bpe" else train(args)
+    sizes = ("vocab_size", "layers", "width", "heads", "positions", "length", "batch_size", "eval_every")
+    check_above_zero(args, (*sizes, "tokens", "lr", "decay"))
+    check_not_negative(args, ("save_every", "seed"))
+    if args.vocab_size > 2**16:
+        raise InputError(f"--vocab-size is {args.vocab_size}: the encoded corpus has room for {2**16} (uint16)")
+    fill(args, {"layers": 6 if args.what == "gpt2" else 4, "state": Path("runs", f"pretrain-{args.out.name}")})
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.what == "bpe":
+        train_bpe(args)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":
