@@ -116,7 +116,7 @@ def format_source(task: str, text: str) -> str:
 def tell_unknown_slot(slot: str) -> None:
     """Say on stderr that E2E has no such slot; data in E2E's form, of a user's own, may have it."""
     if slot not in SLOTS and slot not in SLOT_NAMES.values():
-        print(f"{slot!r} is no slot of E2E's: it has {', '.join(SLOTS)}", file=sys.stderr)
+        print(f"{slot!r:.80} is no slot of E2E's: it has {', '.join(SLOTS)}", file=sys.stderr)
 
 
 def linearise_e2e(mr: str, where: str = "the input") -> str:

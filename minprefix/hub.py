@@ -1,6 +1,7 @@
 """Models by name: in `weights/`, in HuggingFace's cache, or from its hub into `weights/`."""
 
 import contextlib
+import difflib
 import os
 import re
 import sys
@@ -36,8 +37,10 @@ def resolve_model(name: str | Path) -> Path:
     if name and os.path.isdir(name):
         return Path(name)
     configs = [*WEIGHTS.glob("[!.]*/config.json"), *WEIGHTS.glob("[!.]*/[!.]*/config.json")]  # NAME, OWNER/NAME
-    has = ", ".join(sorted(str(path.parent.relative_to(WEIGHTS)) for path in configs)) or "none"
-    absent = f"no model {str(name)!r}: there is neither such a folder nor one in {WEIGHTS} (which has: {has})"
+    there = sorted(str(path.parent.relative_to(WEIGHTS)) for path in configs)
+    meant = difflib.get_close_matches(str(name), [*there, *OWNERS], n=1)
+    absent = f"no model {str(name)!r}{f' (did you mean {meant[0]}?)' if meant else ''}: there is neither such a folder "
+    absent += f"nor one in {WEIGHTS} (which has: {', '.join(there) or 'none'})"
     if not is_hub_name(str(name)):
         raise InputError(absent)
     if folder := find_model(str(name)):

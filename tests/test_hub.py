@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -654,3 +655,12 @@ def test_huggingface_hubs_own_cache(fake, weights, tiny, monkeypatch, tmp_path):
     assert resolve_model("my/gpt2") == snapshot and model_name(snapshot) == "my/gpt2"
     shutil.rmtree(hub_cache())
     assert contents(resolve_model("my/gpt2")) == needed(tiny)
+
+
+def test_a_misspelt_name_is_told_what_it_may_mean(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, meant in (("gpt2-mni", "(did you mean gpt2-mini?)"), ("gpt2-lagre", "(did you mean gpt2-large?)")):
+        with pytest.raises(InputError, match=re.escape(f"no model {name!r} {meant}: ")):
+            resolve_model(name)
+    with pytest.raises(InputError, match="no model 'zzzzzz': "):
+        resolve_model("zzzzzz")
