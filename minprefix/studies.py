@@ -153,7 +153,7 @@ def low_data_run(
 
 def make_run(
     args: Namespace, what: What, method: str, seed: int, options: Sequence[str] = (), *, name: str | None = None,
-    lr: str | None = None, steps: int | None = None, batch_size: int | None = None, evaluations: int = 10,
+    lr: str | None = None, steps: int | None = None, batch_size: int | None = None, evaluations: int = 5,
     dev: int = 500, tested: bool = True,
 ) -> Run:  # fmt: skip
     """The run of a method with further options of train.py, by default with the settings of the study."""
