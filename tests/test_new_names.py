@@ -1,0 +1,26 @@
+"""weights/new_names.py: the inputs that it makes, and that it runs."""
+
+import sys
+
+from minprefix.files import run_main
+from tests.tiny import ROOT
+
+sys.path.insert(0, str(ROOT / "weights"))
+import new_names  # noqa: E402
+
+
+def test_only_the_names_are_replaced():
+    source = "name : Blue Spice | Type : pub | food : name : x | area : riverside | near : Café Sicilia"
+    assert new_names.renamed(source, 1) == (
+        "name : Green Dragon | Type : pub | food : name : x | area : riverside | near : Station Road"
+    )
+    assert new_names.renamed("name : Blue Spice", 30) == "name : The Golden Lantern"
+
+
+def test_it_prints_a_line_for_each_prefix(capsys, monkeypatch, tmp_path):
+    (tmp_path / "devset.csv").write_text('mr,ref\n"name[Blue Spice], near[Burger King]",x\n')
+    file = ROOT / "weights" / "prefixes" / "gpt2-mini-e2e.safetensors"
+    monkeypatch.setattr(sys, "argv", ["new_names.py", str(file), str(file), "--data", str(tmp_path)])
+    run_main(new_names.main)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith(f"{file}: slots ")
