@@ -22,7 +22,7 @@ PAPER_TASK: dict[str, dict[str, float]] = {  # what the paper sets otherwise for
 }
 BUNDLED: dict[str, dict[str, float]] = {  # see weights/README.md
     "gpt2-mini": {"prefix_length": 100, "hidden": 0, "adapter_width": 28, "batch_size": 16, "steps": 1500},
-    "bart-mini": {"prefix_length": 20, "hidden": 0, "adapter_width": 25, "batch_size": 16, "steps": 750},
+    "bart-mini": {"prefix_length": 20, "hidden": 512, "adapter_width": 25, "batch_size": 16, "steps": 750},
 }
 LR = {  # learning rates; "adapter" is of 3% of the model's weights, the default width
     "gpt2": {"prefix": 8e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5, "adapter 0.1%": 8e-5,
@@ -30,7 +30,7 @@ LR = {  # learning rates; "adapter" is of 3% of the model's weights, the default
     "bart": {"prefix": 5e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5, "adapter 0.1%": 8e-5},
     "gpt2-mini": {"prefix": 0.03, "finetune": 1e-3, "top2": 3e-3, "adapter": 1e-2, "adapter 0.1%": 0.03,
                   "embedding": 1.0, "infix": 0.03},
-    "bart-mini": {"prefix": 0.03, "finetune": 1e-3, "top2": 2e-3, "adapter": 6e-3, "adapter 0.1%": 2e-2},
+    "bart-mini": {"prefix": 3e-3, "finetune": 1e-3, "top2": 2e-3, "adapter": 6e-3, "adapter 0.1%": 2e-2},
 }  # fmt: skip
 # Of a prefix or infix that is trained directly where the default is an MLP's output, or the other way round.
 OTHER_FORM_LR = {"direct": 0.03, "MLP": 3e-3}

@@ -33,7 +33,7 @@ def test_the_bundled_models_settings_are_their_own_whatever_the_task(task):
         "lr": 0.03, "steps": 1500, "batch_size": 16, "prefix_length": 100, "hidden": 0, "eval_every": 100,
     }  # fmt: skip
     assert default_settings("bart-mini", "bart", task) == {
-        "lr": 0.03, "steps": 750, "batch_size": 16, "prefix_length": 20, "hidden": 0, "eval_every": 100,
+        "lr": 3e-3, "steps": 750, "batch_size": 16, "prefix_length": 20, "hidden": 512, "eval_every": 100,
     }  # fmt: skip
     rates = {method: learning_rate("gpt2-mini", "gpt2", task, method) for method in OPTIONS}
     assert rates == {"prefix": 0.03, "finetune": 1e-3, "top2": 3e-3, "adapter": 1e-2, "embedding": 1.0, "infix": 0.03}
@@ -97,8 +97,8 @@ def study_args(model, kind):
 
 def test_the_table_of_help_has_every_default():
     lines = {line.split("  ")[1]: line.split()[-4:] for line in settings_table().splitlines() if line[:3] == "  -"}
-    assert lines["--prefix-length"] == ["100", "20", "5", "200"] and lines["--hidden"] == ["0", "0", "512", "800"]
-    assert lines["--lr of prefix"] == ["0.03", "0.03", "8e-5", "5e-5"]
+    assert lines["--prefix-length"] == ["100", "20", "5", "200"] and lines["--hidden"] == ["0", "512", "512", "800"]
+    assert lines["--lr of prefix"] == ["0.03", "0.003", "8e-5", "5e-5"]
     assert lines["--lr of infix"] == ["0.03", "-", "8e-5", "-"] and lines["--steps"] == ["1500", "750", "-", "-"]
     assert len(lines) == 13
     assert "other GPT-2 on dart: --lr 5e-5 --batch-size 5 --epochs 10 --prefix-length 10" in settings_table()
