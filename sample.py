@@ -86,6 +86,8 @@ def parse_args() -> Namespace:
         args.output = texts_folder(args.prefix or Path(args.model or "")) / f"texts-{name}.txt"
     if args.output:
         check_output(args.output)
+        if args.evaluate:
+            check_output(args.output.with_suffix(".json"))
     return args
 
 

@@ -330,6 +330,9 @@ BAD = {
     "no beams": (sample, "--prefix run/prefix.safetensors --input x --beams 0", "--beams is 0"),
     "seed too large": (sample, f"--prefix run/prefix.safetensors --input x --sample --seed {2**70}", "--seed"),
     "length penalty nan": (sample, "--prefix run --input x --length-penalty nan", "--length-penalty is nan"),
+    "scores into a folder": (
+        sample, "--prefix run --task rows.jsonl --split test --evaluate --output scored.txt", "scored.json is a folder"
+    ),
     "texts into a folder": (sample, "--prefix run/prefix.safetensors --input x --output run", "run is a folder"),
     "texts below a file": (sample, "--prefix run --input x --output rows.jsonl/texts", "rows.jsonl is not a folder"),
     "scores over texts": (sample, "--prefix run/prefix.safetensors --input x --evaluate --output a.json", "a.json"),
@@ -375,6 +378,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, world, prefix_file, c
         (world / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
         (world / "long.txt").write_text("word " * 300)
         (world / "empty.txt").write_text("\n")
+        (world / "scored.json").mkdir()
         write_tiny_model(world / "mixed", vocab_size=100)
         (world / "no_mr").mkdir()
         (world / "no_mr" / "trainset.csv").write_text("meaning,ref\na,b\n")
