@@ -139,6 +139,9 @@ def draw(rows: list[Row], path: str | Path) -> None:
     if numbers_on_x:
         axes.set_xscale("log")
         axes.set_xticks(xs, map(str, xs), minor=False)
+        axes.minorticks_off()
+    else:
+        axes.tick_params(axis="x", labelrotation=25)
     axes.set(xlabel=list(rows[0]["what"])[-1], ylabel=metric)
     if any(lines):
         axes.legend()
