@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minprefix import Prefix, load_model, load_tokenizer
+from minprefix import Prefix, load_model, load_tokenizer, training
 from minprefix.batches import collate, encode_pairs
 from minprefix.data import Example
 from minprefix.files import InputError, MemoryShort
 from minprefix.loss import target_loss
-from minprefix.training import batch_stream, dev_loss, linear_schedule, read_checkpoint, train
+from minprefix.muon import Muon
+from minprefix.training import batch_stream, dev_loss, linear_schedule, make_optimizer, read_checkpoint, train
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 PAIRS = [([5 + i, 6, 7 + i], [40 + i, 50, 60, 4095]) for i in range(12)] + [([9], [8, 4095])]
@@ -221,6 +222,31 @@ def test_the_batch_that_breaks_the_loss_is_named(eval_every, model_folder, tmp_p
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert saved["step"] == (steps[0] - 1) // eval_every * eval_every
     assert all(p.isfinite().all() for p in saved["tuned"].values())
+
+
+@pytest.mark.parametrize("hidden, optimizer", [(0, Muon), (8, torch.optim.AdamW)])
+def test_interrupted_and_resumed_by_either_optimiser(hidden, optimizer, model_folder, tmp_path, monkeypatch):
+    def trained(out, **options):
+        torch.manual_seed(1)
+        model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
+        prefix = Prefix(model, 3, hidden)
+        assert type(make_optimizer(prefix, 1e-2)) is optimizer
+        train(model, prefix, tokenizer, PAIRS, PAIRS, tmp_path / out, steps=20, batch_size=4, lr=1e-2, eval_every=5,
+              **options)  # fmt: skip
+        return prefix.state_dict()
+
+    def step_or_stop(*args):
+        if calls.append(args) or len(calls) == 13:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    whole, step, calls = trained("whole"), training.training_step, []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "training_step", step_or_stop)
+        trained("stopped")
+    assert torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["step"] == 12
+    resumed = trained("stopped", resume=True)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
 
 
 def test_killed_and_resumed_gives_the_same_prefix_bit_for_bit(model_folder, tmp_path):
