@@ -19,9 +19,9 @@ import torch
 
 from minprefix import distributed, generate, load_model, load_tokenizer
 from minprefix.baselines import load_trained, read_trained, told_by_model, trained_file, trained_max_source
-from minprefix.data import WEBNLG_SPLITS, format_source, load_examples
+from minprefix.data import WEBNLG_SPLITS, format_source, load_on_topics
 from minprefix.evaluation import check_scorable, evaluate
-from minprefix.examples import Example, on_topics
+from minprefix.examples import Example
 from minprefix.files import InputError, atomic_write, read_text, run_main
 from minprefix.generate import search_options
 from minprefix.hub import resolve_model
@@ -176,8 +176,7 @@ def read_examples(args: Namespace, trained_task: str) -> list[Example]:
     """The inputs from wherever the command line says, in the form that the prefix was trained on."""
     rows = args.task or args.file
     if args.task or str(args.file).endswith(".jsonl"):
-        examples = load_examples(rows, args.split, args.data, args.topic_field)
-        examples = on_topics(examples, args.topics, f"{args.task}, {args.split} split")
+        examples = load_on_topics(rows, args.split, args.data, args.topics, args.topic_field)
         if not rows.endswith(".jsonl"):
             return examples
         return [Example(format_source(trained_task, e.source), e.references) for e in examples]

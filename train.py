@@ -126,7 +126,7 @@ def run(args: Namespace) -> None:
     check_vocabulary(tokenizer, model, args.model)
     search = {**recipe(args.task), "beams": args.beams}  # for the texts at the end
     if args.eval_inputs:
-        Search(search["beams"]).check(model, tokenizer.newline_ids)
+        Search(args.beams).check(model, tokenizer.newline_ids)
 
     # What is trained, and on what.
     tuned = make_tuned(

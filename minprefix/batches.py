@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from minprefix.attention import real_tokens
-from minprefix.data import load_examples
-from minprefix.examples import Example, draw_pairs, on_topics, spread
+from minprefix.data import load_on_topics
+from minprefix.examples import Example, draw_pairs, spread
 from minprefix.files import InputError
 from minprefix.load import Model
 from minprefix.tokenizer import Tokenizer
@@ -127,7 +127,7 @@ def load_pairs(
     drawn at random from the seed.
     """
     where = f"{task}, {split} split"
-    examples = on_topics(load_examples(task, split, data, topic_field), topics, where)
+    examples = load_on_topics(task, split, data, topics, topic_field)
     if low_data:
         count = math.ceil(3 * low_data / 10) if split == "dev" else low_data
         examples = draw_pairs(examples, count, seed, where)
@@ -144,8 +144,7 @@ def load_inputs(
     """At most `count` Examples of a task's split, on these topics, evenly spaced; new_tokens fit behind each."""
     if count == 0:
         return []  # there need not be such a split
-    examples = on_topics(load_examples(task, split, data, topic_field), topics, f"{task}, {split} split")
-    examples = spread(examples, count)
+    examples = spread(load_on_topics(task, split, data, topics, topic_field), count)
     sources = encode_sources([example.source for example in examples], tokenizer, model, max_source, what=None)
     longest = [(source, [0] * new_tokens) for source in sources]
     check_lengths(longest, model, start, f"{task}, {split} split with {new_tokens} new tokens")

@@ -9,14 +9,14 @@ import re
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from minprefix.download import open_url
-from minprefix.examples import EmptyText, Example, check_text, collapse, grouped
+from minprefix.examples import EmptyText, Example, check_text, collapse, grouped, on_topics
 from minprefix.files import InputError, atomic_write, read_text
 from minprefix.sample_e2e import sample_rows
 from minprefix.triples import DART_LAYOUT, WEBNLG_LAYOUT, linearise_triples, load_dart, load_webnlg, split_triples
@@ -94,6 +94,14 @@ def load_examples(task: str, split: str, data: str | Path | None = None, topic_f
     if task == "scitldr":
         return load_scitldr(split, given_folder(task, data, SCITLDR_LAYOUT), topic_field)
     return load_jsonl(Path(data or "", task), split, topic_field)
+
+
+def load_on_topics(
+    task: str, split: str, data: str | Path | None = None, topics: Sequence[str] | None = None,
+    topic_field: str = "topic",
+) -> list[Example]:  # fmt: skip
+    """As `load_examples`, but only the Examples on these topics; without topics all."""
+    return on_topics(load_examples(task, split, data, topic_field), topics, f"{task}, {split} split")
 
 
 def format_source(task: str, text: str) -> str:

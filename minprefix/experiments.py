@@ -29,8 +29,8 @@ from minprefix import signals
 from minprefix.baselines import Adapters
 from minprefix.batches import collate, encode_pairs
 from minprefix.checkpoint import read_config
-from minprefix.data import TASKS, find_e2e, json_rows, load_examples
-from minprefix.examples import Example, on_topics
+from minprefix.data import TASKS, find_e2e, json_rows, load_examples, load_on_topics
+from minprefix.examples import Example
 from minprefix.files import InputError, atomic_write, read_json, run_main
 from minprefix.generate import generate, recipe
 from minprefix.hub import model_name, resolve_model
@@ -90,9 +90,7 @@ def complete(args: Namespace) -> None:
     args.data = str(args.data)
     args.methods = [method for method in METHODS if not (bart and method in ("embedding", "infix"))]
     args.widths = {f"adapter {share}%": adapter_width(folder, share / 100) for share in (3, 0.1)}
-    train = load_examples(args.task, "train", args.data)
-    if args.study == "extrapolation":
-        train = on_topics(train, SEEN, "webnlg, train split")
+    train = load_on_topics(args.task, "train", args.data, SEEN if args.study == "extrapolation" else None)
     args.tests = sum(len(inputs(args, *test)) for test in test_sets(args).values())
     settings = default_settings(args.model, args.kind, args.task)
     args.batch_size = settings["batch_size"]
@@ -109,8 +107,7 @@ def complete(args: Namespace) -> None:
 
 def inputs(args: Namespace, split: str, topics: Sequence[str]) -> list[Example]:
     """The Examples that sample.py writes texts for."""
-    examples = load_examples(args.task, split, args.data)
-    return on_topics(examples, topics, f"{args.task}, {split} split")[: args.limit_test]
+    return load_on_topics(args.task, split, args.data, topics)[: args.limit_test]
 
 
 def adapter_width(folder: Path, share: float) -> int:

@@ -337,9 +337,9 @@ def load_checkpoint(
 def is_of_this_run(state: dict[str, Any], steps: int, tuned: Tuned, optimizer: Optimizer, schedule: LambdaLR) -> bool:
     """Whether all that a run goes on from has the form in which this run would have saved it."""
     weights = tuned.state_dict()
-    names = ["momentum"] if isinstance(optimizer, Muon) else ["exp_avg", "exp_avg_sq"]
-    step = {} if isinstance(optimizer, Muon) else {"step": torch.zeros(())}
-    moments = {i: {**step, **dict.fromkeys(names, p)} for i, p in enumerate(tuned.parameters())}
+    first, adamw = torch.zeros(()), not isinstance(optimizer, Muon)
+    moments = {i: {"step": first, "exp_avg": p, "exp_avg_sq": p} if adamw else {"momentum": p}
+               for i, p in enumerate(tuned.parameters())}  # fmt: skip
     moments = {i: moments[i] for i in state["optimizer"]["state"]}  # none before the first step
     own = {
         "step": 0, "best": {"dev_loss": 0.0, "step": 0, "weights": weights}, "sums": NO_SUMS,
