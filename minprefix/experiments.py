@@ -228,7 +228,7 @@ def commands(run: Run, folder: Path) -> Iterator[list[str]]:
 
 def take_over(runs: list[Run], out: Path, folder: Path) -> None:
     """Put a study's runs into its folder that were trained already, to tune a learning rate or for another study."""
-    there = {tuple(read_json(path)): path.parent for path in out.glob(f"*/*/{TRAINED}")}
+    there = {tuple(read_json(path)): path.parent for path in out.glob(f"*/*/{TRAINED}") if path.parent.suffix != ".tmp"}
     for run in runs:
         twin, own = there.get(tuple(run.train)), folder / run.name
         if twin and not own.exists():

@@ -126,6 +126,21 @@ def test_the_best_of_the_tuning_is_a_run_of_the_study(scripts, capsys, monkeypat
     assert all(row["scores"]["test"]["NIST"] == 3 for row in rows)
 
 
+def test_a_half_copied_run_is_not_taken_for_a_trained_one(scripts, capsys, monkeypatch):
+    """As a study leaves it that was stopped while it took a run over, whose original is gone since."""
+    monkeypatch.setattr(experiments, "METHODS", ("prefix",))
+    assert run(capsys, "full", scripts / "out", "--seeds", 101, "--jobs", 1)[0] == 0
+    whole = scripts / "out" / "full" / "prefix-seed101"
+    half = whole.with_name(whole.name + ".tmp")
+    half.mkdir()
+    shutil.copy(whole / "trained.json", half)
+    for folder in (whole, scripts / "out" / "tune-full" / TUNING[0]):
+        shutil.rmtree(folder)
+    (whole.parent / "rows.jsonl").unlink()
+    assert run(capsys, "full", scripts / "out", "--seeds", 101, "--jobs", 1)[0] == 0
+    assert calls(scripts) == [*TUNING, "prefix-seed101"] and (whole / "result.json").is_file()
+
+
 def test_a_stopped_study_goes_on_and_comes_to_the_same_table(scripts, capsys):
     options = ("--seeds", 101, 102, "--jobs", 2)
     assert run(capsys, "length", scripts / "whole", *options)[0] == 0
