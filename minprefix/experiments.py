@@ -124,7 +124,7 @@ def main() -> None:
         if not (SCRIPTS / script).is_file():
             raise InputError(f"{SCRIPTS / script} is missing: the studies run it, work in a clone of the repository")
     study, (data, methods) = STUDIES[args.study], TUNED[args.study]
-    methods = [method for method in methods if method in (*args.methods, "infix")]
+    methods = [method for method in methods if method in (*args.methods, "prefix 10", "infix")]
     rates = f"learning-rates-{args.task}-{data}.json"
     losses = read_rates(resolve_model(args.model) / rates)
     untuned = [run for method in methods if method not in losses for run in tuning(args, data, method)]

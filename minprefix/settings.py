@@ -24,13 +24,14 @@ BUNDLED: dict[str, dict[str, float]] = {  # see weights/README.md
     "gpt2-mini": {"prefix_length": 100, "hidden": 0, "adapter_width": 28, "batch_size": 16, "steps": 1500},
     "bart-mini": {"prefix_length": 20, "hidden": 512, "adapter_width": 25, "batch_size": 16, "steps": 750},
 }
-LR = {  # learning rates; "adapter" is of 3% of the model's weights, the default width
-    "gpt2": {"prefix": 8e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5, "adapter 0.1%": 8e-5,
+LR = {  # learning rates; "prefix 10" is of so many virtual tokens, "adapter" of the default width, 3% of the weights
+    "gpt2": {"prefix": 8e-5, "prefix 10": 8e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5, "adapter 0.1%": 8e-5,
              "embedding": 8e-5, "infix": 8e-5},
-    "bart": {"prefix": 5e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5, "adapter 0.1%": 8e-5},
-    "gpt2-mini": {"prefix": 0.03, "finetune": 1e-3, "top2": 3e-3, "adapter": 1e-2, "adapter 0.1%": 0.03,
-                  "embedding": 1.0, "infix": 0.03},
-    "bart-mini": {"prefix": 3e-3, "finetune": 1e-3, "top2": 2e-3, "adapter": 6e-3, "adapter 0.1%": 2e-2},
+    "bart": {"prefix": 5e-5, "prefix 10": 5e-5, "finetune": 5e-5, "top2": 5e-5, "adapter": 5e-5, "adapter 0.1%": 8e-5},
+    "gpt2-mini": {"prefix": 0.03, "prefix 10": 0.09, "finetune": 1e-3, "top2": 3e-3, "adapter": 1e-2,
+                  "adapter 0.1%": 0.03, "embedding": 3.0, "infix": 0.09},
+    "bart-mini": {"prefix": 3e-3, "prefix 10": 3e-3, "finetune": 1e-3, "top2": 2e-3, "adapter": 6e-3,
+                  "adapter 0.1%": 2e-2},
 }  # fmt: skip
 # Of a prefix or infix that is trained directly where the default is an MLP's output, or the other way round.
 OTHER_FORM_LR = {"direct": 0.03, "MLP": 3e-3}
@@ -74,7 +75,7 @@ def fill_settings(args: Namespace) -> None:
 def learning_rate(name: str | None, kind: str, task: str, method: str, low_data: bool = False) -> float | None:
     """The default, and the middle of the rates that a study tries. None for what a model cannot be trained with.
 
-    method: one of train.py's, or "adapter 0.1%".
+    method: one of train.py's, "adapter 0.1%" or "prefix 10".
     """
     if name in BUNDLED:
         return (LR[name] | (LOW_DATA_LR.get(name, {}) if low_data else {})).get(method)

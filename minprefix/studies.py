@@ -16,6 +16,7 @@ from minprefix.files import InputError
 from minprefix.settings import learning_rate
 
 METHODS = ("prefix", "finetune", "top2", "adapter 3%", "adapter 0.1%", "embedding")  # --method, and what it may train
+TEN_TOKENS = ("prefix 10", "embedding", "infix")  # tuned with 10 virtual tokens: fewer need a larger learning rate
 SIZES = (50, 100, 200, 500)
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
 VIRTUAL_TOKENS = (1, 10, 20)  # of prefix, embedding and infix when these are compared
@@ -55,10 +56,11 @@ def low_data(args: Namespace) -> list[Run]:
 def length(args: Namespace) -> list[Run]:
     """How long a prefix should be (figure 4)."""
     return [
-        make_run(args, {"length": length}, "prefix", seed, ["--prefix-length", str(length)])
+        make_run(args, {"length": length}, "prefix", seed, ["--prefix-length", str(length)],
+                 lr=args.lr["prefix" if length > 30 else "prefix 10"])
         for length in LENGTHS
         for seed in args.seeds
-    ]
+    ]  # fmt: skip
 
 
 def init(args: Namespace) -> list[Run]:
@@ -76,11 +78,12 @@ def init(args: Namespace) -> list[Run]:
 def ablation(args: Namespace) -> list[Run]:
     """Where virtual tokens act: in every layer, in the embedding only, or between source and target (table 4)."""
     return [
-        make_run(args, {"method": method, "length": length}, method, seed, ["--prefix-length", str(length)])
+        make_run(args, {"method": method, "length": length}, method, seed, ["--prefix-length", str(length)],
+                 lr=args.lr["prefix 10" if method == "prefix" else method])
         for method in ("prefix", "embedding", "infix")
         for length in VIRTUAL_TOKENS
         for seed in args.seeds
-    ]
+    ]  # fmt: skip
 
 
 def extrapolation(args: Namespace) -> list[Run]:
@@ -109,9 +112,9 @@ STUDIES = {"full": full, "low-data": low_data, "length": length, "init": init, "
 TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # which learning rates a study needs: of what data, for which methods
     "full": ("full", METHODS),
     "low-data": ("low-data", ("prefix", "finetune")),
-    "length": ("full", ("prefix",)),
+    "length": ("full", ("prefix 10", "prefix")),
     "init": ("low-data", ("prefix",)),
-    "ablation": ("full", ("prefix", "embedding", "infix")),
+    "ablation": ("full", TEN_TOKENS),
     "extrapolation": ("topics", ("prefix", "finetune", "adapter 3%")),
 }
 
@@ -158,8 +161,8 @@ def make_run(
 ) -> Run:  # fmt: skip
     """The run of a method with further options of train.py, by default with the settings of the study."""
     steps, batch_size = steps or args.steps, batch_size or args.batch_size
-    if method in ("embedding", "infix") and "--prefix-length" not in options:
-        options = [*options, "--prefix-length", "10"]  # the paper's best for these
+    if method in TEN_TOKENS and "--prefix-length" not in options:
+        options = [*options, "--prefix-length", "10"]
     if method in args.widths:
         options = [*options, "--adapter-width", str(args.widths[method])]
     data = ["--task", args.task, "--data", args.data]

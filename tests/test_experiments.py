@@ -80,8 +80,9 @@ def scripts(world, tmp_path, monkeypatch):
     monkeypatch.chdir(world)
     monkeypatch.setattr(experiments, "SCRIPTS", tmp_path)
     monkeypatch.setattr(experiments, "measure", lambda args: SPEED)
-    monkeypatch.setattr(studies, "LENGTHS", (1, 10))
+    monkeypatch.setattr(studies, "LENGTHS", (1, 20))
     monkeypatch.setitem(settings.LR["gpt2"], "prefix", 0.1)
+    monkeypatch.setitem(settings.LR["gpt2"], "prefix 10", 0.1)
     return tmp_path
 
 
@@ -96,22 +97,23 @@ def calls(scripts):
 REAL_SCRIPTS, REAL_MEASURE = experiments.SCRIPTS, experiments.measure
 SPEED = {"training example": 0.01, "text": 0.02}
 TUNING = ["prefix-0.033-seed101", "prefix-0.1-seed101", "prefix-0.3-seed101"]
-RUNS = ["1-seed101", "1-seed102", "10-seed101", "10-seed102"]
+TUNING_10 = ["prefix-10-0.033-seed101", "prefix-10-0.1-seed101", "prefix-10-0.3-seed101"]
+RUNS = ["1-seed101", "1-seed102", "20-seed101", "20-seed102"]
 
 
 def test_a_study_tunes_runs_and_reports(scripts, capsys):
     code, out, err = run(capsys, "length", scripts / "out", "--seeds", 101, 102, "--jobs", 1)
     assert code == 0, err
-    assert calls(scripts) == TUNING + RUNS  # 0.033 has the lowest loss, 0.3 diverges
+    assert calls(scripts) == TUNING_10 + TUNING + RUNS  # 0.033 has the lowest loss, 0.3 diverges
     folder = scripts / "out" / "length"
     rows = [row for _, row in json_rows(folder / "rows.jsonl")]
     assert [row["run"] for row in rows] == RUNS and all("0.033" in row["train"] for row in rows)
     text = (folder / "table.md").read_text()
-    assert text in out and "| 10 | 2 | 1.00% | 0.183 ± 0.050 | 18.3 ± 5.0 | 3.00 ± 0.00 |" in text
+    assert text in out and "| 20 | 2 | 1.00% | 0.183 ± 0.050 | 18.3 ± 5.0 | 3.00 ± 0.00 |" in text
     assert "- prefix: 0.033: 0.133, 0.1: 0.200, 0.3: diverged" in text
     assert not list(scripts.rglob("checkpoint.pt")) and not list(scripts.rglob("*.tmp"))
     assert run(capsys, "length", scripts / "out", "--seeds", 101, 102)[0] == 0
-    assert calls(scripts) == TUNING + RUNS
+    assert calls(scripts) == TUNING_10 + TUNING + RUNS
 
 
 def test_the_best_of_the_tuning_is_a_run_of_the_study(scripts, capsys, monkeypatch):
@@ -145,13 +147,13 @@ def test_a_stopped_study_goes_on_and_comes_to_the_same_table(scripts, capsys):
     options = ("--seeds", 101, 102, "--jobs", 2)
     assert run(capsys, "length", scripts / "whole", *options)[0] == 0
     (scripts / "calls.txt").unlink()
-    (scripts / "stop").write_text("10-seed102")
+    (scripts / "stop").write_text("20-seed102")
     code, _, err = run(capsys, "length", scripts / "half", *options)
     assert code == 143 and err.endswith("interrupted\n")
     assert not (scripts / "woke").exists()  # the run was stopped as well, and not waited for
     (scripts / "stop").unlink()
     done = {row["run"] for _, row in json_rows(scripts / "half" / "length" / "rows.jsonl")}
-    assert {"1-seed101", "1-seed102"} <= done and "10-seed102" not in done
+    assert {"1-seed101", "1-seed102"} <= done and "20-seed102" not in done
     before = len(calls(scripts))
     assert run(capsys, "length", scripts / "half", *options)[0] == 0
     assert sorted(calls(scripts)[before:]) == sorted(set(RUNS) - done)
@@ -160,31 +162,32 @@ def test_a_stopped_study_goes_on_and_comes_to_the_same_table(scripts, capsys):
 
 
 def test_a_failing_run_stops_the_study_with_its_last_line(scripts, capsys):
-    (scripts / "fail").write_text("10-seed101")
+    (scripts / "fail").write_text("20-seed101")
     code, _, err = run(capsys, "length", scripts / "out", "--seeds", 101, "--jobs", 1)
     line = err.splitlines()[-1]
-    assert code == 2 and line.startswith("error: 10-seed101 failed: no room (") and "output.txt" in line
+    assert code == 2 and line.startswith("error: 20-seed101 failed: no room (") and "output.txt" in line
     (scripts / "fail").unlink()
     assert run(capsys, "length", scripts / "out", "--seeds", 101, "--jobs", 1)[0] == 0
-    assert calls(scripts) == [*TUNING, "1-seed101", "10-seed101", "10-seed101"]
+    assert calls(scripts) == [*TUNING_10, *TUNING, "1-seed101", "20-seed101", "20-seed101"]
 
 
 def test_other_settings_are_not_taken_for_done(scripts, capsys):
     assert run(capsys, "length", scripts / "out", "--seeds", 101, "--steps", 50)[0] == 0
     code, _, err = run(capsys, "length", scripts / "out", "--seeds", 101, "--steps", 100)
-    assert code == 2 and "prefix-0.033-seed101 with 50, not 100" in err and err.count("\n") == 1
+    assert code == 2 and "prefix-10-0.033-seed101 with 50, not 100" in err and err.count("\n") == 1
     code, _, err = run(capsys, "length", scripts / "out", "--seeds", 101, "--steps", 50, "--limit-test", 3)
     assert code == 2 and "1-seed101" in err and err.count("\n") == 1
 
 
 def test_rates_beside_the_model_are_taken(scripts, world, capsys):
     rates = world / "model" / "learning-rates-e2e-full.json"
-    rates.write_text(json.dumps({"prefix": {"0.01": 1.2, "0.02": 1.1, "0.04": None}}))
+    tried = {"0.01": 1.2, "0.02": 1.1, "0.04": None}
+    rates.write_text(json.dumps({"prefix": tried, "prefix 10": tried}))
     try:
         code, out, _ = run(capsys, "length", scripts / "out", "--seeds", 101)
     finally:
         rates.unlink()
-    assert code == 0 and sorted(calls(scripts)) == ["1-seed101", "10-seed101"]
+    assert code == 0 and sorted(calls(scripts)) == ["1-seed101", "20-seed101"]
     assert "- prefix: 0.01: 1.200, 0.02: 1.100, 0.04: diverged" in out
     row = next(row for _, row in json_rows(scripts / "out" / "length" / "rows.jsonl"))
     assert row["train"][row["train"].index("--lr") + 1] == "0.02"
@@ -210,6 +213,19 @@ def test_the_scripts_must_be_there(scripts, capsys):
 def test_bad_input_is_one_clear_line(line, message, scripts, capsys):
     code, _, err = call(experiments, capsys, *line.split(), "--out", scripts / "out")
     assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_few_virtual_tokens_have_a_rate_of_their_own(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "argv", ["experiments", "length", "--model", "model", "--data", "e2e"])
+    args = experiments.parse_args()
+    args.lr = {"prefix": "0.03", "prefix 10": "8e-05", "embedding": "3", "infix": "0.1"}
+    rates = {tuple(run.what.values()): run.train[run.train.index("--lr") + 1] for run in studies.length(args)}
+    assert rates == {(n,): "8e-05" if n <= 20 else "0.03" for n in (1, 2, 5, 10, 20, 50, 100, 200)}
+    rates = {run.what["method"]: run.train[run.train.index("--lr") + 1] for run in studies.ablation(args)}
+    assert rates == {"prefix": "8e-05", "embedding": "3", "infix": "0.1"}
+    run = next(run for run in studies.ablation(args) if run.what == {"method": "prefix", "length": 10})
+    assert run.train == studies.tuning(args, "full", "prefix 10")[1].train  # so it is not trained again
 
 
 PLANS = [(study, "model", "webnlg" if study == "extrapolation" else "e2e") for study in studies.STUDIES]
@@ -273,7 +289,7 @@ def stop_in_training(log):
 def test_a_real_study_stopped_in_a_run_comes_to_the_same(scripts, world, capsys, monkeypatch):
     """Its first run is done by the stand-ins, to save time; its second by the real scripts, once without a stop."""
     rates = world / "model" / "learning-rates-e2e-full.json"
-    rates.write_text('{"prefix": {"0.1": 1.0}}')
+    rates.write_text('{"prefix": {"0.1": 1.0}, "prefix 10": {"0.1": 1.0}}')
     whole, half = scripts / "whole" / "length", scripts / "half" / "length"
     options = ("--steps", 60, "--seeds", 101, "--limit-test", 2, "--jobs", 64)  # so many jobs are of one thread each
     monkeypatch.setattr(studies, "LENGTHS", (1,))

@@ -36,7 +36,7 @@ def test_the_bundled_models_settings_are_their_own_whatever_the_task(task):
         "lr": 3e-3, "steps": 750, "batch_size": 16, "prefix_length": 20, "hidden": 512, "eval_every": 100,
     }  # fmt: skip
     rates = {method: learning_rate("gpt2-mini", "gpt2", task, method) for method in OPTIONS}
-    assert rates == {"prefix": 0.03, "finetune": 1e-3, "top2": 3e-3, "adapter": 1e-2, "embedding": 1.0, "infix": 0.03}
+    assert rates == {"prefix": 0.03, "finetune": 1e-3, "top2": 3e-3, "adapter": 1e-2, "embedding": 3.0, "infix": 0.09}
     assert default_settings("gpt2-mini", "gpt2", task, "adapter") == {
         "lr": 1e-2, "steps": 1500, "batch_size": 16, "adapter_width": 28, "eval_every": 100,
     }  # fmt: skip
@@ -99,7 +99,7 @@ def test_the_table_of_help_has_every_default():
     lines = {line.split("  ")[1]: line.split()[-4:] for line in settings_table().splitlines() if line[:3] == "  -"}
     assert lines["--prefix-length"] == ["100", "20", "5", "200"] and lines["--hidden"] == ["0", "512", "512", "800"]
     assert lines["--lr of prefix"] == ["0.03", "0.003", "8e-5", "5e-5"]
-    assert lines["--lr of infix"] == ["0.03", "-", "8e-5", "-"] and lines["--steps"] == ["1500", "750", "-", "-"]
+    assert lines["--lr of infix"] == ["0.09", "-", "8e-5", "-"] and lines["--steps"] == ["1500", "750", "-", "-"]
     assert len(lines) == 13
     assert "other GPT-2 on dart: --lr 5e-5 --batch-size 5 --epochs 10 --prefix-length 10" in settings_table()
 
@@ -107,7 +107,7 @@ def test_the_table_of_help_has_every_default():
 @pytest.mark.parametrize("model, options, lr", [
     ("model", "--hidden 0", 0.03), ("model", "--hidden 99", 8e-5), ("model", "--hidden 0 --lr 0.2", 0.2),
     ("gpt2-mini", "--hidden 64", 3e-3), ("gpt2-mini", "--hidden 64 --method infix", 3e-3),
-    ("gpt2-mini", "--hidden 0", 0.03), ("gpt2-mini", "--hidden 64 --method embedding", 1.0),
+    ("gpt2-mini", "--hidden 0", 0.03), ("gpt2-mini", "--hidden 64 --method embedding", 3.0),
 ])  # fmt: skip
 def test_a_rate_suits_the_form_of_the_prefix(model, options, lr, tmp_path, monkeypatch):
     if model == "model":
