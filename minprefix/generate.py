@@ -177,16 +177,18 @@ def _one_by_one(
 ) -> Tensor:  # fmt: skip
     """After the start tokens ids (B,), at each step the token that `choose` picks -> (B, N), filled up with end_id."""
     tokens = torch.full((len(ids), max_new_tokens), end_id, device=ids.device)
-    place = torch.arange(len(ids), device=ids.device)  # of the running rows in `tokens`
+    place = torch.arange(len(ids), device=ids.device)  # of the rows that have not left the batch, in `tokens`
+    unfinished = torch.ones_like(ids, dtype=torch.bool)
     for t in range(max_new_tokens):
         logits = model.logits(model.step(ids, cache)).float()
         constrain(logits, tokens[place, :t])
-        ids = tokens[place, t] = choose(logits)
-        running = (ids != end_id).nonzero()[:, 0]
+        ids = tokens[place, t] = choose(logits).where(unfinished, end_id)
+        unfinished = ids != end_id
+        running = unfinished.nonzero()[:, 0]
         if len(running) == 0:
             break
         if len(running) <= LEAVE * len(ids):
-            ids, place = ids[running], place[running]
+            ids, place, unfinished = ids[running], place[running], unfinished[running]
             cache.keep(running)
     return tokens
 

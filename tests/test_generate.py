@@ -406,3 +406,17 @@ def test_a_source_that_just_fits(model):
 def test_senseless_options_are_refused(model, options, message):
     with pytest.raises(InputError, match=message):
         generate_ids(model, [[1], [2, 3]], END, END, **options)
+
+
+def test_finished_texts_leave_the_batch(model, sources, monkeypatch):
+    """They end one after the other, so a text that has ended must count as ended at every later step."""
+    rows, step = [], model.step
+    monkeypatch.setattr(model, "step", lambda ids, cache: rows.append(len(ids)) or step(ids, cache))
+    texts = generate_ids(model, sources, END, END, None, 1, NEW, batch_size=len(sources))
+    expected, size = [], len(sources)
+    for t in range(NEW):
+        if size:
+            expected.append(size)
+        running = sum(len(text) > t for text in texts)
+        size = running if running <= 0.75 * size else size
+    assert rows == expected and len(set(rows)) > 2
