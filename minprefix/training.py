@@ -115,8 +115,7 @@ class Run:
         self.best: Any = None  # dev_loss, step and weights
         self.sums = dict(NO_SUMS)  # since the last row of the log
         if resume and (out / "checkpoint.pt").exists():
-            state = load_checkpoint(out / "checkpoint.pt", settings, tuned, self.optimizer, self.schedule)
-            self.step, self.log, self.best, self.sums = state
+            self.resume_from(out / "checkpoint.pt")
         self.losses: list[Tensor] = []  # of the last steps, still on the device
         self.since = time.perf_counter()  # when the first of them began
         self.bar = tqdm(total=self.steps, initial=self.step, desc="training", unit="step", dynamic_ncols=True,
@@ -200,8 +199,48 @@ class Run:
     def save(self) -> None:
         if distributed.rank() == 0:
             write_log(self.out, self.log)
-            save_checkpoint(self.out, self.settings, self.step, self.log, self.best, self.sums, self.tuned,
-                            self.optimizer, self.schedule)  # fmt: skip
+            save_checkpoint(self.out, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on."""
+        return {
+            "settings": self.settings, "step": self.step, "log": self.log, "best": self.best, "sums": self.sums,
+            "tuned": self.tuned.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }  # fmt: skip
+
+    def resume_from(self, path: Path) -> None:
+        """Take over the state in a checkpoint. InputError as in `read_checkpoint`."""
+        state = read_checkpoint(path, self.settings)
+        try:
+            if not self.could_have_saved(state):
+                raise ValueError("its contents have another form")
+            self.tuned.load_state_dict(state["tuned"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.step, self.log, self.best, self.sums = (state[key] for key in ("step", "log", "best", "sums"))
+        except Exception as error:  # whatever the contents of a damaged file lead to
+            if out_of_memory(error):  # of the device, say: nothing is wrong with the file
+                raise too_little_memory(path) from error
+            what = "is of a run that trained something else, or damaged"
+            raise InputError(f"{path} {what}: resume with the same settings, or delete it to start again") from error
+
+    def could_have_saved(self, state: dict[str, Any]) -> bool:
+        """Whether all that a run goes on from has the form in which this run would have saved it."""
+        own, first, adamw = self.state(), torch.zeros(()), not isinstance(self.optimizer, Muon)
+        own["best"] = {"dev_loss": 0.0, "step": 0, "weights": own["tuned"]}
+        moments = {i: {"step": first, "exp_avg": p, "exp_avg_sq": p} if adamw else {"momentum": p}
+                   for i, p in enumerate(self.tuned.parameters())}  # fmt: skip
+        own["optimizer"]["state"] = {i: moments[i] for i in state["optimizer"]["state"]}  # none before the first step
+        rows = [row for row in state["log"] if {"step", "dev_loss"} <= row.keys()]
+        numbers = [value for row in rows for value in row.values()]
+        return (
+            all(same_form(state[key], own[key]) for key in own.keys() - {"settings", "log"})
+            and 0 <= state["step"] == state["schedule"]["last_epoch"] <= self.steps
+            and isinstance(state["log"], list) and 0 < len(rows) == len(state["log"])
+            and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+            and all(0 <= number < 2**53 for number in state["sums"].values())
+        )  # fmt: skip
 
     def save_present_step(self) -> None:
         """What can be saved of a run that was stopped between two dev losses."""
@@ -280,13 +319,7 @@ def write_log(out: Path, log: Log) -> None:
         file.writelines(json.dumps(row) + "\n" for row in log)
 
 
-def save_checkpoint(
-    out: Path, settings: dict[str, Any], step: int, log: Log, best: dict[str, Any] | None, sums: dict[str, float],
-    tuned: Tuned, optimizer: Optimizer, schedule: LambdaLR,
-) -> None:  # fmt: skip
-    """OUT/checkpoint.pt: all that the next step depends on."""
-    state = {"settings": settings, "step": step, "log": log, "best": best, "sums": sums, "tuned": tuned.state_dict(),
-             "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}  # fmt: skip
+def save_checkpoint(out: Path, state: dict[str, Any]) -> None:
     with atomic_write(out / "checkpoint.pt", "wb") as file:
         torch.save(state, file)
 
@@ -313,47 +346,6 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def too_little_memory(path: Path) -> MemoryShort:
     return MemoryShort(f"there is too little memory to resume from {path}, unless it is damaged: free some, try again")
-
-
-def load_checkpoint(
-    path: Path, settings: dict[str, Any], tuned: Tuned, optimizer: Optimizer, schedule: LambdaLR
-) -> tuple[int, Log, dict[str, Any], dict[str, float]]:
-    """Put a run's state back -> (step, log, best, sums). InputError as in `read_checkpoint`."""
-    state = read_checkpoint(path, settings)
-    try:
-        if not is_of_this_run(state, settings["steps"], tuned, optimizer, schedule):
-            raise ValueError("its contents have another form")
-        tuned.load_state_dict(state["tuned"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        return state["step"], state["log"], state["best"], state["sums"]
-    except Exception as error:  # whatever the contents of a damaged file lead to
-        if out_of_memory(error):  # of the device, say: nothing is wrong with the file
-            raise too_little_memory(path) from error
-        what = "is of a run that trained something else, or damaged"
-        raise InputError(f"{path} {what}: resume with the same settings, or delete it to start again") from error
-
-
-def is_of_this_run(state: dict[str, Any], steps: int, tuned: Tuned, optimizer: Optimizer, schedule: LambdaLR) -> bool:
-    """Whether all that a run goes on from has the form in which this run would have saved it."""
-    weights = tuned.state_dict()
-    first, adamw = torch.zeros(()), not isinstance(optimizer, Muon)
-    moments = {i: {"step": first, "exp_avg": p, "exp_avg_sq": p} if adamw else {"momentum": p}
-               for i, p in enumerate(tuned.parameters())}  # fmt: skip
-    moments = {i: moments[i] for i in state["optimizer"]["state"]}  # none before the first step
-    own = {
-        "step": 0, "best": {"dev_loss": 0.0, "step": 0, "weights": weights}, "sums": NO_SUMS,
-        "tuned": weights, "optimizer": {**optimizer.state_dict(), "state": moments}, "schedule": schedule.state_dict(),
-    }  # fmt: skip
-    rows = [row for row in state["log"] if {"step", "dev_loss"} <= row.keys()]
-    numbers = [value for row in rows for value in row.values()]
-    return (
-        all(same_form(state[key], value) for key, value in own.items())
-        and 0 <= state["step"] == state["schedule"]["last_epoch"] <= steps
-        and isinstance(state["log"], list) and 0 < len(rows) == len(state["log"])
-        and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-        and all(0 <= number < 2**53 for number in state["sums"].values())
-    )  # fmt: skip
 
 
 def same_form(saved: object, own: object) -> bool:
