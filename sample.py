@@ -25,7 +25,7 @@ from minprefix.examples import Example
 from minprefix.files import InputError, atomic_write, read_text, run_main
 from minprefix.generate import search_options
 from minprefix.hub import resolve_model
-from minprefix.load import check_vocabulary, empty_model, keep_freed_memory, pick_device, pick_dtype
+from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_writing_dtype
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, fill
 from minprefix.requests import load_prefixes, read_requests, write_requests
 from minprefix.runs import texts_folder
@@ -122,10 +122,8 @@ def main() -> None:
     if name is None:
         raise InputError("which model? give --prefix FILE, or --model for a frozen model alone")
     device, folder = pick_device(args.device), resolve_model(name)
-    dtype = pick_dtype(args.dtype, device)
-    if args.dtype == "auto" and empty_model(folder).head.weight.size(1) < 512:
-        dtype = torch.float32  # a narrow model is as fast in it, and free of bfloat16's rounding
-    model, tokenizer = load_model(folder, device, dtype), load_tokenizer(folder)
+    model = load_model(folder, device, pick_writing_dtype(args.dtype, device, folder))
+    tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, model, folder)
 
     rank, several = distributed.rank(), distributed.world_size() > 1

@@ -28,7 +28,7 @@ from minprefix.examples import Example, spread
 from minprefix.files import InputError, atomic_write, run_main
 from minprefix.generate import Search, recipe
 from minprefix.hub import resolve_model
-from minprefix.load import Model, check_vocabulary, keep_freed_memory, pick_device, pick_dtype
+from minprefix.load import Model, check_vocabulary, keep_freed_memory, pick_device, pick_dtype, pick_writing_dtype
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, flag
 from minprefix.prefix import Prefix, count_numbers, fingerprint, parameter_shares
 from minprefix.runs import disk_size, is_run, remove_half_written, resumable, run_folder, sample_command
@@ -174,7 +174,8 @@ def run(args: Namespace) -> None:
     # Texts without and with what was trained, which is read back from its file.
     scores: dict[str, dict[str, float]] = {}
     if test:
-        writers = load_writers(args.method, path, model, args.model, device, dtype)
+        writing = pick_writing_dtype(args.dtype, device, args.model)  # as sample.py writes
+        writers = load_writers(args.method, path, args.model, device, writing)
         scores = compare(args.task, args.data, tokenizer, writers, test, args.max_source, search)
     seconds = round(time.time() - started, 1)
     result = {"dev_loss": best, "best_step": best_step, "scores": scores, "steps": steps, "seconds": seconds,

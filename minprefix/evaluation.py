@@ -71,24 +71,20 @@ def quick_scores(task: str, texts: list[str], references: list[list[str]]) -> di
 # ---- without and with what was trained ----
 
 
-def load_writers(
-    method: str, path: Path, model: Model, base: Path, device: str, dtype: torch.dtype
-) -> dict[str, Writer]:
+def load_writers(method: str, path: Path, base: Path, device: str, dtype: torch.dtype) -> dict[str, Writer]:
     """Those who write at the end of a run, without what was trained and with it: name -> (model, prefix).
 
-    What was trained is read back from its file, `path`. model: the one that was trained with; base: its folder.
+    What was trained is read back from its file, `path`; base: the folder of the model that it was trained with.
     """
     noun = NOUNS[method]
     before, after = ("before", "after") if noun == "fine-tuning" else ("without", "with")
-    writers: tuple[Writer, Writer]
-    if method in ("prefix", "embedding", "infix"):  # the model is as it was
-        writers = (model, None), (model, load_trained(path, model))
-    elif method == "finetune":
-        writers = (load_model(base, device, dtype), None), (load_model(path, device, dtype), None)
+    model = load_model(base, device, dtype)
+    if method == "finetune":
+        changed, prefix = load_model(path, device, dtype), None
     else:
-        model, changed = (load_model(base, device, dtype) for _ in range(2))
-        writers = (model, None), (changed, load_trained(path, changed))
-    return dict(zip((f"{before} {noun}", f"{after} {noun}"), writers, strict=True))
+        changed = model if method in ("prefix", "embedding", "infix") else load_model(base, device, dtype)
+        prefix = load_trained(path, changed)  # adapters and top layers change the model that it is loaded for
+    return {f"{before} {noun}": (model, None), f"{after} {noun}": (changed, prefix)}
 
 
 def compare(

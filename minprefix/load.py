@@ -121,3 +121,9 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
         cpu = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
         native = cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False)
     return torch.bfloat16 if native else torch.float32
+
+
+def pick_writing_dtype(name: str, device: str, folder: str | Path) -> torch.dtype:
+    """As `pick_dtype`, for texts by the model in a folder: a narrow one is as fast in float32, and free of rounding."""
+    narrow = name == "auto" and empty_model(folder).head.weight.size(1) < 512
+    return torch.float32 if narrow else pick_dtype(name, device)

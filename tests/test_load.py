@@ -10,7 +10,7 @@ import torch
 from minprefix import load_model, load_tokenizer
 from minprefix.checkpoint import read_safetensors, read_tensors, write_safetensors
 from minprefix.files import InputError
-from minprefix.load import check_vocabulary, pick_device, pick_dtype
+from minprefix.load import check_vocabulary, pick_device, pick_dtype, pick_writing_dtype
 from tests.tiny import write_tiny_bart
 
 TINY = Path(__file__).parent / "golden" / "tiny-gpt2"
@@ -194,6 +194,14 @@ def test_pick_dtype(monkeypatch):
                             ({"avx512_bf16": False}, torch.float32), ({}, torch.float32)):  # fmt: skip
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
         assert pick_dtype("auto", "cpu") == expected
+
+
+def test_narrow_models_write_in_float32(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "n_embd": 512, "n_head": 4}))
+    for folder, expected in ((TINY, torch.float32), (tmp_path, torch.bfloat16)):
+        assert pick_writing_dtype("auto", "cpu", folder) == expected
+        assert pick_writing_dtype("bfloat16", "cpu", folder) == torch.bfloat16
 
 
 def test_a_tokeniser_with_a_mask_that_the_model_lacks_is_no_other_models(tmp_path):
