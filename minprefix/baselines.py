@@ -286,7 +286,9 @@ def load_trained(path: str | Path, model: Model) -> FoldedPrefix | None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise InputError(f"{path}: tensor {name!r} holds numbers that are not finite")
-    if method == "embedding" and not model.encoder_decoder:
+    if method == "embedding":
+        if model.encoder_decoder:
+            raise InputError(f"{path} is of virtual tokens at the input of a GPT-2, the model is a BART")
         return embedding_prefix(model, tensors["embedding"], info)
     for name, tensor in tensors.items():
         expected[name].copy_(tensor)

@@ -160,12 +160,11 @@ class Batch:
     index: Tensor  # (N,) int64, places b * T + t of the states (of model.hidden) whose next token is in the target
     labels: Tensor  # (N,) int64, those next tokens
     source_lengths: Tensor  # (B,) int64
-    rows: int  # B
 
     def to(self, device: str | torch.device) -> "Batch":
         inputs = tuple(x.to(device) for x in self.inputs)
         index, labels, lengths = (x.to(device) for x in (self.index, self.labels, self.source_lengths))
-        return Batch(inputs, index, labels, lengths, self.rows)
+        return Batch(inputs, index, labels, lengths)
 
 
 def collate(pairs: list[Pair], tokenizer: Tokenizer, model: Model) -> Batch:
@@ -182,7 +181,7 @@ def collate(pairs: list[Pair], tokenizer: Tokenizer, model: Model) -> Batch:
     T = max(len(row) for row in read)
     index = [b * T + t for b, row in enumerate(read) for t in range(first[b], len(row))]
     labels = [token for _, target in pairs for token in target]
-    return Batch(inputs, torch.tensor(index), torch.tensor(labels), lengths, len(pairs))
+    return Batch(inputs, torch.tensor(index), torch.tensor(labels), lengths)
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:

@@ -47,7 +47,7 @@ def training_step(model: Model, tuned: Tuned, batch: Batch, optimizer: Optimizer
     other ranks; the loss returned is the whole batch's.
     """
     loss = target_loss(model, batch, tuned())
-    (loss / (len(batch.labels) if model.encoder_decoder else batch.rows) * share).backward()
+    (loss / len(batch.labels if model.encoder_decoder else batch.source_lengths) * share).backward()
     loss = loss.detach() if share else torch.zeros_like(loss)
     distributed.add_up([*(p.grad for p in tuned.parameters() if p.grad is not None), loss])
     torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)

@@ -88,7 +88,6 @@ def test_exact_ids(tiny):
     ]
     assert batch.index.tolist() == [2, 3, 4, 5, 9, 10, 11, 12, 13, 17, 18, 19]
     assert batch.labels.tolist() == [blank, b, blank, end, blank, c, a, blank, end, a, blank, end]
-    assert batch.rows == 3
 
 
 @pytest.mark.parametrize("start", [2, 0])
@@ -117,7 +116,6 @@ def test_exact_ids_of_an_encoder_decoder(tiny_bart, start):
     assert source_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.index.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 12, 13]
     assert batch.labels.tolist() == [s, b, end, s, c, _a, end, s, a, end, s, end]
-    assert batch.rows == 4
 
 
 def test_the_sequence_reads_as_in_the_paper():
@@ -267,7 +265,7 @@ def check_labels(batch, ids, pairs, before):
         at += len(target)
     assert at == len(batch.labels) == len(batch.index)
     assert 51 not in inputs[batch.index] and 51 not in batch.labels
-    assert batch.index.dtype == batch.labels.dtype == torch.int64 and batch.rows == B == len(pairs)
+    assert batch.index.dtype == batch.labels.dtype == torch.int64 and len(batch.source_lengths) == B == len(pairs)
 
 
 SPECIAL = SimpleNamespace(end_id=50, pad_id=51)
@@ -345,7 +343,7 @@ def test_batch_to_device(model, tokens):
     tensors = [*moved.inputs, moved.index, moved.labels]
     assert isinstance(moved, Batch) and {x.device for x in tensors} == {torch.device("meta")}
     assert [x.shape for x in moved.inputs] == [x.shape for x in batch.inputs]
-    assert moved.rows == 1 and batch.inputs[0].device.type == "cpu"
+    assert len(moved.source_lengths) == 1 and batch.inputs[0].device.type == "cpu"
 
 
 def test_bucket_batches_properties():
