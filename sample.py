@@ -22,7 +22,7 @@ from minprefix.baselines import load_trained, read_trained, told_by_model, train
 from minprefix.data import WEBNLG_SPLITS, format_source, load_on_topics
 from minprefix.evaluation import check_scorable, evaluate
 from minprefix.examples import Example
-from minprefix.files import InputError, atomic_write, read_text, run_main
+from minprefix.files import InputError, atomic_write, is_stream, read_text, run_main
 from minprefix.generate import search_options
 from minprefix.hub import resolve_model
 from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_writing_dtype
@@ -107,6 +107,8 @@ def check(args: Namespace) -> None:
 
 def check_output(path: Path) -> None:
     """InputError, before the work, where the texts could not be written."""
+    if is_stream(path):
+        return
     if path.is_dir():
         raise InputError(f"--output {path} is a folder: give the name of a file in it")
     parent = next(p for p in path.resolve().parents if p.exists())

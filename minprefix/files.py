@@ -121,21 +121,26 @@ def umask() -> int:
     return mask
 
 
+def is_stream(path: str | Path) -> bool:
+    """Whether it is there and neither file nor folder: a pipe, a terminal, /dev/null."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary neighbour of `path` for writing; rename it to `path` only if the block succeeds.
 
     A link is followed. What is no file, as a pipe or /dev/null, is written to as it is, for a rename would replace it.
     """
-    target = Path(os.path.realpath(path))  # messages name `path`, as the user wrote it
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):
+    if is_stream(path):  # by this name: what /dev/stdout links to may have no other
         try:
-            with open(target, mode, **text) as file:
+            with open(path, mode, **text) as file:
                 yield file
         except OSError as error:
             raise WriteError(f"cannot write {path}: {error.strerror}") from error
         return
+    target = Path(os.path.realpath(path))  # messages name `path`, as the user wrote it
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=target.name + ".", suffix=".tmp", dir=target.parent)

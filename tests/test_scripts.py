@@ -9,6 +9,7 @@ import shlex
 import signal
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -496,13 +497,22 @@ def test_a_misspelt_slot_is_told(capsys):
     assert err.count("\n") == 1 and err.startswith("'eattype' is no slot of E2E's") and "eatType" in err
 
 
-def test_output_to_a_pipe_and_through_a_link(tmp_path):
+def test_output_to_a_pipe_and_through_a_link(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     with atomic_write(tmp_path / "pipe") as file:
         file.write("text")
     assert os.read(reader, 10) == b"text" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+    reader, writer = os.pipe()
+    with atomic_write(f"/dev/fd/{writer}") as file:  # `--output /dev/stdout | cat`, `--output >(gzip)`
+        file.write("text")
+    assert os.read(reader, 10) == b"text"
+    monkeypatch.setattr(os, "access", lambda *_: False)  # /dev is root's
+    for path in ("/dev/null", f"/dev/fd/{writer}"):
+        sample.check_output(Path(path))
+    os.close(reader)
+    os.close(writer)
     (tmp_path / "link").symlink_to(tmp_path / "there")
     mask = os.umask(0o027)
     try:
