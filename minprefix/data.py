@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minprefix.download import open_url
-from minprefix.examples import EmptyText, Example, check_text, collapse, grouped, on_topics
+from minprefix.examples import EmptyText, Example, check_text, collapse, grouped, held_out, on_topics
 from minprefix.files import InputError, atomic_write, read_text
 from minprefix.sample_e2e import sample_rows
 from minprefix.triples import DART_LAYOUT, WEBNLG_LAYOUT, linearise_triples, load_dart, load_webnlg, split_triples
@@ -74,9 +74,10 @@ def load_examples(task: str, split: str, data: str | Path | None = None, topic_f
 
     "FILE.jsonl", rows {"source": x, "target": y} or {"source": x, "references": [y, ...]}, or as in the two above (see
     `parse_row`). Split "all" is every row, with or without references. For the other splits each row needs a reference,
-    and rows with the same source (and topic) become one Example. The file's tail is held out: "dev" is that tail (a
-    tenth of the sources, at least 1, at most 500), "train" all before it, "test" the same as "dev". But if the file is
-    called train.jsonl, a dev.jsonl beside it is used for "dev", and nothing is held out; so is a test.jsonl for "test".
+    and rows with the same source and topic become one Example. A tenth of the sources, from all over the file, is held
+    out (see `held_out`): "dev" is the Examples of these, "train" all others, "test" the same as "dev". But if the file
+    is called train.jsonl, a dev.jsonl beside it is used for "dev", and nothing is held out; so is a test.jsonl for
+    "test".
     """
     if task not in TASKS and not task.endswith(".jsonl"):
         raise InputError(f"there is no task {task!r}: known are {', '.join(TASKS)} and FILE.jsonl, your own rows")
@@ -243,13 +244,14 @@ def load_jsonl(path: Path, split: str, topic_field: str) -> list[Example]:
         return grouped(read_jsonl(test, topic_field, labelled=True))
     if split != "train" and has_dev:
         return grouped(read_jsonl(dev, topic_field, labelled=True))
-    examples = grouped(read_jsonl(path, topic_field, labelled=True))  # before the cut: no source on both sides of it
+    examples = grouped(read_jsonl(path, topic_field, labelled=True))
     if has_dev:
         return examples
-    if len(examples) < 2:
+    sources = list(dict.fromkeys(example.source for example in examples))  # one may be there on several topics
+    if len(sources) < 2:
         raise InputError(f"{path} has only one source, and one is held out for dev losses: add rows with other sources")
-    held_out = min(max(len(examples) // 10, 1), 500)
-    return examples[:-held_out] if split == "train" else examples[-held_out:]
+    kept_back = held_out(sources)
+    return [example for example in examples if (example.source in kept_back) == (split != "train")]
 
 
 def read_jsonl(path: Path, topic_field: str, labelled: bool = False) -> list[Example]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -46,6 +47,16 @@ def grouped(examples: list[Example]) -> list[Example]:
         first = by_source.setdefault((example.source, example.topic), Example(example.source, [], example.topic))
         first.references.extend(example.references)
     return list(by_source.values())
+
+
+def held_out(sources: Sequence[str]) -> set[str]:
+    """A tenth of these sources, at least 1 and at most 500, always the same: one drawn from each stretch of them.
+
+    So they are of all topics, whether a file is sorted by topic or has its topics in turns.
+    """
+    count, rng = min(max(len(sources) // 10, 1), 500), np.random.default_rng(0)
+    ends = [i * len(sources) // count for i in range(count + 1)]
+    return {sources[int(rng.integers(start, end))] for start, end in pairwise(ends)}
 
 
 def on_topics(examples: list[Example], topics: Sequence[str] | None, where: str) -> list[Example]:

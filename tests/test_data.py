@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from minprefix import data
-from minprefix.data import Example, find_e2e, format_source, linearise_e2e, load_examples
+from minprefix.data import Example, find_e2e, format_source, linearise_e2e, load_examples, load_on_topics
 from minprefix.files import InputError
 from minprefix.sample_e2e import sample_rows
 
@@ -420,26 +420,43 @@ def test_jsonl_rows(tmp_path):
 
 
 @pytest.mark.parametrize("n, held_out", [(2, 1), (10, 1), (19, 1), (20, 2), (4999, 499), (6000, 500)])
-def test_held_out_tail(tmp_path, n, held_out):
+def test_held_out_sources(tmp_path, n, held_out):
     task = write_jsonl(tmp_path / "own.jsonl", numbered(n))
     write_jsonl(tmp_path / "dev.jsonl", numbered(3))  # not beside a train.jsonl: not ours
     assert sources(task, "all") == list(range(n))
-    assert sources(task, "train") == list(range(n - held_out))
-    assert sources(task, "dev") == sources(task, "test") == list(range(n - held_out, n))
+    dev, train = sources(task, "dev"), sources(task, "train")
+    assert len(dev) == held_out and sorted(train + dev) == list(range(n)) and sources(task, "test") == dev
+    assert all(i * n // held_out <= source < (i + 1) * n // held_out for i, source in enumerate(dev))  # of all the file
+
+
+def test_held_out_sources_are_the_same_for_ever(tmp_path):
+    task = write_jsonl(tmp_path / "own.jsonl", numbered(50))
+    assert sources(task, "dev") == [8, 16, 25, 32, 43]
+
+
+@pytest.mark.parametrize("topic", [lambda i: i // 20, lambda i: i % 2], ids=["sorted", "in turns"])
+def test_held_out_sources_are_of_all_topics_and_on_one_side(tmp_path, topic):
+    rows = [{**row, "topic": topic(i)} for i, row in enumerate(numbered(200))]
+    again = [{**row, "topic": "again"} for row in rows]
+    task = write_jsonl(tmp_path / "own.jsonl", rows + again)
+    train, dev = sources(task, "train"), sources(task, "dev")
+    assert len(set(dev)) == 20 and not set(train) & set(dev) and len(train + dev) == 400
+    for name in {str(topic(i)) for i in range(200)}:
+        assert load_on_topics(task, "dev", topics=[name])
 
 
 def test_files_beside_train_jsonl(tmp_path):
     task = write_jsonl(tmp_path / "train.jsonl", numbered(20))
-    tail, rest = [18, 19], list(range(18))
     splits = ("train", "dev", "test")
-    assert [sources(task, split) for split in splits] == [rest, tail, tail]
+    rest, held_out, test = (sources(task, split) for split in splits)
+    assert len(held_out) == 2 and test == held_out and sorted(rest + held_out) == list(range(20))
     write_jsonl(tmp_path / "test.jsonl", numbered(2, 200))
-    assert [sources(task, split) for split in splits] == [rest, tail, [200, 201]]
+    assert [sources(task, split) for split in splits] == [rest, held_out, [200, 201]]
     write_jsonl(tmp_path / "dev.jsonl", numbered(2, 100))
-    assert [sources(task, split) for split in splits] == [rest + tail, [100, 101], [200, 201]]
+    assert [sources(task, split) for split in splits] == [list(range(20)), [100, 101], [200, 201]]
     (tmp_path / "test.jsonl").unlink()
-    assert [sources(task, split) for split in splits] == [rest + tail, [100, 101], [100, 101]]
-    assert sources(task, "all") == rest + tail
+    assert [sources(task, split) for split in splits] == [list(range(20)), [100, 101], [100, 101]]
+    assert sources(task, "all") == list(range(20))
     for name in ("dev", "test"):
         path = write_jsonl(tmp_path / f"{name}.jsonl", [{"source": "s"}])
         assert complaint(load_examples, task, name).startswith(f"{path}:1: the row has no reference")
