@@ -45,11 +45,17 @@ def load_model(name: str | Path, device: str | torch.device = "cpu", dtype: torc
 def empty_model(folder: str | Path) -> Model:
     """The model that a folder's config.json describes, without weights: on torch's device "meta", in no memory."""
     config = read_config(folder)
+    kind = model_kind(config, folder)
+    with torch.device("meta"):
+        return KINDS[kind][0](config)
+
+
+def model_kind(config: dict[str, Any], folder: str | Path) -> str:
+    """The model_type in a folder's config.json; InputError if it is none of `KINDS`."""
     kind = config.get("model_type")
     if kind not in list(KINDS):  # a list, since JSON's value need not be hashable
         raise InputError(f"{folder}/config.json: model_type is {kind!r}, minprefix runs {' and '.join(KINDS)}")
-    with torch.device("meta"):
-        return KINDS[kind][0](config)
+    return kind
 
 
 def save_model(model: Model, folder: Path, tokenizer_folder: Path | None = None, **config: Any) -> None:

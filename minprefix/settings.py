@@ -9,6 +9,7 @@ from typing import Any
 from minprefix.checkpoint import read_config
 from minprefix.generate import recipe
 from minprefix.hub import model_name
+from minprefix.load import model_kind
 from minprefix.options import fill
 
 PAPER: dict[str, dict[str, float]] = {  # by config.json's model_type
@@ -63,7 +64,7 @@ def default_settings(name: str | None, kind: str, task: str, method: str = "pref
 
 def fill_settings(args: Namespace) -> None:
     """What the command line of train.py leaves open; args.model is a folder."""
-    kind = str(read_config(args.model).get("model_type"))
+    kind = model_kind(read_config(args.model), args.model)
     settings = default_settings(model_name(args.model), kind, args.task, args.method)
     if args.hidden is not None and args.method in ("prefix", "infix") and bool(args.hidden) != bool(settings["hidden"]):
         settings["lr"] = OTHER_FORM_LR["MLP" if args.hidden else "direct"]

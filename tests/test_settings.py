@@ -8,6 +8,7 @@ import pytest
 import train
 from minprefix.settings import BUNDLED, LR, OPTIONS, default_settings, learning_rate, settings_table
 from minprefix.studies import tuning
+from tests.test_scripts import assert_one_clear_line
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 
@@ -93,6 +94,14 @@ def test_a_study_of_another_model_tries_rates_around_the_papers():
 def study_args(model, kind):
     return Namespace(model=model, kind=kind, task="e2e", data="e2e", study="full", steps=100, batch_size=16,
                      limit_test=None, widths={"adapter 3%": 28, "adapter 0.1%": 1}, lr={})  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ["", "--hidden 0", "--method infix --hidden 9"])
+def test_another_kind_of_model_is_told_whatever_the_options(options, tmp_path, capsys, monkeypatch):
+    folder = write_tiny_model(tmp_path / "llama")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.chdir(tmp_path)
+    assert_one_clear_line(train, f"--model llama {options}", "'llama', minprefix runs gpt2 and bart", capsys, tmp_path)
 
 
 def test_the_table_of_help_has_every_default():
