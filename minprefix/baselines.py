@@ -8,13 +8,14 @@ H heads, D head dimension.
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minprefix.attention import beside, causal_mask
-from minprefix.checkpoint import read_safetensors, write_safetensors
+from minprefix.checkpoint import read_config, read_safetensors, write_safetensors
 from minprefix.files import InputError
 from minprefix.gpt2 import GPT2
 from minprefix.hub import model_name
@@ -213,12 +214,14 @@ def save_tuned(
 def trained_file(path: str | Path) -> Path:
     """What a run saved: that file itself; in a run's folder METHOD.safetensors, or the folder of a fine-tuned model.
 
-    A PEFT folder stands for itself.
+    A PEFT folder stands for itself, so does that of a fine-tuned model.
     """
     path = Path(path)
     if (path / "model" / "config.json").is_file():
         return path / "model"
     if (path / "adapter_config.json").is_file():
+        return path
+    if (path / "config.json").is_file() and told_by_config(read_config(path)):
         return path
     for file in (path, *(path / f"{method}.safetensors" for method in METHODS)):
         if file.is_file():
@@ -236,7 +239,11 @@ def save_trained(
 
 def told_by_model(model: Model) -> dict[str, str]:
     """What train.py wrote into the config.json of a fine-tuned model; nothing of any other model."""
-    info = model.config.get("minprefix")
+    return told_by_config(model.config)
+
+
+def told_by_config(config: dict[str, Any]) -> dict[str, str]:
+    info = config.get("minprefix")
     return {key: str(value) for key, value in info.items()} if isinstance(info, dict) else {}
 
 

@@ -133,7 +133,8 @@ def test_training_and_a_file_and_back(case, tmp_path):
 
     logits = target_logits(folder, model, tuned())
     if method == "finetune":
-        save_model(model, tmp_path / "model", folder)
+        save_model(model, tmp_path / "model", folder, minprefix={"task": "e2e"})
+        assert trained_file(tmp_path) == trained_file(tmp_path / "model") == tmp_path / "model"
         fresh, prefix = load_model(trained_file(tmp_path)), None
     else:
         info = {"method": method.split()[0], "base_model": "tiny"}
@@ -322,5 +323,6 @@ def test_files_of_other_models_and_damaged_ones(folders, tmp_path):
     write_safetensors(path, good, {**info, "method": "adapter"})
     with pytest.raises(InputError, match="is of --method adapter: minprefix.baselines.load_trained"):
         load_prefix(path)
-    with pytest.raises(InputError, match="nothing at .* that train.py saved"):
-        trained_file(tmp_path)
+    for nothing in (tmp_path, folders["gpt2"]):  # a model that was not trained by minprefix is none
+        with pytest.raises(InputError, match="nothing at .* that train.py saved"):
+            trained_file(nothing)
