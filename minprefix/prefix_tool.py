@@ -66,6 +66,8 @@ def main() -> None:
 def export(args: argparse.Namespace) -> None:
     """Write a prefix as the folder of a PEFT adapter."""
     prefix = load_prefix(args.prefix)
+    if prefix.info.get("format") == "peft":
+        raise InputError(f"{args.prefix} is a PEFT adapter already: there is nothing to export")
     if set(prefix) != {"decoder"}:
         sites = f"a prefix at {', '.join(prefix)}"
         raise InputError(f"{args.prefix} is {sites}: PEFT has the decoder's only, train one with --sites decoder")

@@ -162,6 +162,14 @@ def test_adapters_that_do_not_fit(config, tensors, info, message, tmp_path):
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_folder_of_peft_is_not_exported_again(tmp_path, capsys):
+    """What the kind of its model is stands elsewhere in it than in our files; and it is in PEFT's format."""
+    write_folder(tmp_path, {"task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": "bart"})
+    code, _, err = call(prefix_tool, capsys, "export", "--prefix", tmp_path, "--to", tmp_path / "again")
+    assert code == 2 and err == f"error: {tmp_path} is a PEFT adapter already: there is nothing to export\n"
+    assert not (tmp_path / "again").exists()
+
+
 def write_folder(folder, config, tensors=None, info=None):
     """An adapter for gpt2 but for what differs in `config`; ... is a key that is not there."""
     config = {key: value for key, value in {**CONFIG, **config}.items() if value is not ...}
