@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from minprefix import bart, gpt2
 from minprefix.attention import Segment, attend
-from minprefix.baselines import load_trained, read_trained, trained_file
+from minprefix.baselines import load_trained, read_trained, trained_file, trained_max_source
 from minprefix.batches import Batch, collate, encode_sources, encode_target
 from minprefix.data import format_source
 from minprefix.files import InputError, atomic_write, run_main
@@ -168,11 +168,11 @@ def print_nearest(embedding: Tensor, model: gpt2.GPT2, tokenizer: Tokenizer, cou
 
 def print_attention(model: Model, tokenizer: Tokenizer, prefix: FoldedPrefix, text: str) -> dict[str, Tensor]:
     """Print the share of attention that the prefix gets on a source, and the text written for it -> the shares."""
-    info = prefix.info
-    source = format_source(info.get("task", ""), text)
-    written = generate(model, tokenizer, [source], prefix, **recipe(info.get("task", "")))[0]
+    task, max_source = prefix.info.get("task", ""), trained_max_source(prefix.info)
+    source = format_source(task, text)
+    written = generate(model, tokenizer, [source], prefix, max_source=max_source, **recipe(task))[0]
     target = encode_target(written, tokenizer, model)
-    batch = collate([(encode_sources([source], tokenizer, model, what=None)[0], target)], tokenizer, model)
+    batch = collate([(encode_sources([source], tokenizer, model, max_source, None)[0], target)], tokenizer, model)
     shares = attention_shares(model, prefix, batch)
     print(f"\nsource            {printable(source)}\nwritten           {printable(written)}")
     for site, share in shares.items():

@@ -152,6 +152,18 @@ def test_bad_input_is_one_clear_line(arguments, message, world, capsys, monkeypa
     assert code == 2 and message in err and len(err.splitlines()) == 1, err
 
 
+def test_a_source_is_cut_as_in_training(world, capsys):
+    model = load_model("gpt2")
+    info = {"base_model": "gpt2", "max_source": "4"}
+    save_prefix("short.safetensors", Prefix(model, 2, 0).fold(), model, info)
+    maps = []
+    for text in ("a b c d e f g h " * 99, "a b c d e f g h"):
+        code, out, err = call(prefix_tool, capsys, "show", "short.safetensors", "--input", text)
+        assert code == 0, err
+        maps.append(out[out.index("written  ") :])
+    assert maps[0] == maps[1]
+
+
 @pytest.mark.parametrize("arguments, message", [("", "COMMAND"), ("shw", "'shw'"), ("export --to x", "--prefix")])
 def test_a_wrong_command_line_is_one_line_that_leads_to_the_help(arguments, message, capsys):
     code, _, err = call(prefix_tool, capsys, *arguments.split())
