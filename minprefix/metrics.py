@@ -8,11 +8,11 @@ For summaries, `summary_score` gives ROUGE-1, -2 and -L with intervals, through 
 stems, and a plain F1, so its ROUGE-L is not the ROUGE-L of `score`.
 """
 
-import contextlib
 import functools
 import math
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
@@ -29,6 +29,7 @@ References = list[list[str]]  # of each hypothesis, at least one
 def score(hypotheses: list[str], references: References) -> dict[str, float]:
     """All scores of a corpus as a dict: BLEU, NIST, ROUGE-L, CIDEr, and METEOR and TER when what they need is there.
 
+    Why one of these two is left out is told on stderr.
     hypotheses: N strings; references: N lists of at least one string each. Raises InputError where they are not.
     """
     scores = {
@@ -38,8 +39,10 @@ def score(hypotheses: list[str], references: References) -> dict[str, float]:
         "CIDEr": cider(hypotheses, references),
     }
     for name, function in (("METEOR", meteor), ("TER", ter)):
-        with contextlib.suppress(InputError):
+        try:
             scores[name] = function(hypotheses, references)
+        except InputError as error:
+            print(f"left out: {error}", file=sys.stderr)
     return scores
 
 
@@ -187,13 +190,14 @@ def meteor(hypotheses: list[str], references: References) -> float:
     if shutil.which("java") is None:
         raise InputError("METEOR needs Java: install a Java runtime (e.g. openjdk) and put `java` on the PATH")
     groups = {i: [" ".join(ptb_tokens(reference)) for reference in group] for i, group in enumerate(references)}
-    program = Meteor()
+    program = None
     try:
+        program = Meteor()
         return program.compute_score(groups, {i: [" ".join(ptb_tokens(h))] for i, h in enumerate(hypotheses)})[0]
     except (OSError, ValueError) as error:  # it died: of too little memory, or of a text thousands of words long
         raise InputError("METEOR's Java program failed: give it 2 GB of memory and texts of ordinary length") from error
     finally:
-        if program.lock.locked():  # a failed call keeps the lock, and the destructor would wait for it for ever
+        if program and program.lock.locked():  # a failed call keeps it, and the destructor would wait for it for ever
             program.lock.release()
 
 

@@ -9,8 +9,10 @@ import math
 import random
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -138,6 +140,22 @@ def test_meteor_needs_java(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(InputError, match="Java"):
         metrics.meteor(HYPOTHESES, REFERENCES)
+
+
+def test_why_meteor_is_left_out_is_told(monkeypatch, capsys):
+    def no_room(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(shutil, "which", lambda name: "java")
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    dies = SimpleNamespace(compute_score=no_room, lock=threading.Lock())
+    for program in (no_room, lambda: dies):  # as it is started, or later
+        monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor.meteor", SimpleNamespace(Meteor=program))
+        assert metrics.score(HYPOTHESES, REFERENCES).keys() == SCORES.keys()
+        assert capsys.readouterr().err.splitlines() == [
+            "left out: METEOR's Java program failed: give it 2 GB of memory and texts of ordinary length",
+            "left out: TER needs sacrebleu: pip install -e '.[eval]'",
+        ]
 
 
 def test_bleu_equals_sacrebleu():
