@@ -112,6 +112,21 @@ def write_corpus(folder):
     return folder
 
 
+def test_another_corpus_is_encoded_anew_and_no_run_goes_on_with_it(bart_mini, tmp_path):
+    out, tokenizer, _ = bart_mini
+    one, two = write_corpus(tmp_path / "one"), write_corpus(tmp_path / "two")
+    with lzma.open(two / "pretrain.txt.xz", "wt", encoding="utf-8") as file:
+        file.write("Another text.")
+    rest = dict.fromkeys(("what", "layers", "width", "heads", "positions", "length", "batch_size", "seed"))
+    first, second = (SimpleNamespace(out=out, state=tmp_path, corpus=corpus, **rest) for corpus in (one, two))
+    ids = pretrain.corpus_ids(first, "pretrain")
+    assert tokenizer.decode(pretrain.corpus_ids(second, "pretrain")[:-1].tolist()) == "Another text."
+    files = set(tmp_path.glob("*.npy"))
+    assert np.array_equal(pretrain.corpus_ids(first, "pretrain"), ids) and set(tmp_path.glob("*.npy")) == files
+    settings = [pretrain.settings(args) for args in (first, second)]
+    assert [key for key in settings[0] if settings[0][key] != settings[1][key]] == ["corpus"]
+
+
 def test_help_is_a_page(monkeypatch, capsys):
     """In groups, a line for each option, as that of train.py."""
     with pytest.raises(SystemExit, match="0"):

@@ -40,9 +40,14 @@ END = "<|endoftext|>"
 Rows = tuple[tuple[Any, ...], Tensor, int]  # model inputs, labels, the position of the first token
 
 
-def read_documents(path: Path) -> list[str]:
+def corpus_file(args: argparse.Namespace, split: str) -> Path:
+    path = args.corpus / f"{split}.txt.xz"
     if not path.is_file():
         raise InputError(f"{path} is missing: documents separated by {END}, compressed by xz")
+    return path
+
+
+def read_documents(path: Path) -> list[str]:
     try:
         with lzma.open(path, "rt", encoding="utf-8") as file:
             documents = file.read().split(END)
@@ -58,7 +63,7 @@ def train_bpe(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise InputError("training a BPE needs tokenizers: pip install -e '.[pretrain]'") from error
     bpe = ByteLevelBPETokenizer()
-    documents = read_documents(args.corpus / "pretrain.txt.xz")
+    documents = read_documents(corpus_file(args, "pretrain"))
     bpe.train_from_iterator(documents, vocab_size=args.vocab_size - 1, min_frequency=2)
     args.out.mkdir(parents=True, exist_ok=True)
     bpe.save_model(str(args.out))
@@ -86,16 +91,22 @@ def check_bpe(folder: Path) -> None:
             raise InputError(f"{folder} has no {name}: train a BPE first (pretrain.py bpe), or copy one there")
 
 
+def digest(*paths: Path) -> str:
+    """A short hash of what is in files."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:8]
+
+
 def vocabulary_digest(folder: Path) -> str:
-    return hashlib.sha256((folder / "vocab.json").read_bytes() + (folder / "merges.txt").read_bytes()).hexdigest()[:8]
+    return digest(folder / "vocab.json", folder / "merges.txt")
 
 
 def corpus_ids(args: argparse.Namespace, split: str) -> np.ndarray:
     """All documents of a split as one uint16 array, each followed by the end token; kept beside the run's state."""
-    cached = args.state / f"{split}-{vocabulary_digest(args.out)}.npy"
+    path = corpus_file(args, split)
+    cached = args.state / f"{split}-{vocabulary_digest(args.out)}-{digest(path)}.npy"
     if not cached.exists():
         tokenizer = load_tokenizer(args.out)
-        documents = read_documents(args.corpus / f"{split}.txt.xz")
+        documents = read_documents(path)
         np.random.default_rng(0).shuffle(documents)
         chunks = [np.array([*tokenizer.encode(text), tokenizer.end_id], np.uint16) for text in documents]
         with atomic_write(cached, "wb") as file:
@@ -363,7 +374,8 @@ def copy_weights(model: Model, masters: dict[str, Tensor]) -> None:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a resumed run must share: `step` and the rows would mean something else otherwise."""
     keys = ("what", "layers", "width", "heads", "positions", "length", "batch_size", "seed")
-    return {**{key: getattr(args, key) for key in keys}, "vocabulary": vocabulary_digest(args.out)}
+    files = {"vocabulary": vocabulary_digest(args.out), "corpus": digest(corpus_file(args, "pretrain"))}
+    return {**{key: getattr(args, key) for key in keys}, **files}
 
 
 def load_state(
