@@ -265,8 +265,8 @@ def from_huggingface(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict
         return {"shared.weight": state.pop(first), **state} if first else state
     shared = state.pop("shared.weight", None)
     for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
-        if shared is not None:
-            state.setdefault(name, shared)
+        if shared is not None and name not in state:
+            state[name] = shared.clone()  # each its own: in one memory, fine-tuning would step it twice
     return state
 
 

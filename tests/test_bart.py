@@ -451,6 +451,8 @@ def test_stored_copies_of_untied_embeddings(tmp_path):
     model = load_model(write(tmp_path / "head", {**TENSORS, "lm_head.weight": tables["lm_head.weight"]}, config))
     for stack in (model.encoder, model.decoder):
         assert torch.equal(stack.embed_tokens.weight, WORDS)
+    encoder, decoder = (stack.embed_tokens.weight.data_ptr() for stack in (model.encoder, model.decoder))
+    assert encoder != decoder  # or fine-tuning would step one table twice
     assert torch.equal(model.lm_head.weight, tables["lm_head.weight"])
     with pytest.raises(InputError, match="lacks 1 .*'lm_head.weight'"):  # never guessed from another table
         load_model(write(tmp_path / "none", TENSORS, config))
