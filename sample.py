@@ -8,6 +8,9 @@
 
 Defaults stand in parentheses. A .jsonl file has rows {"source": ...}, with several prefixes
 {"source": ..., "prefix": ...}, the name of a prefix's folder, or of its file without the ending.
+Without --output, --evaluate writes texts-SPLIT.txt and .json to the run's folder; a task that the
+run was not trained on, and topics, are in the name, too. For a prefix or model outside of a run's
+folder they go to the current one, as texts-PREFIX-TASK-SPLIT.txt.
 """
 
 import os
@@ -19,6 +22,7 @@ import torch
 
 from minprefix import distributed, generate, load_model, load_tokenizer
 from minprefix.baselines import load_trained, read_trained, told_by_model, trained_file, trained_max_source
+from minprefix.checkpoint import read_object
 from minprefix.data import WEBNLG_SPLITS, format_source, load_on_topics
 from minprefix.evaluation import check_scorable, evaluate
 from minprefix.examples import Example
@@ -28,7 +32,7 @@ from minprefix.hub import resolve_model
 from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_writing_dtype
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, fill
 from minprefix.requests import load_prefixes, read_requests, write_requests
-from minprefix.runs import texts_folder
+from minprefix.runs import is_run, texts_folder
 
 SPLITS = (*WEBNLG_SPLITS, "all")
 
@@ -82,13 +86,34 @@ def parse_args() -> Namespace:
     fill(args, {"split": split, "topic_field": "topic", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 101})
     args.prefixes, args.prefix = args.prefix, next(iter(args.prefix), None)  # all of them, the first
     if args.evaluate and not args.output:
-        name = args.split if args.task else Path(args.file or "input").stem
-        args.output = texts_folder(args.prefix or Path(args.model or "")) / f"texts-{name}.txt"
+        args.output = texts_file(args)
     if args.output:
         check_output(args.output)
         if args.evaluate:
             check_output(args.output.with_suffix(".json"))
     return args
+
+
+def texts_file(args: Namespace) -> Path:
+    """Where texts that are scored go by default: none overwrites those of another prefix, task, split or topics."""
+    trained = args.prefix or Path(args.model or "")
+    folder, words = texts_folder(trained), ["texts"]
+    in_run = folder in (trained, trained.parent) and is_run(folder)
+    if not in_run:
+        words.append(trained.resolve().name.removesuffix(".safetensors"))
+    if args.task and not (in_run and is_trained_on(folder, args.task)):
+        words.append(Path(args.task).stem)
+    words.append(args.split if args.task else Path(args.file or "input").stem)
+    words += [topic.replace("/", "_") for topic in args.topics or []]
+    return folder / f"{'-'.join(words)}.txt"
+
+
+def is_trained_on(run: Path, task: str) -> bool:
+    """Whether a run's result.json says that it was trained on a task."""
+    result = read_object(run / "result.json") if (run / "result.json").is_file() else {}
+    settings = result.get("settings")
+    own = settings.get("task") if isinstance(settings, dict) else None
+    return isinstance(own, str) and os.path.abspath(own) == os.path.abspath(task)  # FILE.jsonl by whichever path
 
 
 def check(args: Namespace) -> None:
@@ -107,6 +132,8 @@ def check(args: Namespace) -> None:
 
 def check_output(path: Path) -> None:
     """InputError, before the work, where the texts could not be written."""
+    if len(os.fsencode(path.name)) > 200:  # of 255 bytes, some are a temporary file's
+        raise InputError(f"--output {path} is too long a name for a file: give a shorter one")
     if is_stream(path):
         return
     if path.is_dir():

@@ -136,6 +136,30 @@ def test_scores_lie_beside_the_prefix_by_default(prefix_file, world, capsys):
             path.unlink()
 
 
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ("--prefix run --task rows.jsonl", "run/texts-all"),
+        ("--prefix run/prefix.safetensors --task ./rows.jsonl --split dev", "run/texts-dev"),
+        ("--prefix run --file inputs.jsonl", "run/texts-inputs"),
+        ("--prefix run --task e2e", "run/texts-e2e-test"),
+        ("--prefix run --task other/rows.jsonl", "run/texts-rows-all"),
+        ("--prefix run --task webnlg --topics Food A/B", "run/texts-webnlg-test-Food-A_B"),
+        ("--prefix unfinished --task e2e --split dev", "unfinished/texts-e2e-dev"),
+        ("--prefix a.b.safetensors --task e2e", "texts-a.b-e2e-test"),
+        ("--prefix adapter/ --task e2e", "texts-adapter-e2e-test"),
+        ("--model some/gpt2 --task xsum --split dev", "texts-gpt2-xsum-dev"),
+        ("--model gpt2-mini --file in.puts.jsonl", "texts-gpt2-mini-in.puts"),
+    ],
+)
+def test_texts_that_differ_have_names_that_differ(arguments, name, prefix_file, world, monkeypatch):
+    monkeypatch.chdir(world)
+    (world / "unfinished").mkdir(exist_ok=True)
+    (world / "unfinished" / "checkpoint.pt").touch()
+    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments.split(), "--evaluate"])
+    assert str(sample.parse_args().output) == f"{name}.txt"
+
+
 def test_sampling_follows_its_seed(prefix_file, capsys):
     def draw(seed):
         return call(sample, capsys, "--prefix", prefix_file, "--input", "item 3", "--sample", "--seed", seed)[1]
@@ -336,6 +360,7 @@ BAD = {
     ),
     "texts into a folder": (sample, "--prefix run/prefix.safetensors --input x --output run", "run is a folder"),
     "texts below a file": (sample, "--prefix run --input x --output rows.jsonl/texts", "rows.jsonl is not a folder"),
+    "a name of 300 letters": (sample, f"--prefix run --input x --output {'x' * 300}", "is too long a name for a file"),
     "scores over texts": (sample, "--prefix run/prefix.safetensors --input x --evaluate --output a.json", "a.json"),
     "another model's tokeniser": (train, "--model mixed --task rows.jsonl", "different models"),
     "resume with another prefix": (
