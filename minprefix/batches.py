@@ -123,13 +123,18 @@ def load_pairs(
     """The (source ids, target ids) of a task's split, all of which fit the model; InputError if one does not.
 
     start: position of the first token after the prefix. data, topic_field: see `load_examples`. topics: only pairs on
-    these. limit: only the first so many pairs. low_data: only so many pairs (for "dev" 30% of that, as in the paper),
-    drawn at random from the seed.
+    these. limit: only the first so many pairs. low_data: only so many pairs (for "dev" 30% of that, as in the paper,
+    or all if there are fewer), drawn at random from the seed.
     """
     where = f"{task}, {split} split"
     examples = load_on_topics(task, split, data, topics, topic_field)
     if low_data:
         count = math.ceil(3 * low_data / 10) if split == "dev" else low_data
+        there = sum(len(example.references) for example in examples)
+        if split == "dev" and there < count:
+            asked = f"the {count} of --low-data {low_data}"
+            print(f"{where} has {there} pairs, not {asked}: all are taken", file=sys.stderr)
+            count = there
         examples = draw_pairs(examples, count, seed, where)
     pairs = encode_pairs(examples[:limit], tokenizer, model, max_source, f"{split} sources")[:limit]
     check_lengths(pairs, model, start, where)

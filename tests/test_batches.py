@@ -17,6 +17,7 @@ from minprefix.batches import (
     encode_pairs,
     encode_sources,
     encode_target,
+    load_pairs,
     pair_lengths,
     sequence_form,
     sorted_batches,
@@ -388,3 +389,14 @@ def test_buckets_save_padding_and_come_in_any_order():
     means = [lengths[batch].mean() for batch in batches]
     assert abs(np.corrcoef(means, np.arange(1000))[0, 1]) < 0.15
     assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.15
+
+
+def test_low_data_makes_do_with_the_dev_pairs_that_there_are(tmp_path, capsys):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps({"source": f"s{i}", "target": f"t{i}"}) + "\n" for i in range(200)))
+    tokenizer, model = load_tokenizer(MINI), gpt2()
+    sizes = [len(load_pairs(str(path), split, tokenizer, model, 0, low_data=count))
+             for split, count in (("train", 100), ("dev", 60), ("dev", 100))]  # fmt: skip
+    assert sizes == [100, 18, 20]
+    assert capsys.readouterr().err == f"{path}, dev split has 20 pairs, not the 30 of --low-data 100: all are taken\n"
+    assert "181 cannot be drawn" in complaint(lambda: load_pairs(str(path), "train", tokenizer, model, 0, low_data=181))
