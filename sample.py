@@ -21,14 +21,20 @@ from pathlib import Path
 import torch
 
 from minprefix import distributed, generate, load_model, load_tokenizer
-from minprefix.baselines import load_trained, read_trained, told_by_model, trained_file, trained_max_source
+from minprefix.baselines import (
+    base_folder,
+    load_trained,
+    read_trained,
+    told_by_model,
+    trained_file,
+    trained_max_source,
+)
 from minprefix.checkpoint import read_object
 from minprefix.data import WEBNLG_SPLITS, format_source, load_on_topics
 from minprefix.evaluation import check_scorable, evaluate
 from minprefix.examples import Example
 from minprefix.files import InputError, atomic_write, is_stream, read_text, run_main
 from minprefix.generate import search_options
-from minprefix.hub import resolve_model
 from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_writing_dtype
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, fill
 from minprefix.requests import load_prefixes, read_requests, write_requests
@@ -147,10 +153,7 @@ def main() -> None:
     args = parse_args()
     keep_freed_memory()
     trained, info = read_prefix(args)
-    name = args.model or info.get("base_model")
-    if name is None:
-        raise InputError("which model? give --prefix FILE, or --model for a frozen model alone")
-    device, folder = pick_device(args.device), resolve_model(name)
+    device, folder = pick_device(args.device), base_folder(args.model, args.prefix, info)
     model = load_model(folder, device, pick_writing_dtype(args.dtype, device, folder))
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, model, folder)
@@ -209,6 +212,8 @@ def read_examples(args: Namespace, trained_task: str) -> list[Example]:
         return [Example(format_source(trained_task, e.source), e.references) for e in examples]
     if not args.input and not args.file and distributed.world_size() > 1:
         raise InputError("stdin is one process's to read: give the inputs by --file")
+    if not args.input and not args.file and sys.stdin.isatty():
+        print("type inputs, one a line, then Ctrl-D", file=sys.stderr)
     lines = args.input or read_text(args.file or "-").split("\n")
     if lines[-1:] == [""]:
         lines.pop()  # what follows the last line end

@@ -18,7 +18,7 @@ from minprefix.attention import beside, causal_mask
 from minprefix.checkpoint import read_config, read_safetensors, write_safetensors
 from minprefix.files import InputError
 from minprefix.gpt2 import GPT2
-from minprefix.hub import model_name
+from minprefix.hub import model_name, resolve_model
 from minprefix.load import Model, check_state, save_model
 from minprefix.prefix import FoldedInfix, FoldedPrefix, Prefix, check_fingerprint, load_prefix, save_prefix, version
 
@@ -245,6 +245,25 @@ def told_by_model(model: Model) -> dict[str, str]:
 def told_by_config(config: dict[str, Any]) -> dict[str, str]:
     info = config.get("minprefix")
     return {key: str(value) for key, value in info.items()} if isinstance(info, dict) else {}
+
+
+def base_folder(given: str | None, path: Path | None, info: dict[str, str]) -> Path:
+    """The folder of the model that is given on the command line, or else of the one that what was trained names.
+
+    path, info: of what was trained; the info is its own.
+    """
+    if given:
+        return resolve_model(given)
+    if path is None:
+        raise InputError("which model? give --prefix FILE, or --model for a frozen model alone")
+    name = info.get("base_model")
+    if not name:
+        raise InputError(f"{path} does not name its base model: give --model")
+    try:
+        return resolve_model(name)
+    except InputError as error:
+        named = f"{path} names {name!r:.200} as its base model; if that is elsewhere now, give --model"
+        raise InputError(f"{named}: {error}") from error
 
 
 def trained_max_source(info: dict[str, str]) -> int | None:

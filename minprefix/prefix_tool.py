@@ -19,12 +19,12 @@ from torch.nn import functional as F
 
 from minprefix import bart, gpt2
 from minprefix.attention import Segment, attend
-from minprefix.baselines import load_trained, read_trained, trained_file, trained_max_source
+from minprefix.baselines import base_folder, load_trained, read_trained, trained_file, trained_max_source
 from minprefix.batches import Batch, collate, encode_sources, encode_target
 from minprefix.data import format_source
 from minprefix.files import InputError, atomic_write, run_main
 from minprefix.generate import generate, recipe
-from minprefix.hub import model_name, resolve_model
+from minprefix.hub import model_name
 from minprefix.load import Model, load_model
 from minprefix.options import Parser
 from minprefix.peft_format import write_adapter
@@ -85,20 +85,12 @@ def import_adapter(args: argparse.Namespace) -> None:
     if not (args.prefix / "adapter_config.json").is_file():
         raise InputError(f"{args.prefix} is no PEFT adapter: there is no adapter_config.json in it")
     prefix = load_prefix(args.prefix)
-    folder = base_folder(prefix.info, args)
+    folder = base_folder(args.model, args.prefix, prefix.info)
     model = load_model(folder)
     check_fits(prefix, model, args.prefix)
     info = {key: value for key, value in prefix.info.items() if key != "task_type"}  # PEFT's word for the kind of model
     save_prefix(args.to, prefix, model, {**info, "base_model": model_name(folder) or str(folder.resolve())})
     print(f"wrote a prefix of length {prefix.position_offset} to {args.to}")
-
-
-def base_folder(info: dict[str, str], args: argparse.Namespace) -> Path:
-    """The folder of the model that the command line or else the file's info names."""
-    name = args.model or info.get("base_model")
-    if not name:
-        raise InputError(f"{args.prefix} does not name its base model: give --model")
-    return resolve_model(name)
 
 
 # ---- show ----
@@ -120,7 +112,7 @@ def show(args: argparse.Namespace) -> None:
         return
     if method not in ("prefix", "infix", "embedding"):
         raise InputError(f"{path} is of --method {method}, there is no prefix to look at: leave out --input")
-    folder = base_folder(info, args)
+    folder = base_folder(args.model, args.prefix, info)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     prefix = load_trained(path, model)
     if method == "embedding" and not model.encoder_decoder:

@@ -16,7 +16,17 @@ import torch
 
 import sample
 import train
-from minprefix import data, evaluation, experiments, load_model, load_prefix, load_tokenizer, metrics, training
+from minprefix import (
+    data,
+    evaluation,
+    experiments,
+    load_model,
+    load_prefix,
+    load_tokenizer,
+    metrics,
+    prefix_tool,
+    training,
+)
 from minprefix.checkpoint import read_safetensors
 from minprefix.files import atomic_write, run_main
 from minprefix.training import train as train_loop
@@ -102,6 +112,10 @@ def test_sample_takes_arguments_files_and_stdin_alike(prefix_file, world, capsys
     with open(world / "inputs.txt") as file:
         monkeypatch.setattr(sys, "stdin", file)
         assert call(sample, capsys, *common)[1] == arguments[1]
+        file.seek(0)
+        monkeypatch.setattr(file, "isatty", lambda: True)
+        code, out, err = call(sample, capsys, *common)
+        assert out == arguments[1] and err.startswith("type inputs, one a line, then Ctrl-D\nskipped 1 blank"), err
     with open(world / "model" / "model.safetensors") as file:
         monkeypatch.setattr(sys, "stdin", file)
         code, _, err = call(sample, capsys, *common)
@@ -381,7 +395,13 @@ BAD = {
     "pickle for a prefix": (sample, "--prefix run/checkpoint.pt --input x", "run/checkpoint.pt"),
     "prefix of another model": (sample, "--prefix run/prefix.safetensors --model twin --input x", "other weights"),
     "prefix of a bigger model": (sample, "--prefix run/prefix.safetensors --model gpt2-mini --input x", "was made for"),
-    "prefix of a lost model": (sample, "--prefix lost.safetensors --input x", "long/gone"),
+    "prefix of a lost model": (
+        sample, "--prefix lost.safetensors --input x",
+        "lost.safetensors names 'long/gone' as its base model; if that is elsewhere now, give --model: no model 'long/",
+    ),
+    "a lost model": (sample, "--prefix lost.safetensors --model not/there --input x", "error: no model 'not/there'"),
+    "show of a lost model": (prefix_tool, "show lost.safetensors --input x", "names 'long/gone' as its base model"),
+    "prefix of no model": (sample, "--prefix nameless --input x", "nameless does not name its base model"),
     "no model and no prefix": (sample, "--input x", "--model"),
     "nothing to write about": (sample, "--prefix run/prefix.safetensors --file empty.txt", "no input"),
     "input not in the task's form": (sample, "--prefix e2e.safetensors --input pub", "slot[value]"),
@@ -410,6 +430,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, world, prefix_file, c
         (world / "no_mr" / "trainset.csv").write_text("meaning,ref\na,b\n")
         break_prefix(prefix_file, world / "lost.safetensors", base_model="long/gone")
         break_prefix(prefix_file, world / "e2e.safetensors", task="e2e")
+        break_prefix(prefix_file, world / "nameless", base_model="")
     assert_one_clear_line(*BAD[case], capsys, world)
 
 
@@ -455,8 +476,8 @@ WITHOUT_EFFECT = {
 def test_options_without_effect_are_refused_in_one_line(case, world, prefix_file, capsys, monkeypatch):
     """And before anything is loaded, even if what is given is the default."""
     monkeypatch.chdir(world)
-    for script in (train, sample, experiments):
-        monkeypatch.setattr(script, "resolve_model", None)
+    for script, loads in ((train, "resolve_model"), (sample, "base_folder"), (experiments, "resolve_model")):
+        monkeypatch.setattr(script, loads, None)
     script, arguments, message = WITHOUT_EFFECT[case]
     assert_one_clear_line(script, arguments, message, capsys, world)
 
