@@ -2,6 +2,7 @@
 
 import re
 
+import minprefix
 from tests.tiny import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,6 +22,11 @@ def test_the_core_needs_four_packages():
     for path in [*(ROOT / "minprefix").glob("*.py"), ROOT / "train.py", ROOT / "sample.py"]:
         imported = set(re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.M))
         assert imported.isdisjoint({"transformers", "peft", "safetensors", "tokenizers", "sacrebleu"}), path
+
+
+def test_what_the_readme_imports_from_the_package_is_listed():
+    names = {name for line in re.findall(r"^from minprefix import (.*)", README, re.M) for name in line.split(", ")}
+    assert "metrics" in names and names <= set(minprefix.__all__) and all(hasattr(minprefix, name) for name in names)
 
 
 def test_ci_runs_the_readmes_test_command():
