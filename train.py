@@ -59,7 +59,7 @@ def parse_args() -> Namespace:
     add("--method", choices=OPTIONS, metavar="METHOD", default="prefix", help=f"{', '.join(OPTIONS)} (%(default)s)")
     add("--prefix-length", type=int, metavar="N", help="virtual tokens (by model)")
     add("--hidden", type=int, metavar="N", help="width of the prefix's MLP; 0: none, and Muon, not AdamW (by model)")
-    add("--adapter-width", type=int, metavar="N", help="of an adapter's bottleneck (by model, 3%% of its weights)")
+    add("--adapter-width", type=int, metavar="N", help="of an adapter's bottleneck (by model; 3%% of GPT-2 medium)")
     add("--init", metavar="TEXT", help='words that a prefix starts from, "table to text :" (random numbers)')
     add("--sites", nargs="+", metavar="SITE", help="BART: some of encoder, decoder, cross (all)")
     add("--offset", type=int, metavar="N", help="position of the first token (the prefix length; authors' BART 0)")

@@ -6,6 +6,9 @@ from argparse import Namespace
 import pytest
 
 import train
+from minprefix.baselines import Adapters
+from minprefix.hub import resolve_model
+from minprefix.load import empty_model
 from minprefix.settings import BUNDLED, LR, OPTIONS, default_settings, learning_rate, settings_table
 from minprefix.studies import tuning
 from tests.test_scripts import assert_one_clear_line
@@ -102,6 +105,18 @@ def test_another_kind_of_model_is_told_whatever_the_options(options, tmp_path, c
     (folder / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.chdir(tmp_path)
     assert_one_clear_line(train, f"--model llama {options}", "'llama', minprefix runs gpt2 and bart", capsys, tmp_path)
+
+
+def test_of_whose_weights_adapters_are_three_percent(monkeypatch, capsys):
+    for name in BUNDLED:
+        model = empty_model(resolve_model(name))
+        total = sum(p.numel() for p in model.parameters())
+        added = sum(p.numel() for p in Adapters(model, BUNDLED[name]["adapter_width"]).parameters())
+        assert round(100 * added / total) == 3, name
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit):
+        train.parse_args()
+    assert "(by model; 3% of GPT-2 medium)" in capsys.readouterr().out  # but 2.4% of distilgpt2
 
 
 def test_the_table_of_help_has_every_default():
