@@ -89,6 +89,18 @@ def joined(items: list[T]) -> list[T]:
     return whole
 
 
+def check_alike(settings: dict[str, Any]) -> None:
+    """InputError on every rank, the same, where the ranks' settings (name -> value) differ."""
+    if world_size() == 1:
+        return
+    every: list[Any] = [None] * world_size()
+    with others_alive():
+        dist.all_gather_object(every, settings)
+    if differing := [name for name in every[0] if any(other.get(name) != every[0].get(name) for other in every)]:
+        what = ", ".join(name.replace("_", " ") for name in differing)
+        raise InputError(f"the processes differ in {what}: give all of them the same files and options")
+
+
 def add_up(tensors: list[Tensor]) -> None:
     """Replace tensors by their sums over all ranks, in one message."""
     if world_size() == 1:

@@ -275,6 +275,7 @@ def train(
         "position_offset": tuned.position_offset,
         "training data": digest(train_pairs), "dev data": digest(dev_pairs),
     }  # fmt: skip
+    distributed.check_alike(settings)  # one rank may have fallen back to the bundled sample
     run = Run(model, tuned, tokenizer, train_pairs, dev_pairs, Path(out), settings, resume)
     # Rank 0 acts on signals, the others end when it does.
     others = signals.put_off() if distributed.rank() else contextlib.nullcontext()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sample
-from minprefix import Prefix, load_model, load_tokenizer
+from minprefix import Prefix, distributed, load_model, load_tokenizer
 from minprefix.distributed import each_rank
 from minprefix.files import run_main
 from minprefix.training import train
@@ -45,6 +45,23 @@ def write(folder, out):
         paths = [folder / "gpt2", "--file", folder / f"{name}.txt", "--output", out / name]
         sys.argv = ["sample.py", *options, *map(str, paths)]
         sample.main()
+
+
+def train_on_other_data(folder):
+    """As train_both, but the second process lacks a pair: its data were not downloaded, say."""
+    model, tokenizer = load_model(folder / "gpt2"), load_tokenizer(folder / "gpt2")
+    pairs, out = PAIRS[distributed.rank() :], folder / "run"
+    train(model, Prefix(model, 3, hidden=8), tokenizer, pairs, PAIRS[:5], out, steps=4, batch_size=4, lr=1e-2)
+
+
+def test_processes_that_would_train_on_different_data_end_in_one_line(tmp_path):
+    write_tiny_model(tmp_path / "gpt2")
+    process = torchrun(__file__, tmp_path, "different")
+    _, err = process.communicate(timeout=300)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    message = "the processes differ in training data: give all of them the same files and options"
+    assert process.returncode and lines == [f"error: {message}"], err
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_compute_what_one_does(tmp_path):
@@ -91,6 +108,8 @@ def test_the_others_say_so_and_save_when_a_process_dies(tmp_path):
 
 def main():
     folder = Path(sys.argv[1])
+    if sys.argv[2:] == ["different"]:
+        return train_on_other_data(folder)
     train_both(folder, folder / "several")
     write(folder, folder / "several")
 
