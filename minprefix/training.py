@@ -268,6 +268,8 @@ def train(
     settings: what else a resumed run must share, name -> value. Of several ranks, rank 0 writes; all must see OUT.
     InputError if a loss is not finite, or the run in OUT is of other settings; KeyboardInterrupt, RankLost, OSError.
     """
+    if warmup >= steps:
+        raise InputError(f"--warmup is {warmup}: it must be less than the {steps} steps, or the rate never decays")
     settings = {
         **(settings or {}),
         "dtype": str(dtype_of_products(model)), "model": fingerprint(model), "trained": type(tuned).__name__,

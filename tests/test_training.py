@@ -140,6 +140,13 @@ def test_schedule_is_linear():
     assert [linear_schedule(s, 6, 2) for s in range(7)] == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0])
 
 
+def test_a_warmup_that_leaves_no_step_to_decay_in_is_refused(model_folder, tmp_path):
+    with pytest.raises(InputError, match="--warmup is 3: it must be less than the 3 steps"):
+        run(model_folder, tmp_path, steps=3, warmup=3)
+    assert not list(tmp_path.iterdir())
+    run(model_folder, tmp_path, steps=3, warmup=2)
+
+
 def test_stream_can_start_anywhere():
     def first(start):
         stream = batch_stream(PAIRS, 4, seed=3, start=start)
