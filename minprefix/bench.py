@@ -10,7 +10,6 @@ the median of a batch, and speeds in the median round; compile_s is what torch.c
 programs that it made after the first round.
 """
 
-import argparse
 import json
 import multiprocessing
 import random
@@ -37,7 +36,7 @@ from minprefix.hub import resolve_model
 from minprefix.linear import Linear, pack_weights
 from minprefix.load import Model, keep_freed_memory, load_model, pick_device, pick_dtype
 from minprefix.loss import target_loss
-from minprefix.options import check_above_zero
+from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_not_negative
 from minprefix.prefix import Prefix
 from minprefix.tokenizer import Tokenizer, load_tokenizer
 from minprefix.training import batch_stream, make_optimizer, training_step
@@ -48,30 +47,29 @@ Work = tuple[Callable[[int], None], dict[str, Any]]  # what does batch i, and fa
 
 
 def parse_args() -> Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m minprefix.bench WHAT", __doc__)
     add = parser.add_argument
-    add("what", choices=["train", "generate"])
+    add("what", choices=("train", "generate"), metavar="WHAT", help="train, generate")
     add("--model", default="gpt2-mini", help="a HuggingFace folder or a model's name (%(default)s)")
-    add("--data", help="E2E's folder (default: as train.py)")
-    add("--batch-size", type=int, default=10)
-    add("--prefix-length", type=int, default=5)
-    add("--hidden", type=int, default=512, help="width of the MLP in training, 0 for none (%(default)s)")
-    add("--source-length", type=int, help="random sources of so many tokens instead of E2E's")
-    add("--beams", type=int, default=5)
-    add("--new-tokens", type=int, default=32, help="so many for every text, none ends before (%(default)s)")
-    add("--steps", type=int, default=8, help="batches in a round (%(default)s)")
-    add("--rounds", type=int, default=3, help="rounds after the first (%(default)s)")
-    add("--threads", type=int, help="of the CPU (torch's default)")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--data", metavar="FOLDER", help="of E2E's files (as train.py)")
+    add("--batch-size", type=int, metavar="N", default=10, help="pairs or inputs at a time (%(default)s)")
+    add("--prefix-length", type=int, metavar="N", default=5, help="virtual tokens (%(default)s)")
+    add("--hidden", type=int, metavar="N", default=512, help="width of the MLP in training, 0: none (%(default)s)")
+    add("--source-length", type=int, metavar="N", help="random sources of N tokens (E2E's own)")
+    add("--beams", type=int, metavar="K", default=5, help="of the beam search (%(default)s)")
+    add("--new-tokens", type=int, metavar="N", default=32, help="of every text, none ends before (%(default)s)")
+    add("--steps", type=int, metavar="N", default=8, help="batches in a round (%(default)s)")
+    add("--rounds", type=int, metavar="N", default=3, help="rounds after the first (%(default)s)")
+    add("--threads", type=int, metavar="N", help="of the CPU (torch's default)")
+    add("--device", choices=DEVICES, metavar="NAME", default="auto", help="cpu, cuda or mps (%(default)s)")
+    add("--dtype", choices=DTYPES, metavar="TYPE", default="auto", help="float32 or bfloat16 (%(default)s)")
     add("--peer", action="store_true", help="transformers + PEFT as well (pip install -e '.[parity]')")
-    add("--sweep", nargs="+", metavar=("OPTION", "VALUE"), help="measure for each value of an option: beams 1 5 10")
+    add("--sweep", nargs="+", metavar=("OPTION", "N"), help="measure for each value of an option: beams 1 5 10")
     add("--json", action="store_true", help="print JSON lines only, minprefix's own the last")
     args = parser.parse_args()
     numbers = ("batch_size", "prefix_length", "beams", "new_tokens", "steps", "rounds", "threads", "source_length")
     check_above_zero(args, numbers)
-    if args.hidden < 0:
-        raise InputError(f"--hidden is {args.hidden}: it must be at least 0")
+    check_not_negative(args, ("hidden",))
     args.device = pick_device(args.device)
     args.dtype = str(pick_dtype(args.dtype, args.device)).removeprefix("torch.")
     return args
@@ -94,9 +92,11 @@ def sweep(args: Namespace) -> list[Namespace]:
         return [args]
     key, values = args.sweep[0].lstrip("-").replace("-", "_"), args.sweep[1:]
     numbers = [key for key, value in vars(args).items() if type(value) is int] + ["source_length"]
-    if key not in numbers or not values or not all(value.isdigit() and int(value) for value in values):
-        raise InputError(f"--sweep {' '.join(args.sweep)}: name one of {', '.join(numbers)}, then numbers above 0")
-    return [argparse.Namespace(**{**vars(args), key: int(value)}) for value in values]
+    fits = all(value.isdecimal() and (int(value) > 0 or key == "hidden") for value in values)
+    if key not in numbers or not values or not fits:
+        raise InputError(f"--sweep {' '.join(args.sweep)}: name one of {', '.join(numbers)}, then numbers above 0 "
+                         "(hidden: also 0)")  # fmt: skip
+    return [Namespace(**{**vars(args), key: int(value)}) for value in values]
 
 
 def measure(args: Namespace) -> list[dict[str, Any]]:

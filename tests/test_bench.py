@@ -90,12 +90,21 @@ def test_useful_operations_are_those_of_rows_alone(world):
         (["--sweep", "beams"], "--sweep beams"),
         (["--sweep", "model", "3"], "name one of"),
         (["--sweep", "beams", "x"], "numbers above 0"),
+        (["--sweep", "beams", "0"], "numbers above 0"),
+        (["--sweep", "hidden", "²"], "numbers above 0"),
+        (["--dtype", "int8"], "invalid choice: 'int8'.* --help lists the options"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
 def test_nonsense_is_refused(monkeypatch, options, message):
     monkeypatch.setattr(sys, "argv", ["bench", "train", *options])
     with pytest.raises(InputError, match=message):
         bench.sweep(bench.parse_args())
+
+
+def test_a_sweep_of_the_width_may_begin_without_an_mlp(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "train", "--sweep", "hidden", "0", "512"])
+    assert [settings.hidden for settings in bench.sweep(bench.parse_args())] == [0, 512]
 
 
 def test_a_worker_that_cannot_work_says_why(world):
