@@ -49,7 +49,7 @@ PAPER: dict[tuple[str, str], tuple[str, dict[tuple[Any, ...], str]]] = {
 }  # fmt: skip
 
 
-def grouped(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+def by_setting(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     """Rows that differ in their seeds only, together: what they have in common (values of `what`) -> rows."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -62,7 +62,7 @@ def values(group: list[Row], name: str, metric: str) -> list[float]:
     return [METRICS[metric][0] * row["scores"][name][metric] for row in group]
 
 
-def spread(numbers: list[float], decimals: int) -> str:
+def mean_and_range(numbers: list[float], decimals: int) -> str:
     """Their mean, and half their range."""
     mean, half = statistics.mean(numbers), (max(numbers) - min(numbers)) / 2
     return f"{mean:.{decimals}f}" + (f" ± {half:.{decimals}f}" if len(numbers) > 1 else "")
@@ -72,15 +72,15 @@ def table(rows: list[Row], losses: dict[str, dict[str, float | None]], args: Nam
     """A study as Markdown: a line for each group of rows, the learning rates tried (method -> {rate: dev loss})."""
     paper, numbers = PAPER.get((args.study, args.task), ("", {}))
     lines = []
-    for what, group in grouped(rows).items():
+    for what, group in by_setting(rows).items():
         line = {**group[0]["what"], "runs": len(group), "trained": f"{group[0]['share']:.2%}",
-                "dev loss": spread([row["dev_loss"] for row in group], 3)}  # fmt: skip
+                "dev loss": mean_and_range([row["dev_loss"] for row in group], 3)}  # fmt: skip
         several = len(group[0]["scores"]) > 1
         for name, scores in group[0]["scores"].items():
             for metric in WEBNLG if several else METRICS:
                 if metric in scores:
                     column = f"{name}: {metric}" if several else metric
-                    line[column] = spread(values(group, name, metric), METRICS[metric][1])
+                    line[column] = mean_and_range(values(group, name, metric), METRICS[metric][1])
         lines.append(line | ({paper: numbers.get(what, "")} if paper else {}))
     over = f"seeds {', '.join(map(str, args.seeds))}"
     if "--low-data" in rows[0]["train"]:
@@ -102,7 +102,7 @@ def table(rows: list[Row], losses: dict[str, dict[str, float | None]], args: Nam
 def gap(rows: list[Row]) -> str:
     """How far prefix-tuning is ahead of fine-tuning, the mean over the sizes of low data (paper section 6.3)."""
     metric = main_metric(rows)
-    means = {what: statistics.mean(values(group, "test", metric)) for what, group in grouped(rows).items()}
+    means = {what: statistics.mean(values(group, "test", metric)) for what, group in by_setting(rows).items()}
     ahead = statistics.mean(means["prefix", size] - means["finetune", size] for size in {size for _, size in means})
     return f"\nprefix less finetune, mean over the sizes: {ahead:+.1f} {metric} (the paper's on E2E: about +2.9 BLEU)"
 
@@ -125,7 +125,7 @@ def draw(rows: list[Row], path: str | Path) -> None:
     figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
     metric = main_metric(rows)
     lines: dict[str, list[tuple[Any, list[float]]]] = {}  # label -> [(x, values)]: x is what the study varies last
-    for what, group in grouped(rows).items():
+    for what, group in by_setting(rows).items():
         for name in group[0]["scores"]:
             label = " ".join([*map(str, what[:-1]), *([name] if len(group[0]["scores"]) > 1 else [])])
             lines.setdefault(label, []).append((what[-1], values(group, name, metric)))
