@@ -58,12 +58,15 @@ def by_setting(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def values(group: list[Row], name: str, metric: str) -> list[float]:
-    """A metric in a set of scores, as the paper prints it, for each row of a group."""
-    return [METRICS[metric][0] * row["scores"][name][metric] for row in group]
+    """A metric in a set of scores, as the paper prints it, for each row of a group; [] where a row lacks it."""
+    found = [row["scores"][name].get(metric) for row in group]  # METEOR is left out where Java was not there
+    return [] if None in found else [METRICS[metric][0] * value for value in found]
 
 
 def mean_and_range(numbers: list[float], decimals: int) -> str:
-    """Their mean, and half their range."""
+    """Their mean, and half their range; a dash for none."""
+    if not numbers:
+        return "-"
     mean, half = statistics.mean(numbers), (max(numbers) - min(numbers)) / 2
     return f"{mean:.{decimals}f}" + (f" ± {half:.{decimals}f}" if len(numbers) > 1 else "")
 
@@ -71,16 +74,16 @@ def mean_and_range(numbers: list[float], decimals: int) -> str:
 def table(rows: list[Row], losses: dict[str, dict[str, float | None]], args: Namespace) -> str:
     """A study as Markdown: a line for each group of rows, the learning rates tried (method -> {rate: dev loss})."""
     paper, numbers = PAPER.get((args.study, args.task), ("", {}))
+    several = len(rows[0]["scores"]) > 1
+    columns = [(name, metric) for name in rows[0]["scores"] for metric in (WEBNLG if several else METRICS)
+               if any(metric in row["scores"][name] for row in rows)]  # fmt: skip
     lines = []
     for what, group in by_setting(rows).items():
         line = {**group[0]["what"], "runs": len(group), "trained": f"{group[0]['share']:.2%}",
                 "dev loss": mean_and_range([row["dev_loss"] for row in group], 3)}  # fmt: skip
-        several = len(group[0]["scores"]) > 1
-        for name, scores in group[0]["scores"].items():
-            for metric in WEBNLG if several else METRICS:
-                if metric in scores:
-                    column = f"{name}: {metric}" if several else metric
-                    line[column] = mean_and_range(values(group, name, metric), METRICS[metric][1])
+        for name, metric in columns:
+            column = f"{name}: {metric}" if several else metric
+            line[column] = mean_and_range(values(group, name, metric), METRICS[metric][1])
         lines.append(line | ({paper: numbers.get(what, "")} if paper else {}))
     over = f"seeds {', '.join(map(str, args.seeds))}"
     if "--low-data" in rows[0]["train"]:
@@ -108,8 +111,9 @@ def gap(rows: list[Row]) -> str:
 
 
 def main_metric(rows: list[Row]) -> str:
-    """BLEU, or of summaries ROUGE-1."""
-    return next(metric for metric in METRICS if metric in next(iter(rows[0]["scores"].values())))
+    """BLEU, or of summaries ROUGE-1: the first that all rows have."""
+    scores = [scores for row in rows for scores in row["scores"].values()]
+    return next(metric for metric in METRICS if all(metric in one for one in scores))
 
 
 def draw(rows: list[Row], path: str | Path) -> None:

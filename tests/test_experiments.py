@@ -3,6 +3,7 @@
 But for one study with a real run, train.py and sample.py are stand-ins that note how they were called.
 """
 
+import copy
 import json
 import os
 import shlex
@@ -343,6 +344,21 @@ Learning rates and their dev losses, the lowest was taken:
 def test_the_table_of_known_rows():
     args = Namespace(study="ablation", task="e2e", model="gpt2-mini", tests=630, seeds=[7, 8])
     assert report.table(ROWS, {"prefix": {"0.1": 1.5, "0.3": None}}, args) == TABLE
+
+
+def test_a_metric_that_a_row_lacks_is_a_dash_in_its_group(tmp_path):
+    """As METEOR, where Java failed, or was there in another session only."""
+    rows = copy.deepcopy(ROWS)
+    rows[1]["scores"]["test"]["METEOR"] = rows[3]["scores"]["test"]["METEOR"] = 0.5
+    args = Namespace(study="ablation", task="e2e", model="gpt2-mini", tests=630, seeds=[7, 8])
+    lines = report.table(rows, {}, args).splitlines()[2:7]
+    assert "| BLEU | NIST | METEOR |" in lines[0] and {line.count("|") for line in lines} == {10}
+    assert "| 50.0 ± 25.0 | 2.50 ± 0.00 | - |" in lines[2] and "| 12.5 | 2.50 | - |" in lines[3]
+    assert "| 100.0 | 2.50 | 50.0 |" in lines[4]
+    rows[0]["scores"]["test"]["METEOR"] = 0.5  # of the first row, but not of all
+    del rows[1]["scores"]["test"]["METEOR"]
+    assert {line.count("|") for line in report.table(rows, {}, args).splitlines()[2:7]} == {10}
+    report.draw(rows, tmp_path / "figure.png")
 
 
 def test_several_test_sets_stand_side_by_side():
