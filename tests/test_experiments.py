@@ -375,6 +375,10 @@ def test_low_data_ends_in_how_far_the_prefix_is_ahead():
     rows = [{"what": {"method": method, "examples": size}, "scores": {"test": {"BLEU": score}}}
             for (method, size), score in bleu.items()]  # fmt: skip
     assert "the sizes: +6.2 BLEU" in report.gap(rows)  # the mean of 25 and -12.5
+    sets = studies.test_sets(Namespace(study="low-data", task="webnlg"))
+    for row in rows:
+        row["scores"] = {name: row["scores"]["test"] if name == "all" else {"BLEU": 0.1} for name in sets}
+    assert "the sizes: +6.2 BLEU" in report.gap(rows)
 
 
 def test_the_figure_has_a_line_for_each_method(tmp_path, monkeypatch):
