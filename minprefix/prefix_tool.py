@@ -10,7 +10,6 @@ import json
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -99,7 +98,7 @@ def import_adapter(args: argparse.Namespace) -> None:
 def show(args: argparse.Namespace) -> None:
     """Print what a file of train.py, or a PEFT folder, holds; with --input what the model looks at."""
     if args.plot:
-        import_pyplot()  # if the package is missing, say so before the work
+        import_figure()  # if the package is missing, say so before the work
         if not args.input:
             raise InputError("--plot draws what the model looks at on a text: give --input TEXT")
     path = trained_file(args.prefix)
@@ -230,8 +229,8 @@ def queries(module: gpt2.Attention | bart.Attention, x: Tensor, seen: Any) -> tu
 
 def draw(shares: dict[str, Tensor], path: Path) -> None:
     """The shares (L, H) of each site as a PNG."""
-    pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(1, len(shares), figsize=(4 * len(shares), 4), layout="constrained", squeeze=False)
+    figure = import_figure()(figsize=(4 * len(shares), 4), layout="constrained")
+    axes = figure.subplots(1, len(shares), squeeze=False)
     for ax, (site, share) in zip(axes[0], shares.items(), strict=True):
         L, H = share.shape
         image = ax.imshow(share.numpy(), vmin=0, vmax=1, aspect="auto", extent=(0.5, H + 0.5, L + 0.5, 0.5))
@@ -239,19 +238,16 @@ def draw(shares: dict[str, Tensor], path: Path) -> None:
     figure.colorbar(image, ax=axes, label="share of attention on the prefix")
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=150)
-    pyplot.close(figure)
     print(f"\nwrote {path}")
 
 
-def import_pyplot() -> ModuleType:
+def import_figure() -> Any:
+    """Matplotlib's Figure: a class."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("--plot needs matplotlib: pip install -e '.[plot]'") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure
 
 
 if __name__ == "__main__":

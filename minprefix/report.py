@@ -119,15 +119,12 @@ def main_metric(rows: list[Row]) -> str:
 def draw(rows: list[Row], path: str | Path) -> None:
     """A PNG of a study's main metric, as the paper's figures are; a line that says so if matplotlib is not there."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("no figure: it needs pip install -e '.[plot]'")
         return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
-    metric = main_metric(rows)
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes, metric = figure.subplots(), main_metric(rows)
     lines: dict[str, list[tuple[Any, list[float]]]] = {}  # label -> [(x, values)]: x is what the study varies last
     for what, group in by_setting(rows).items():
         for name in group[0]["scores"]:
@@ -151,4 +148,3 @@ def draw(rows: list[Row], path: str | Path) -> None:
         axes.legend()
     with atomic_write(path, "wb") as file:
         figure.savefig(file, dpi=150)
-    pyplot.close(figure)

@@ -29,6 +29,12 @@ def test_what_the_readme_imports_from_the_package_is_listed():
     assert "metrics" in names and names <= set(minprefix.__all__) and all(hasattr(minprefix, name) for name in names)
 
 
+def test_no_figure_needs_pyplot():
+    """It keeps every figure until it is closed, and may choose a backend that opens windows."""
+    for path in (ROOT / "minprefix").glob("*.py"):
+        assert "pyplot" not in path.read_text(encoding="utf-8"), path
+
+
 def test_ci_runs_the_readmes_test_command():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for words in ('pip install -q -e ".[test]"', "python -m pytest"):

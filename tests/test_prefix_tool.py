@@ -145,7 +145,7 @@ def test_the_map_as_a_picture(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message, world, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     model = load_model("gpt2")
     save_prefix("norms-no-model.safetensors", Prefix(model, 2, 0).fold(), model, {})
     code, _, err = call(prefix_tool, capsys, "show", *arguments.split())
