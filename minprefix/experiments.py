@@ -47,6 +47,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent  # the repository, where train.
 TRAINED = "trained.json"  # in a run's folder: the arguments with which train.py has finished it
 START = 20  # seconds that the programs take to start, to read the data and to compile
 Process = subprocess.Popen[bytes]
+Rates = dict[str, dict[str, float | None]]  # method -> {learning rate: dev loss}
 
 
 def parse_args() -> Namespace:
@@ -128,16 +129,18 @@ def main() -> None:
     rates = f"learning-rates-{args.task}-{data}.json"
     losses = read_rates(resolve_model(args.model) / rates)
     untuned = [run for method in methods if method not in losses for run in tuning(args, data, method)]
-    args.lr = {method: best(losses[method]) if method in losses else "TUNED" for method in methods}
     if args.dry_run:
         speed = measure(args)
         show(untuned, args.out / f"tune-{data}", args, speed)
+        done = read_rows(args.out / f"tune-{data}", untuned)
+        add_losses(losses, [done[run.name] for run in untuned if run.name in done])
+        unknown = {run.what["method"] for run in untuned if run.name not in done}
+        args.lr = {method: "TUNED" if method in unknown else best(losses[method]) for method in methods}
         show(study(args), args.out / args.study, args, speed)
         times = ", ".join(f"{1000 * seconds:.1f} ms for a {what}" for what, seconds in speed.items())
         print(f"estimated from what was measured just now on {args.device}, {args.threads} thread(s): {times}")
         return
-    for row in execute(untuned, args.out / f"tune-{data}", args):
-        losses.setdefault(row["what"]["method"], {})[row["what"]["lr"]] = row["dev_loss"]
+    add_losses(losses, execute(untuned, args.out / f"tune-{data}", args))
     known = read_rates(args.out / rates)
     with atomic_write(args.out / rates) as file:  # put beside the model it spares other studies the tuning
         json.dump(known | losses, file, indent=2)
@@ -152,9 +155,14 @@ def main() -> None:
     draw(rows, args.out / args.study / "figure.png")
 
 
-def read_rates(path: Path) -> dict[str, dict[str, float | None]]:
-    """method -> {learning rate: dev loss}."""
+def read_rates(path: Path) -> Rates:
     return read_json(path) if path.is_file() else {}
+
+
+def add_losses(losses: Rates, rows: list[Row]) -> None:
+    """Put in what came out of runs of `tuning`."""
+    for row in rows:
+        losses.setdefault(row["what"]["method"], {})[row["what"]["lr"]] = row["dev_loss"]
 
 
 def best(losses: dict[str, float | None]) -> str:

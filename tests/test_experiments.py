@@ -6,6 +6,7 @@ But for one study with a real run, train.py and sample.py are stand-ins that not
 import copy
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -115,6 +116,24 @@ def test_a_study_tunes_runs_and_reports(scripts, capsys):
     assert not list(scripts.rglob("checkpoint.pt")) and not list(scripts.rglob("*.tmp"))
     assert run(capsys, "length", scripts / "out", "--seeds", 101, 102)[0] == 0
     assert calls(scripts) == TUNING_10 + TUNING + RUNS
+
+
+def test_a_dry_run_shows_what_is_left_with_the_rates_that_are_known(scripts, capsys, monkeypatch):
+    monkeypatch.setattr(studies, "LENGTHS", (20, 100))
+    options = ("--seeds", 101, 102, "--jobs", 1)
+    (scripts / "stop").write_text("prefix-0.1-seed101")  # the rate of the short prefixes is known, the other is not
+    assert run(capsys, "length", scripts / "out", *options)[0] == 143
+    (scripts / "stop").unlink()
+    code, out, err = run(capsys, "length", scripts / "out", *options, "--dry-run")
+    assert code == 0, err
+    assert re.findall(r"(\d) of (\d) runs to do", out) == [("2", "6"), ("4", "4")]
+    assert re.findall(r"train.py .*--lr (\S+)", out) == ["0.1", "0.3", "0.033", "0.033", "TUNED", "TUNED"]
+    (scripts / "stop").write_text("100-seed102")
+    assert run(capsys, "length", scripts / "out", *options)[0] == 143
+    code, out, err = run(capsys, "length", scripts / "out", *options, "--dry-run")
+    assert code == 0, err
+    assert re.findall(r"(\d) of (\d) runs to do", out) == [("0", "6"), ("1", "4")]
+    assert re.findall(r"train.py .*--lr (\S+)", out) == ["0.033"]
 
 
 def test_the_best_of_the_tuning_is_a_run_of_the_study(scripts, capsys, monkeypatch):
