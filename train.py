@@ -31,7 +31,7 @@ from minprefix.hub import resolve_model
 from minprefix.load import Model, check_vocabulary, keep_freed_memory, pick_device, pick_dtype, pick_writing_dtype
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, flag
 from minprefix.prefix import Prefix, count_numbers, fingerprint, parameter_shares
-from minprefix.runs import disk_size, is_run, remove_half_written, resumable, run_folder, sample_command
+from minprefix.runs import disk_size, has_checkpoint, remove_half_written, resumable, run_folder, sample_command
 from minprefix.settings import OPTIONS, fill_settings, other_options, settings_table
 from minprefix.tokenizer import Tokenizer
 from minprefix.training import train
@@ -136,7 +136,7 @@ def run(args: Namespace) -> None:
     tuned.to(device)
     train_pairs, dev_pairs, test = load_data(args, tokenizer, model, tuned.position_offset)
     steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
-    resuming = args.resume and is_run(args.out)
+    resuming = args.resume and has_checkpoint(args.out)
     if args.init is not None and not resuming and isinstance(tuned, Prefix):
         tuned.init_from_words(model, tokenizer, args.init)
 

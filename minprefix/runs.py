@@ -17,7 +17,12 @@ EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], 
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was begun there."""
+    """Whether a run was begun there: the log comes first and stays, a checkpoint may be deleted after the run."""
+    return (folder / "log.jsonl").exists()
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run in a folder can be gone on with."""
     return (folder / "checkpoint.pt").exists()
 
 
@@ -25,9 +30,8 @@ def run_folder(out: Path | None, resume: bool, task: str, model: Path) -> Path:
     """--out; by default runs/TASK-MODEL, or with a number if that is taken, so that no run overwrites another."""
     if out and out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
-    if out and not resume and is_run(out):
-        raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
     if out:
+        check_free(out, resume)
         return out
     name = Path(model_name(model) or model.resolve()).name
     first, number = Path("runs", f"{Path(task).stem}-{name}"), 1
@@ -35,7 +39,17 @@ def run_folder(out: Path | None, resume: bool, task: str, model: Path) -> Path:
     while folder.exists():
         number += 1
         folder, last = first.with_name(f"{first.name}-{number}"), folder
+    if resume:
+        check_free(last, resume)
     return last if resume else folder
+
+
+def check_free(folder: Path, resume: bool) -> None:
+    """InputError where a run would overwrite another that is in its folder."""
+    if is_run(folder) and (folder / "result.json").exists() and not has_checkpoint(folder):
+        raise InputError(f"{folder} holds a finished run whose checkpoint is gone: choose another --out")
+    if is_run(folder) and not resume:
+        raise InputError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
 
 
 def remove_half_written(out: Path) -> None:
@@ -52,7 +66,7 @@ def resumable(out: Path) -> Iterator[None]:
         with one_line_errors():
             yield
     except (KeyboardInterrupt, WriteError, MemoryShort, distributed.RankLost) as error:
-        if error.args and is_run(out):
+        if error.args and has_checkpoint(out):
             error.args = (f"{error.args[0]}; go on with: {resume_command(out)}", *error.args[1:])
         raise
 

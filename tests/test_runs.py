@@ -8,7 +8,8 @@ import pytest
 
 import sample
 from minprefix.examples import Example
-from minprefix.runs import disk_size, remove_half_written, sample_command, texts_folder
+from minprefix.files import InputError
+from minprefix.runs import disk_size, remove_half_written, run_folder, sample_command, texts_folder
 
 SHORT, LONG = [Example("item 3", ["It is three."])], [Example("word " * 99, ["Words."])]
 
@@ -38,12 +39,26 @@ def test_a_folder_is_a_model(tmp_path):
 
 def test_scored_texts_lie_in_the_run(tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
-    for name in ("checkpoint.pt", "prefix.safetensors", "model/config.json"):
+    for name in ("log.jsonl", "prefix.safetensors", "model/config.json"):
         (tmp_path / "run" / name).write_text("four")
     for trained in ("run", "run/prefix.safetensors", "run/model"):
         assert texts_folder(tmp_path / trained) == tmp_path / "run"
     assert texts_folder(tmp_path / "elsewhere.safetensors") == Path()
     assert disk_size(tmp_path / "run" / "prefix.safetensors") == disk_size(tmp_path / "run" / "model") == 4
+
+
+def test_a_run_is_not_overwritten_when_its_checkpoint_is_gone(tmp_path):
+    """Studies delete it; a run that is killed at once has none yet."""
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(InputError, match="holds a run already: add --resume"):
+        run_folder(tmp_path, False, "e2e", Path("model"))
+    assert run_folder(tmp_path, True, "e2e", Path("model")) == tmp_path
+    (tmp_path / "result.json").write_text("{}")
+    for resume in (False, True):
+        with pytest.raises(InputError, match="holds a finished run whose checkpoint is gone: choose another --out"):
+            run_folder(tmp_path, resume, "e2e", Path("model"))
+    (tmp_path / "checkpoint.pt").write_text("")
+    assert run_folder(tmp_path, True, "e2e", Path("model")) == tmp_path
 
 
 def test_half_written_files_are_removed_and_no_others(tmp_path):
