@@ -88,7 +88,6 @@ def parse_args() -> Namespace:
     check(args)
     args.model = resolve_model(args.model)
     fill_settings(args)
-    args.out = run_folder(args.out, args.resume, args.task, args.model)
     return args
 
 
@@ -107,7 +106,7 @@ def check(args: Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
-    with resumable(args.out):
+    with run_folder(args.out, args.resume, args.task, args.model) as args.out, resumable(args.out):
         run(args)
 
 

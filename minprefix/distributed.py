@@ -101,6 +101,23 @@ def check_alike(settings: dict[str, Any]) -> None:
         raise InputError(f"the processes differ in {what}: give all of them the same files and options")
 
 
+def from_first(choose: Callable[[], T]) -> T:
+    """What a function gives on rank 0, for all ranks; so with an InputError of it."""
+    if world_size() == 1:
+        return choose()
+    made: list[Any] = [None]
+    if rank() == 0:
+        try:
+            made = [choose()]
+        except InputError as error:
+            made = [error]
+    with others_alive():
+        dist.broadcast_object_list(made)
+    if isinstance(made[0], InputError):
+        raise made[0]
+    return made[0]
+
+
 def add_up(tensors: list[Tensor]) -> None:
     """Replace tensors by their sums over all ranks, in one message."""
     if world_size() == 1:

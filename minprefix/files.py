@@ -1,4 +1,4 @@
-"""Files that are read with a clear complaint and written whole or not at all."""
+"""Files that are read with a clear complaint and written whole or not at all; folders for one process at a time."""
 
 import contextlib
 import errno
@@ -112,6 +112,59 @@ def read_json(path: str | Path) -> Any:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path, new: bool = False, wait: str = "") -> Iterator[None]:
+    """Let one process at a time into the block for a folder, which is made if need be, and removed if it stays empty.
+
+    Where another process is in it: InputError, or print `wait` and wait. new: FileExistsError if the folder is there.
+    """
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=not new)
+    except OSError as error:
+        if new and isinstance(error, FileExistsError):
+            raise
+        raise WriteError(f"cannot write {folder}: {error.strerror}") from error
+    with lock_of_system(folder, wait):
+        try:
+            yield
+        finally:
+            for path in made:
+                with contextlib.suppress(OSError):  # it is not empty
+                    path.rmdir()
+
+
+@contextlib.contextmanager
+def lock_of_system(folder: Path, wait: str) -> Iterator[None]:
+    """flock on the folder itself: it leaves no file, and ends with its process, however that ends.
+
+    On Windows and on network disks without such locks nothing is locked.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                message = f"another process is working in {folder}: wait until it has ended, or choose another folder"
+                raise InputError(message) from None
+            print(wait, file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a network disk
+        yield
+    finally:
+        os.close(handle)
 
 
 def umask() -> int:

@@ -6,13 +6,12 @@ import os
 import re
 import sys
 import urllib.error
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 from minprefix.checkpoint import read_index, read_object
 from minprefix.download import fetch
-from minprefix.files import InputError, read_text
+from minprefix.files import InputError, locked, read_text
 
 CHECKOUT = Path(__file__).resolve().parent.parent / "weights"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -159,8 +158,7 @@ def download_model(name: str, folder: Path) -> Path:
     """
     part = folder.with_name(f".{folder.name}.part")
     try:
-        part.mkdir(parents=True, exist_ok=True)
-        with locked(part):
+        with locked(part, wait=f"waiting for another process that downloads to {part}"):
             try:
                 if not folder.is_dir():
                     print(f"downloading {name} from {endpoint()} to {folder}", file=sys.stderr)
@@ -180,23 +178,6 @@ def download_model(name: str, folder: Path) -> Path:
     except OSError as error:
         raise InputError(f"cannot write {part}: {error.strerror}") from error
     return folder
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time into the block for a folder; a process that dies leaves no lock behind."""
-    import fcntl  # not on Windows
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that downloads to {folder}", file=sys.stderr)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def fetch_model(name: str, part: Path) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """The folder of a run of train.py, and the commands that go on from it."""
 
 import contextlib
+import itertools
 import os
 import shlex
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from minprefix import distributed
 from minprefix.data import SUMMARISATION, TRIPLES
 from minprefix.examples import Example
-from minprefix.files import InputError, MemoryShort, WriteError, one_line_errors
+from minprefix.files import InputError, MemoryShort, WriteError, locked, one_line_errors
 from minprefix.hub import model_name
 
 EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
@@ -26,22 +27,31 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / "checkpoint.pt").exists()
 
 
-def run_folder(out: Path | None, resume: bool, task: str, model: Path) -> Path:
-    """--out; by default runs/TASK-MODEL, or with a number if that is taken, so that no run overwrites another."""
+@contextlib.contextmanager
+def run_folder(out: Path | None, resume: bool, task: str, model: Path) -> Iterator[Path]:
+    """A run's folder while the block runs, in which no other process may train: --out; by default runs/TASK-MODEL."""
     if out and out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
-    if out:
-        check_free(out, resume)
-        return out
     name = Path(model_name(model) or model.resolve()).name
-    first, number = Path("runs", f"{Path(task).stem}-{name}"), 1
-    folder, last = first, first
-    while folder.exists():
-        number += 1
-        folder, last = first.with_name(f"{first.name}-{number}"), folder
-    if resume:
-        check_free(last, resume)
-    return last if resume else folder
+    with contextlib.ExitStack() as locks:
+        yield distributed.from_first(lambda: take_folder(out, resume, f"{Path(task).stem}-{name}", locks))
+
+
+def take_folder(out: Path | None, resume: bool, name: str, locks: contextlib.ExitStack) -> Path:
+    """--out or runs/NAME, with a lock on it; a new run gets runs/NAME-2 and so on if that is taken, if just now, too.
+
+    So no run overwrites another.
+    """
+    names = (Path("runs", name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    if out is None and not resume:
+        for folder in names:
+            with contextlib.suppress(FileExistsError):
+                locks.enter_context(locked(folder, new=True))
+                return folder
+    folder = out or [Path("runs", name), *itertools.takewhile(Path.exists, names)][-1]
+    locks.enter_context(locked(folder))
+    check_free(folder, resume)
+    return folder
 
 
 def check_free(folder: Path, resume: bool) -> None:

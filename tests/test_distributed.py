@@ -13,7 +13,8 @@ import torch
 import sample
 from minprefix import Prefix, distributed, load_model, load_tokenizer
 from minprefix.distributed import each_rank
-from minprefix.files import run_main
+from minprefix.files import InputError, run_main
+from minprefix.runs import run_folder
 from minprefix.training import train
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
@@ -67,11 +68,15 @@ def test_processes_that_would_train_on_different_data_end_in_one_line(tmp_path):
 def test_two_processes_compute_what_one_does(tmp_path):
     write_tiny_model(tmp_path / "gpt2")
     write_tiny_bart(tmp_path / "bart", decoder_start_token_id=3)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "log.jsonl").write_text("")
     process = torchrun(__file__, tmp_path)
     train_both(tmp_path, tmp_path / "single")
     write(tmp_path, tmp_path / "single")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
+    assert [(tmp_path / f"folder-{rank}").read_text() for rank in (0, 1)] == ["runs/e2e-gpt2"] * 2
+    assert all("holds a run already" in (tmp_path / f"error-{rank}").read_text() for rank in (0, 1))
     assert out.count("dev loss") == 8 and err.count("wrote ") == 2  # by one of the two
     for kind in ("gpt2", "bart"):
         single, several = (
@@ -106,10 +111,23 @@ def test_the_others_say_so_and_save_when_a_process_dies(tmp_path):
     assert not list(run.glob("*.tmp"))
 
 
+def take_folder(folder):
+    """The folder of a new run, noted by each process."""
+    os.chdir(folder)
+    with run_folder(None, False, "e2e", folder / "gpt2") as out:
+        (folder / f"folder-{os.environ['RANK']}").write_text(str(out))
+    try:
+        with run_folder(folder / "taken", False, "e2e", folder / "gpt2"):
+            pass
+    except InputError as error:
+        (folder / f"error-{os.environ['RANK']}").write_text(str(error))
+
+
 def main():
     folder = Path(sys.argv[1])
     if sys.argv[2:] == ["different"]:
         return train_on_other_data(folder)
+    take_folder(folder)
     train_both(folder, folder / "several")
     write(folder, folder / "several")
 

@@ -1,6 +1,7 @@
 """A run's folder, and the command that train.py prints last: one that sample.py takes."""
 
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 
 import sample
 from minprefix.examples import Example
-from minprefix.files import InputError
+from minprefix.files import InputError, locked
 from minprefix.runs import disk_size, remove_half_written, run_folder, sample_command, texts_folder
+from tests.tiny import ROOT
 
 SHORT, LONG = [Example("item 3", ["It is three."])], [Example("word " * 99, ["Words."])]
 
@@ -47,18 +49,57 @@ def test_scored_texts_lie_in_the_run(tmp_path):
     assert disk_size(tmp_path / "run" / "prefix.safetensors") == disk_size(tmp_path / "run" / "model") == 4
 
 
+def enter(out, resume):
+    with run_folder(out, resume, "e2e", Path("m")) as folder:
+        return folder
+
+
 def test_a_run_is_not_overwritten_when_its_checkpoint_is_gone(tmp_path):
     """Studies delete it; a run that is killed at once has none yet."""
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(InputError, match="holds a run already: add --resume"):
-        run_folder(tmp_path, False, "e2e", Path("model"))
-    assert run_folder(tmp_path, True, "e2e", Path("model")) == tmp_path
+        enter(tmp_path, False)
+    enter(tmp_path, True)
     (tmp_path / "result.json").write_text("{}")
     for resume in (False, True):
         with pytest.raises(InputError, match="holds a finished run whose checkpoint is gone: choose another --out"):
-            run_folder(tmp_path, resume, "e2e", Path("model"))
+            enter(tmp_path, resume)
     (tmp_path / "checkpoint.pt").write_text("")
-    assert run_folder(tmp_path, True, "e2e", Path("model")) == tmp_path
+    enter(tmp_path, True)
+
+
+def test_runs_that_are_started_together_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with run_folder(None, False, "e2e", Path("m")) as one, run_folder(None, False, "e2e", Path("m")) as two:
+        assert (one, two) == (Path("runs/e2e-m"), Path("runs/e2e-m-2"))
+        for resume in (False, True):
+            with pytest.raises(InputError, match="another process is working in runs/e2e-m-2: wait until it has"):
+                enter(two, resume)
+        with pytest.raises(InputError, match="in runs/e2e-m-2"):
+            enter(None, True)
+        (one / "log.jsonl").write_text("")
+    assert list(Path().rglob("*")) == [Path("runs"), one, one / "log.jsonl"]  # an empty folder is taken away again
+    assert enter(None, True) == one and enter(None, False) == two
+
+
+def test_without_locks_a_new_run_has_a_folder_of_its_own_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows
+    with run_folder(None, False, "e2e", Path("m")) as one, run_folder(None, False, "e2e", Path("m")) as two:
+        assert one != two and enter(two, True) == two
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    program = ("import sys, time; from pathlib import Path; from minprefix.files import locked\n"
+               "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)")  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", program, tmp_path / "run"], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout.readline() == b"locked\n"
+    with pytest.raises(InputError, match="another process is working in"), locked(tmp_path / "run"):
+        pass
+    process.kill()
+    process.wait()
+    with locked(tmp_path / "run"):
+        assert not list((tmp_path / "run").iterdir())
 
 
 def test_half_written_files_are_removed_and_no_others(tmp_path):

@@ -28,7 +28,7 @@ from minprefix import (
     training,
 )
 from minprefix.checkpoint import read_safetensors
-from minprefix.files import atomic_write, run_main
+from minprefix.files import atomic_write, locked, run_main
 from minprefix.training import train as train_loop
 from tests.test_triples import entry, write_xml
 from tests.tiny import write_tiny_model
@@ -287,6 +287,17 @@ def test_a_signal_before_the_first_dev_loss_leaves_nothing_behind(world, capsys,
         code, _, err = call(train, capsys, *command)
     assert code == 143 and err.splitlines()[-1].endswith("interrupted") and not (tmp_path / "run").exists()
     assert call(train, capsys, *command, "--resume")[0] == 0
+
+
+def test_no_other_process_trains_in_the_folder(world, capsys, tmp_path, monkeypatch):
+    """From the start on, long before there is a file in it."""
+    out, common = tmp_path / "run", ["--model", world / "model", "--task", world / "rows.jsonl", "--eval-inputs", 0]
+    with locked(out):
+        assert_one_clear_line(train, [*common, "--out", out, "--resume"], f"is working in {out}: wait", capsys, world)
+    monkeypatch.setattr(training, "dev_loss", lambda *_: locked(out).__enter__())
+    code, _, err = call(train, capsys, *common, "--out", out)
+    assert code == 2 and f"another process is working in {out}: wait" in err.splitlines()[-1]
+    assert not out.exists()
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(world, capsys, tmp_path):
