@@ -31,7 +31,7 @@ from minprefix.batches import collate, encode_pairs
 from minprefix.checkpoint import read_config
 from minprefix.data import TASKS, find_e2e, json_rows, load_examples, load_on_topics
 from minprefix.examples import Example
-from minprefix.files import InputError, atomic_write, read_json, run_main
+from minprefix.files import InputError, atomic_write, locked, read_json, run_main
 from minprefix.generate import generate, recipe
 from minprefix.hub import model_name, resolve_model
 from minprefix.load import empty_model, keep_freed_memory, load_model, pick_device, pick_dtype
@@ -140,19 +140,21 @@ def main() -> None:
         times = ", ".join(f"{1000 * seconds:.1f} ms for a {what}" for what, seconds in speed.items())
         print(f"estimated from what was measured just now on {args.device}, {args.threads} thread(s): {times}")
         return
-    add_losses(losses, execute(untuned, args.out / f"tune-{data}", args))
-    known = read_rates(args.out / rates)
-    with atomic_write(args.out / rates) as file:  # put beside the model it spares other studies the tuning
-        json.dump(known | losses, file, indent=2)
+    with locked(args.out / f"tune-{data}"):  # which several studies share
+        add_losses(losses, execute(untuned, args.out / f"tune-{data}", args))
+        known = read_rates(args.out / rates)
+        with atomic_write(args.out / rates) as file:  # put beside the model it spares other studies the tuning
+            json.dump(known | losses, file, indent=2)
     args.lr = {method: best(losses[method]) for method in methods}
-    runs = study(args)
-    take_over(runs, args.out, args.out / args.study)
-    rows = execute(runs, args.out / args.study, args)
-    text = table(rows, {method: losses[method] for method in methods}, args)
-    with atomic_write(args.out / args.study / "table.md") as file:
-        file.write(text)
-    print("\n" + text)
-    draw(rows, args.out / args.study / "figure.png")
+    runs, folder = study(args), args.out / args.study
+    with locked(folder):
+        take_over(runs, args.out, folder)
+        rows = execute(runs, folder, args)
+        text = table(rows, {method: losses[method] for method in methods}, args)
+        with atomic_write(folder / "table.md") as file:
+            file.write(text)
+        print("\n" + text)
+        draw(rows, folder / "figure.png")
 
 
 def read_rates(path: Path) -> Rates:
@@ -260,6 +262,10 @@ def execute(runs: list[Run], folder: Path, args: Namespace) -> list[Row]:
     running: dict[Process, tuple[Run, list[list[str]], float]] = {}  # its run, the commands left, when it began
     if not waiting:
         return [rows[run.name] for run in runs]
+    for run in waiting:
+        if (folder / run.name).exists():
+            with locked(folder / run.name):  # or it is at work still: a study that is killed cannot stop its runs
+                pass
     speed = measure(args)
     total, done = sum(estimate(run, args, speed) for run in waiting), 0
     print(f"{folder}: {len(waiting)} of {len(runs)} runs to do, {args.jobs} at a time, {minutes(total / args.jobs)}")

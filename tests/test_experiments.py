@@ -22,6 +22,7 @@ import sample
 import train
 from minprefix import experiments, report, settings, studies
 from minprefix.data import json_rows
+from minprefix.files import locked
 from tests.test_scripts import call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
@@ -189,6 +190,17 @@ def test_a_failing_run_stops_the_study_with_its_last_line(scripts, capsys):
     (scripts / "fail").unlink()
     assert run(capsys, "length", scripts / "out", "--seeds", 101, "--jobs", 1)[0] == 0
     assert calls(scripts) == [*TUNING_10, *TUNING, "1-seed101", "20-seed101", "20-seed101"]
+
+
+def test_a_study_keeps_out_of_folders_that_others_are_working_in(scripts, capsys):
+    """Another study that tunes, the same study, or a run that was left behind when it was killed."""
+    out = scripts / "out"
+    for folder in (out / "tune-full", out / "length", out / "length" / "1-seed101"):
+        with locked(folder):
+            code, _, err = run(capsys, "length", out, "--seeds", 101, "--jobs", 1)
+        line = f"error: another process is working in {folder}: wait until it has ended, or choose another folder"
+        assert code == 2 and err.splitlines()[-1] == line
+    assert calls(scripts) == TUNING_10 + TUNING and not (out / "length").exists()
 
 
 def test_other_settings_are_not_taken_for_done(scripts, capsys):
