@@ -243,7 +243,8 @@ def take_over(runs: list[Run], out: Path, folder: Path) -> None:
         twin, own = there.get(tuple(run.train)), folder / run.name
         if twin and not own.exists():
             part = own.with_name(own.name + ".tmp")
-            shutil.copytree(twin, part, dirs_exist_ok=True)  # there is one if it was stopped in this
+            passing = shutil.ignore_patterns("*.tmp", "checkpoint.pt")  # they may vanish while its study goes on
+            shutil.copytree(twin, part, ignore=passing, dirs_exist_ok=True)  # there is one if it was stopped in this
             part.rename(own)
 
 
