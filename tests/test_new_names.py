@@ -3,7 +3,7 @@
 import sys
 
 from minprefix.files import run_main
-from tests.tiny import ROOT
+from tests.tiny import ROOT, write_tiny_model
 
 sys.path.insert(0, str(ROOT / "weights"))
 import new_names  # noqa: E402
@@ -24,3 +24,15 @@ def test_it_prints_a_line_for_each_prefix(capsys, monkeypatch, tmp_path):
     run_main(new_names.main)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith(f"{file}: slots ")
+
+
+def test_it_takes_a_fine_tuned_model(capsys, monkeypatch, tmp_path):
+    (tmp_path / "devset.csv").write_text('mr,ref\n"name[Blue Spice], near[Burger King]",x\n')
+    model = write_tiny_model(tmp_path / "run" / "model")
+    monkeypatch.setattr(sys, "argv", ["new_names.py", str(tmp_path / "run"), "--data", str(tmp_path)])
+    written = []
+    monkeypatch.setattr(new_names, "generate", lambda model, *args, **options: written.append((model, options)) or [""])
+    run_main(new_names.main)
+    ((used, options),) = written
+    assert used.folder == model and options["prefix"] is None
+    assert capsys.readouterr().out == f"{tmp_path / 'run'}: slots 0.0%, name 0.0%, near 0.0%\n"

@@ -56,8 +56,9 @@ def main() -> None:
     sources = [renamed(example.source, number) for number, example in enumerate(examples)]
     tokenizer = load_tokenizer(args.model)
     for path in args.prefixes:
-        model = load_model(args.model)
-        prefix = load_trained(trained_file(path), model)
+        trained = trained_file(path)
+        model = load_model(trained if trained.is_dir() else args.model)  # anew each time: adapters change it
+        prefix = None if trained.is_dir() else load_trained(trained, model)
         told = slot_accuracy(sources, generate(model, tokenizer, sources, prefix=prefix, progress=True))
         print(f"{path}: " + ", ".join(f"{slot} {100 * told[slot]:.1f}%" for slot in ("slots", "name", "near")))
 
