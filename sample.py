@@ -30,7 +30,7 @@ from minprefix.baselines import (
     trained_max_source,
 )
 from minprefix.checkpoint import read_object
-from minprefix.data import WEBNLG_SPLITS, format_source, load_on_topics
+from minprefix.data import WEBNLG_SPLITS, check_place, format_source, load_on_topics
 from minprefix.evaluation import check_scorable, evaluate
 from minprefix.examples import Example
 from minprefix.files import InputError, atomic_write, is_stream, read_text, run_main
@@ -86,6 +86,8 @@ def parse_args() -> Namespace:
 
     args = parser.parse_args()
     check(args)
+    if args.task:
+        check_place(args.task, args.data)  # before what may be a download
     split = "test" if args.task and not args.task.endswith(".jsonl") else "all"
     if args.evaluate and args.task and split == "all" and not args.split:
         print(f"scoring all of {args.task}: if it was trained on, --split test is what was held out", file=sys.stderr)

@@ -22,7 +22,7 @@ from minprefix import distributed, load_model, load_tokenizer
 from minprefix.baselines import make_tuned, save_tuned
 from minprefix.batches import Pair, load_inputs, load_pairs, sequence_form
 from minprefix.curve import plot_curve, text_curve
-from minprefix.data import TRIPLES
+from minprefix.data import TRIPLES, check_place
 from minprefix.evaluation import compare, load_writers
 from minprefix.examples import Example, spread
 from minprefix.files import InputError, atomic_write, run_main
@@ -86,6 +86,7 @@ def parse_args() -> Namespace:
 
     args = parser.parse_args()
     check(args)
+    check_place(args.task, args.data)  # before what may be a download
     args.model = resolve_model(args.model)
     fill_settings(args)
     return args

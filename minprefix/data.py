@@ -47,6 +47,7 @@ XSUM_LAYOUT = (
     '{train,val,test}.jsonl of rows {"document": "...", "summary": "..."}; "validation" or "dev" will do for "val"'
 )
 SCITLDR_LAYOUT = 'expected {train,dev,test}.jsonl of rows {"source": [sentences], "target": [references]}'
+LAYOUTS = {"e2e": GET_E2E, "webnlg": WEBNLG_LAYOUT, "dart": DART_LAYOUT, "xsum": XSUM_LAYOUT, "scitldr": SCITLDR_LAYOUT}
 
 PAIR = r"([^\[\],:|]+)\[([^\[\]]+)\]\s*"  # no two neighbours match the same character: linear time
 
@@ -79,22 +80,35 @@ def load_examples(task: str, split: str, data: str | Path | None = None, topic_f
     is called train.jsonl, a dev.jsonl beside it is used for "dev", and nothing is held out; so is a test.jsonl for
     "test".
     """
-    if task not in TASKS and not task.endswith(".jsonl"):
-        raise InputError(f"there is no task {task!r}: known are {', '.join(TASKS)} and FILE.jsonl, your own rows")
     splits = WEBNLG_SPLITS if task == "webnlg" else SPLITS if task in TASKS else (*SPLITS, "all")
     if split not in splits:
         raise InputError(f"there is no split {split!r} of {task}: known are {', '.join(splits)}")
+    check_place(task, data)
     if task == "e2e":
         return load_e2e(split, find_e2e(data))
     if task == "webnlg":
-        return load_webnlg(split, given_folder(task, data, WEBNLG_LAYOUT))
+        return load_webnlg(split, Path(data or ""))
     if task == "dart":
-        return load_dart(split, given_folder(task, data, DART_LAYOUT))
+        return load_dart(split, Path(data or ""))
     if task == "xsum":
-        return load_xsum(split, given_folder(task, data, XSUM_LAYOUT), topic_field)
+        return load_xsum(split, Path(data or ""), topic_field)
     if task == "scitldr":
-        return load_scitldr(split, given_folder(task, data, SCITLDR_LAYOUT), topic_field)
+        return load_scitldr(split, Path(data or ""), topic_field)
     return load_jsonl(Path(data or "", task), split, topic_field)
+
+
+def check_place(task: str, data: str | Path | None) -> None:
+    """InputError where a task's examples cannot be, which is known before they are read, and a model is loaded."""
+    if task not in TASKS:
+        if not task.endswith(".jsonl"):
+            raise InputError(f"there is no task {task!r}: known are {', '.join(TASKS)} and FILE.jsonl, your own rows")
+        if not Path(data or "", task).is_file():
+            rows = 'expected a file of rows like {"source": "...", "target": "..."}'
+            raise InputError(f"{Path(data or '', task)} is missing: {rows}")
+    elif data is None and task != "e2e":
+        raise InputError(f"{task} is not downloaded: give --data a folder with its files: {LAYOUTS[task]}")
+    elif data is not None and not Path(data).is_dir():
+        raise InputError(f"there is no folder {data}: {LAYOUTS[task]}")
 
 
 def load_on_topics(
@@ -185,8 +199,6 @@ def read_e2e_csv(path: Path) -> list[tuple[str, str, str]]:
 def find_e2e(data: str | Path | None = None) -> Path | None:
     """The folder of the E2E files: `data` if given, else data/e2e, downloaded if need be; None: the bundled sample."""
     if data is not None:
-        if not Path(data).is_dir():
-            raise InputError(f"there is no folder {data}: {GET_E2E}")
         return Path(data)
     if all((E2E_FOLDER / name).is_file() for name in E2E_SHA256):
         return E2E_FOLDER
@@ -256,8 +268,6 @@ def load_jsonl(path: Path, split: str, topic_field: str) -> list[Example]:
 
 def read_jsonl(path: Path, topic_field: str, labelled: bool = False) -> list[Example]:
     """The Examples of a JSONL file's rows, in order; InputError if `labelled` and one has no reference."""
-    if not path.is_file():
-        raise InputError(f'{path} is missing: expected a file of rows like {{"source": "...", "target": "..."}}')
     examples = [parse_row(row, f"{path}:{number}", topic_field, labelled) for number, row in json_rows(path)]
     if not examples:
         raise InputError(f"{path} is empty: expected a JSON object on each line")
@@ -311,15 +321,6 @@ def parse_row(row: dict[str, Any], where: str, topic_field: str, labelled: bool 
 
 
 # ---- summarisation ----
-
-
-def given_folder(task: str, data: str | Path | None, layout: str) -> Path:
-    """`data` as the folder of a task that is not downloaded."""
-    if data is None:
-        raise InputError(f"{task} is not downloaded: give --data a folder with its files: {layout}")
-    if not Path(data).is_dir():
-        raise InputError(f"there is no folder {data}: {layout}")
-    return Path(data)
 
 
 def load_scitldr(split: str, folder: Path, topic_field: str) -> list[Example]:

@@ -367,6 +367,8 @@ BAD = {
     "jsonl row without target": (train, "--model model --task untargeted.jsonl", "untargeted.jsonl:2"),
     "csv without mr": (train, "--model model --data no_mr", "no_mr/trainset.csv"),
     "no such data": (train, "--model model --data nodata", "nodata"),
+    "no such data, before the model": (train, "--model nowhere --data nodata", "there is no folder nodata"),
+    "no such rows, before the model": (sample, "--model nowhere --task none.jsonl", "none.jsonl is missing"),
     "too long": (train, "--model model --task long.jsonl", "room for 251"),
     "unknown task": (train, "--model model --task poetry", "there is no task 'poetry': known are e2e, webnlg"),
     "a file for a folder": (train, "--model model --task rows.jsonl --out rows.jsonl", "--out rows.jsonl is a file"),
