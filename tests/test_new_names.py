@@ -2,6 +2,7 @@
 
 import sys
 
+from minprefix.examples import Example
 from minprefix.files import run_main
 from tests.tiny import ROOT, write_tiny_model
 
@@ -11,10 +12,13 @@ import new_names  # noqa: E402
 
 def test_only_the_names_are_replaced():
     source = "name : Blue Spice | Type : pub | food : name : x | area : riverside | near : Café Sicilia"
-    assert new_names.renamed(source, 1) == (
-        "name : Green Dragon | Type : pub | food : name : x | area : riverside | near : Station Road"
+    references = ["Blue Spice is near Café Sicilia.", "A pub by the river."]
+    assert new_names.renamed(Example(source, references), 1) == Example(
+        "name : Green Dragon | Type : pub | food : name : x | area : riverside | near : Station Road",
+        ["Green Dragon is near Station Road.", "A pub by the river."],
     )
-    assert new_names.renamed("name : Blue Spice", 30) == "name : The Golden Lantern"
+    example = Example("name : Blue Spice", ["Blue Spice."])
+    assert new_names.renamed(example, 30) == Example("name : The Golden Lantern", ["The Golden Lantern."])
 
 
 def test_it_prints_a_line_for_each_prefix(capsys, monkeypatch, tmp_path):
@@ -35,4 +39,4 @@ def test_it_takes_a_fine_tuned_model(capsys, monkeypatch, tmp_path):
     run_main(new_names.main)
     ((used, options),) = written
     assert used.folder == model and options["prefix"] is None
-    assert capsys.readouterr().out == f"{tmp_path / 'run'}: slots 0.0%, name 0.0%, near 0.0%\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'run'}: slots 0.0%, name 0.0%, near 0.0%, BLEU 0.0\n"

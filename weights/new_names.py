@@ -2,17 +2,18 @@
 
     python weights/new_names.py --data e2e/ weights/prefixes/gpt2-mini-e2e.safetensors runs/mine
 
-Prints for each prefix the share of all values that its texts tell, then that of the new names and neighbours.
+Prints for each prefix, or fine-tuned model, the share of all values that its texts tell, that of the new names and
+neighbours, and BLEU against the references with the new names in them.
 """
 
 import re
 from argparse import Namespace
 from pathlib import Path
 
-from minprefix import generate, load_model, load_tokenizer
+from minprefix import generate, load_model, load_tokenizer, metrics
 from minprefix.baselines import load_trained, trained_file
 from minprefix.data import load_examples
-from minprefix.examples import spread
+from minprefix.examples import Example, spread
 from minprefix.files import run_main
 from minprefix.load import keep_freed_memory
 from minprefix.options import Parser, check_above_zero
@@ -31,11 +32,14 @@ NEIGHBOURS = (
 )  # fmt: skip
 
 
-def renamed(source: str, number: int) -> str:
-    """A linearised E2E input with the names of this number in the place of its own."""
-    name, neighbour = NAMES[number % len(NAMES)], NEIGHBOURS[number % len(NEIGHBOURS)]
-    source = re.sub(r"(?<=^name : )[^|]+?(?= \||$)", name, source)
-    return re.sub(r"(?<=\| near : )[^|]+?(?= \||$)", neighbour, source)
+def renamed(example: Example, number: int) -> Example:
+    """An E2E Example with the names of this number in the place of its own, in the source and in the references."""
+    source, references = example.source, example.references
+    for slot, name in ("name", NAMES[number % len(NAMES)]), ("near", NEIGHBOURS[number % len(NEIGHBOURS)]):
+        if own := re.search(rf"(?:^|\| ){slot} : ([^|]+?)(?= \||$)", source):
+            source = source[: own.start(1)] + name + source[own.end(1) :]
+            references = [reference.replace(own[1], name) for reference in references]
+    return Example(source, references)
 
 
 def parse_args() -> Namespace:
@@ -53,14 +57,17 @@ def main() -> None:
     args = parse_args()
     keep_freed_memory()
     examples = spread(load_examples("e2e", "dev", args.data), args.inputs)
-    sources = [renamed(example.source, number) for number, example in enumerate(examples)]
+    examples = [renamed(example, number) for number, example in enumerate(examples)]
+    sources, references = [example.source for example in examples], [example.references for example in examples]
     tokenizer = load_tokenizer(args.model)
     for path in args.prefixes:
         trained = trained_file(path)
         model = load_model(trained if trained.is_dir() else args.model)  # anew each time: adapters change it
         prefix = None if trained.is_dir() else load_trained(trained, model)
-        told = slot_accuracy(sources, generate(model, tokenizer, sources, prefix=prefix, progress=True))
-        print(f"{path}: " + ", ".join(f"{slot} {100 * told[slot]:.1f}%" for slot in ("slots", "name", "near")))
+        texts = generate(model, tokenizer, sources, prefix=prefix, progress=True)
+        told, bleu = slot_accuracy(sources, texts), 100 * metrics.bleu(texts, references)
+        shares = ", ".join(f"{slot} {100 * told[slot]:.1f}%" for slot in ("slots", "name", "near"))
+        print(f"{path}: {shares}, BLEU {bleu:.1f}")
 
 
 if __name__ == "__main__":
