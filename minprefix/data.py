@@ -7,15 +7,12 @@ import io
 import json
 import re
 import sys
-import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from minprefix.download import open_url
+from minprefix.download import fetch_bytes
 from minprefix.examples import EmptyText, Example, check_text, collapse, grouped, held_out, on_topics
 from minprefix.files import InputError, atomic_write, read_text
 from minprefix.sample_e2e import sample_rows
@@ -209,7 +206,7 @@ def find_e2e(data: str | Path | None = None) -> Path | None:
 def download_e2e() -> Path | None:
     """Download the E2E files to data/e2e and return that; if anything fails, say so and return None."""
     try:
-        archive = zipfile.ZipFile(io.BytesIO(download(E2E_URL)))
+        archive = zipfile.ZipFile(io.BytesIO(fetch_bytes(E2E_URL, "E2E data", TIMEOUT, DEADLINE, MAX_BYTES)))
         contents = {name: archive.open(f"e2e-dataset/{name}").read(MAX_BYTES) for name in E2E_SHA256}
         for name, content in contents.items():
             if hashlib.sha256(content).hexdigest() != E2E_SHA256[name]:
@@ -225,22 +222,6 @@ def download_e2e() -> Path | None:
         consequence = "using the small bundled sample, whose scores are not E2E scores"
         print(f"{problem}: {consequence}; for the real data {GET_E2E}", file=sys.stderr)
         return None
-
-
-def download(url: str) -> bytes:
-    """The bytes at a URL. Raises some exception if the server fails, is too slow, or sends too much."""
-    deadline, content = time.monotonic() + DEADLINE, bytearray()
-    with open_url(url, TIMEOUT)[0] as response:
-        total = response.length
-        with tqdm(total=total, unit="B", unit_scale=True, desc="E2E data", leave=False, disable=None) as bar:
-            while chunk := response.read1(2**16):  # read1 returns what has arrived, read waits for all of it
-                content += chunk
-                bar.update(len(chunk))
-                if len(content) > MAX_BYTES or time.monotonic() > deadline:
-                    raise OSError(f"gave up after {len(content)} bytes: too large or too slow")
-    if total and len(content) < total:
-        raise OSError(f"broke off after {len(content)} of {total} bytes")
-    return bytes(content)
 
 
 # ---- own data ----

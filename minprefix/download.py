@@ -69,6 +69,25 @@ def open_url(url: str, timeout: float, headers: dict[str, str] | None = None) ->
     return result[0], [*redirects.headers, result[0].headers]
 
 
+def fetch_bytes(url: str, what: str, timeout: float, deadline: float, most: int) -> bytes:
+    """What is at a URL, in one try. Some exception if the server fails, takes too long (seconds), or sends too much.
+
+    timeout: of one network operation; deadline: of all of it. what: what the progress bar calls it.
+    """
+    end, content = time.monotonic() + deadline, bytearray()
+    with open_url(url, timeout)[0] as response:
+        total = response.length
+        with tqdm(total=total, unit="B", unit_scale=True, desc=what, leave=False, disable=None) as bar:
+            while chunk := response.read1(2**16):  # read1 returns what has arrived, read waits for all of it
+                content += chunk
+                bar.update(len(chunk))
+                if len(content) > most or time.monotonic() > end:
+                    raise OSError(f"gave up after {len(content)} bytes: too large or too slow")
+    if total and len(content) < total:
+        raise OSError(f"broke off after {len(content)} of {total} bytes")
+    return bytes(content)
+
+
 def fetch(url: str, path: Path, headers: dict[str, str] | None = None) -> tuple[Path, list[HTTPMessage]]:
     """Download a URL to PATH.ETAG-SIZE.part, beside `path`, and check it -> (that file, the headers of all answers).
 
