@@ -38,7 +38,7 @@ LR = {
 }  # fmt: skip
 # Of a prefix or infix that is trained directly where the default is an MLP's output, or the other way round.
 OTHER_FORM_LR = {"direct": 0.03, "MLP": 3e-3}
-LOW_DATA_LR = {"gpt2-mini": {"prefix": 0.09, "finetune": 3e-4}}  # of 50 to 500 examples, in the studies
+LOW_DATA_LR = {"gpt2-mini": {"finetune": 3e-4}}  # of 50 to 500 examples, in the studies
 STUDY_STEPS = {"gpt2-mini": 1000, "bart-mini": 400}  # of a study's runs on all of the data; others: the paper's epochs
 
 OPTIONS: dict[str, set[str]] = {  # method -> the options that set it and no other of its kind

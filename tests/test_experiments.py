@@ -262,6 +262,18 @@ def test_few_virtual_tokens_have_a_rate_of_their_own(world, monkeypatch, capsys)
     assert run.train == studies.tuning(args, "full", "prefix 10")[1].train  # so it is not trained again
 
 
+def test_with_little_data_a_prefix_starts_from_words(world, monkeypatch):
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "argv", ["experiments", "low-data", "--model", "model", "--data", "e2e"])
+    args = experiments.parse_args()
+    args.lr = {"prefix": "0.1", "finetune": "0.1"}
+    runs = [*studies.low_data(args), *studies.tuning(args, "low-data", "prefix")]
+    assert {(run.train[7], "--init" in run.train) for run in runs} == {("prefix", True), ("finetune", False)}
+    what = {"started from": "table to text :", "examples": 50}
+    shared = [run.train for run in studies.init(args) if run.what == what]
+    assert shared and all(train in [run.train for run in runs] for train in shared)  # so they are not trained again
+
+
 PLANS = [(study, "model", "webnlg" if study == "extrapolation" else "e2e") for study in studies.STUDIES]
 
 
