@@ -22,6 +22,7 @@ import torch
 
 from minprefix import distributed, generate, load_model, load_tokenizer
 from minprefix.baselines import (
+    METHODS,
     base_folder,
     load_trained,
     read_trained,
@@ -103,12 +104,13 @@ def parse_args() -> Namespace:
 
 
 def texts_file(args: Namespace) -> Path:
-    """Where texts that are scored go by default: none overwrites those of another prefix, task, split or topics."""
+    """Where texts that are scored go by default: apart by prefix, task, split and topics."""
     trained = args.prefix or Path(args.model or "")
     folder, words = texts_folder(trained), ["texts"]
     in_run = folder in (trained, trained.parent) and is_run(folder)
     if not in_run:
-        words.append(trained.resolve().name.removesuffix(".safetensors"))
+        path = trained.resolve()
+        words.append(path.parent.name if path.stem in METHODS else path.name.removesuffix(".safetensors"))
     if args.task and not (in_run and is_trained_on(folder, args.task)):
         words.append(Path(args.task).stem)
     words.append(args.split if args.task else Path(args.file or "input").stem)
@@ -141,7 +143,7 @@ def check(args: Namespace) -> None:
 def check_output(path: Path) -> None:
     """InputError, before the work, where the texts could not be written."""
     if len(os.fsencode(path.name)) > 200:  # of 255 bytes, some are a temporary file's
-        raise InputError(f"--output {path} is too long a name for a file: give a shorter one")
+        raise InputError(f"{path} is too long a name for the texts' file: give --output a shorter one")
     if is_stream(path):
         return
     if path.is_dir():

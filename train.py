@@ -101,6 +101,8 @@ def check(args: Namespace) -> None:
         if getattr(args, key) is not None:
             raise InputError(f"{flag(key)} has no effect with --method {args.method}: leave it out")
     check_needed(args, {"topic_field": "topics", "low_data_seed": "low_data", "beams": "eval_inputs"})
+    if args.steps and args.warmup >= args.steps:
+        raise InputError(f"--warmup is {args.warmup}: it must be less than the {args.steps} steps")
     if args.topic_field and args.task in ("e2e", *TRIPLES):
         raise InputError(f"--topic-field does nothing for --task {args.task}, which is not read from rows")
 
@@ -175,7 +177,7 @@ def run(args: Namespace) -> None:
     scores: dict[str, dict[str, float]] = {}
     if test:
         writing = pick_writing_dtype(args.dtype, device, args.model)  # as sample.py writes
-        writers = load_writers(args.method, path, args.model, device, writing)
+        writers = load_writers(args.method, path, model, args.model, device, writing)
         scores = compare(args.task, args.data, tokenizer, writers, test, args.max_source, search)
     seconds = round(time.time() - started, 1)
     result = {"dev_loss": best, "best_step": best_step, "scores": scores, "steps": steps, "seconds": seconds,

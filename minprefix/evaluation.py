@@ -67,18 +67,22 @@ def quick_scores(task: str, texts: list[str], references: list[list[str]]) -> di
 # ---- without and with what was trained ----
 
 
-def load_writers(method: str, path: Path, base: Path, device: str, dtype: torch.dtype) -> dict[str, Writer]:
+def load_writers(
+    method: str, path: Path, model: Model, base: Path, device: str, dtype: torch.dtype
+) -> dict[str, Writer]:
     """Those who write at the end of a run, without what was trained and with it: name -> (model, prefix).
 
-    What was trained is read back from its file, `path`; base: the folder of the model that it was trained with.
+    What was trained is read back from its file, `path`. model: the one that was trained with; base: its folder.
     """
     noun = NOUNS[method]
     before, after = ("before", "after") if noun == "fine-tuning" else ("without", "with")
-    model = load_model(base, device, dtype)
+    unchanged = method in ("prefix", "embedding", "infix")
+    if not unchanged or model.head.weight.dtype != dtype:
+        model = load_model(base, device, dtype)
     if method == "finetune":
         changed, prefix = load_model(path, device, dtype), None
     else:
-        changed = model if method in ("prefix", "embedding", "infix") else load_model(base, device, dtype)
+        changed = model if unchanged else load_model(base, device, dtype)
         prefix = load_trained(path, changed)  # adapters and top layers change the model that it is loaded for
     return {f"{before} {noun}": (model, None), f"{after} {noun}": (changed, prefix)}
 

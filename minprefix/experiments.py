@@ -140,8 +140,9 @@ def main() -> None:
         times = ", ".join(f"{1000 * seconds:.1f} ms for a {what}" for what, seconds in speed.items())
         print(f"estimated from what was measured just now on {args.device}, {args.threads} thread(s): {times}")
         return
-    with locked(args.out / f"tune-{data}"):  # which several studies share
-        add_losses(losses, execute(untuned, args.out / f"tune-{data}", args))
+    shared = args.out / f"tune-{data}"  # by several studies
+    with locked(shared, wait=f"waiting for another study that works in {shared}"):
+        add_losses(losses, execute(untuned, shared, args))
         known = read_rates(args.out / rates)
         with atomic_write(args.out / rates) as file:  # put beside the model it spares other studies the tuning
             json.dump(known | losses, file, indent=2)
@@ -259,6 +260,9 @@ def execute(runs: list[Run], folder: Path, args: Namespace) -> list[Row]:
     However it ends, no process is left; a run that was stopped goes on from its checkpoint.
     """
     rows = read_rows(folder, runs)
+    for run in runs:
+        if run.name not in rows and not run.samples and is_trained(run, folder / run.name):
+            rows[run.name] = make_row(run, folder / run.name, diverged=False)  # all that was missing
     waiting = [run for run in runs if run.name not in rows]
     running: dict[Process, tuple[Run, list[list[str]], float]] = {}  # its run, the commands left, when it began
     if not waiting:
@@ -294,7 +298,7 @@ def execute(runs: list[Run], folder: Path, args: Namespace) -> list[Row]:
                 while waiting and len(running) < args.jobs:
                     run = waiting.pop(0)
                     left = list(commands(run, folder))
-                    if run.samples and is_trained(run, folder / run.name):
+                    if is_trained(run, folder / run.name):
                         left.pop(0)
                     running[start(left.pop(0), folder / run.name, args)] = run, left, time.monotonic()
             spent = sum(min(time.monotonic() - began, estimate(run, args, speed)) for run, _, began in running.values())

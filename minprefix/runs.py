@@ -48,7 +48,8 @@ def take_folder(out: Path | None, resume: bool, name: str, locks: contextlib.Exi
             with contextlib.suppress(FileExistsError):
                 locks.enter_context(locked(folder, new=True))
                 return folder
-    folder = out or [Path("runs", name), *itertools.takewhile(Path.exists, names)][-1]
+    there = list(itertools.takewhile(Path.exists, names))
+    folder = out or next(filter(is_run, reversed(there)), Path("runs", name))  # the last run that was begun
     locks.enter_context(locked(folder))
     check_free(folder, resume)
     return folder

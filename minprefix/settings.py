@@ -3,6 +3,7 @@
 How texts are searched for by default is `recipe` in generate.py.
 """
 
+import math
 from argparse import Namespace
 from typing import Any
 
@@ -59,6 +60,8 @@ def default_settings(name: str | None, kind: str, task: str, method: str = "pref
     settings = {"eval_every": 100, "lr": learning_rate(name, kind, task, method)}
     if name in BUNDLED:
         settings |= BUNDLED[name]
+        if method in ("embedding", "infix"):
+            settings["prefix_length"] = 10  # that of the rates above
     else:
         settings |= PAPER.get(kind, {}) | paper_task(kind, task)
     return {key: value for key, value in settings.items() if key not in other_options(method)}
@@ -68,6 +71,9 @@ def fill_settings(args: Namespace) -> None:
     """What the command line of train.py leaves open; args.model is a folder."""
     kind = model_kind(read_config(args.model), args.model)
     settings = default_settings(model_name(args.model), kind, args.task, args.method)
+    if args.method == "prefix" and args.prefix_length:
+        rates_of = nearer_length(args.prefix_length, settings["prefix_length"])
+        settings["lr"] = learning_rate(model_name(args.model), kind, args.task, rates_of)
     if args.hidden is not None and args.method in ("prefix", "infix") and bool(args.hidden) != bool(settings["hidden"]):
         settings["lr"] = OTHER_FORM_LR["MLP" if args.hidden else "direct"]
     if args.epochs is not None or args.steps is not None:
@@ -83,6 +89,11 @@ def learning_rate(name: str | None, kind: str, task: str, method: str, low_data:
     if name in BUNDLED:
         return (LR[name] | (LOW_DATA_LR.get(name, {}) if low_data else {})).get(method)
     return paper_task(kind, task).get("lr", LR.get(kind, {}).get(method))
+
+
+def nearer_length(length: int, default: int) -> str:
+    """Whose learning rate a prefix of some length takes: "prefix" for the default length, or "prefix 10"."""
+    return "prefix 10" if abs(math.log(length / 10)) < abs(math.log(length / default)) else "prefix"
 
 
 def paper_task(kind: str, task: str) -> dict[str, float]:
@@ -102,7 +113,7 @@ def settings_table() -> str:
         for method in OPTIONS:
             for key, value in default_settings(name, kind, "", method).items():
                 label = f"--lr of {method}" if key == "lr" else f"--{key.replace('_', '-')}"
-                rows.setdefault(label, {})[name] = value
+                rows.setdefault(label, {}).setdefault(name, value)  # --prefix-length: that of prefix
     cells = [["defaults by model", *models]]
     for label in sorted(rows, key=lambda label: (label.startswith("--lr"), label)):
         cells.append([f"  {label}", *(shown(rows[label].get(name)) for name in models)])

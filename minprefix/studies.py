@@ -12,15 +12,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minprefix.data import SUMMARISATION
 from minprefix.files import InputError
-from minprefix.settings import learning_rate
+from minprefix.settings import default_settings, learning_rate, nearer_length
 
 METHODS = ("prefix", "finetune", "top2", "adapter 3%", "adapter 0.1%", "embedding")  # --method, and what it may train
 TEN_TOKENS = ("prefix 10", "embedding", "infix")  # tuned with 10 virtual tokens: fewer need a larger learning rate
 SIZES = (50, 100, 200, 500)
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
 VIRTUAL_TOKENS = (1, 10, 20)  # of prefix, embedding and infix when these are compared
-WORDS = ("table to text :", "summarize :", "elephant banana keep", None)  # E2E's task, another, no task; random numbers
+WORDS = ("table to text :", "summarize :", "elephant banana keep", None)  # two that name a task, others, random numbers
 UNSEEN = ("Building", "Food", "SportsTeam")  # every third of WebNLG's ten categories, in the alphabet's order
 SEEN = ("Airport", "Astronaut", "City", "ComicsCharacter", "Monument", "University", "WrittenWork")
 
@@ -45,7 +46,7 @@ def full(args: Namespace) -> list[Run]:
 def low_data(args: Namespace) -> list[Run]:
     """Prefix-tuning, started from words as in the paper, and fine-tuning on few examples (figure 3)."""
     return [
-        low_data_run(args, {"method": method, "examples": size}, method, size, sampling, seed, from_words(method))
+        low_data_run(args, {"method": method, "examples": size}, method, size, sampling, seed, from_words(args, method))
         for method in ("prefix", "finetune")
         for size in SIZES
         for sampling in range(1, args.samplings + 1)
@@ -55,9 +56,10 @@ def low_data(args: Namespace) -> list[Run]:
 
 def length(args: Namespace) -> list[Run]:
     """How long a prefix should be (figure 4)."""
+    default = default_settings(args.model, args.kind, args.task)["prefix_length"]
     return [
         make_run(args, {"length": length}, "prefix", seed, ["--prefix-length", str(length)],
-                 lr=args.lr["prefix" if length > 30 else "prefix 10"])
+                 lr=args.lr[nearer_length(length, default)])
         for length in LENGTHS
         for seed in args.seeds
     ]  # fmt: skip
@@ -133,7 +135,7 @@ def tuning(args: Namespace, data: str, method: str) -> list[Run]:
     for lr in (f"{middle * factor:.2g}" for factor in (1 / 3, 1, 3)):
         what: What = {"method": method, "lr": lr}
         if data == "low-data":
-            runs.append(low_data_run(args, what, method, 200, 1, 101, from_words(method), lr=lr, tested=False))
+            runs.append(low_data_run(args, what, method, 200, 1, 101, from_words(args, method), lr=lr, tested=False))
         else:
             options = ["--topics", *SEEN] if data == "topics" else []
             runs.append(make_run(args, what, method, 101, options, lr=lr, tested=False))
@@ -143,8 +145,10 @@ def tuning(args: Namespace, data: str, method: str) -> list[Run]:
 # ---- runs ----
 
 
-def from_words(method: str) -> list[str]:
-    return ["--init", WORDS[0]] if method == "prefix" else []
+def from_words(args: Namespace, method: str) -> list[str]:
+    """The option with which a prefix starts from words that name the task."""
+    words = "summarize :" if args.task in SUMMARISATION else "table to text :"
+    return ["--init", words] if method == "prefix" else []
 
 
 def low_data_run(

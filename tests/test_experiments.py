@@ -83,7 +83,7 @@ def scripts(world, tmp_path, monkeypatch):
     monkeypatch.chdir(world)
     monkeypatch.setattr(experiments, "SCRIPTS", tmp_path)
     monkeypatch.setattr(experiments, "measure", lambda args: SPEED)
-    monkeypatch.setattr(studies, "LENGTHS", (1, 20))
+    monkeypatch.setattr(studies, "LENGTHS", (8, 20))
     monkeypatch.setitem(settings.LR["gpt2"], "prefix", 0.1)
     monkeypatch.setitem(settings.LR["gpt2"], "prefix 10", 0.1)
     return tmp_path
@@ -101,7 +101,7 @@ REAL_SCRIPTS, REAL_MEASURE = experiments.SCRIPTS, experiments.measure
 SPEED = {"training example": 0.01, "text": 0.02}
 TUNING = ["prefix-0.033-seed101", "prefix-0.1-seed101", "prefix-0.3-seed101"]
 TUNING_10 = ["prefix-10-0.033-seed101", "prefix-10-0.1-seed101", "prefix-10-0.3-seed101"]
-RUNS = ["1-seed101", "1-seed102", "20-seed101", "20-seed102"]
+RUNS = ["8-seed101", "8-seed102", "20-seed101", "20-seed102"]
 
 
 def test_a_study_tunes_runs_and_reports(scripts, capsys):
@@ -174,7 +174,7 @@ def test_a_stopped_study_goes_on_and_comes_to_the_same_table(scripts, capsys):
     assert not (scripts / "woke").exists()  # the run was stopped as well, and not waited for
     (scripts / "stop").unlink()
     done = {row["run"] for _, row in json_rows(scripts / "half" / "length" / "rows.jsonl")}
-    assert {"1-seed101", "1-seed102"} <= done and "20-seed102" not in done
+    assert {"8-seed101", "8-seed102"} <= done and "20-seed102" not in done
     trained = {path.parent.name for path in (scripts / "half" / "length").glob("*/trained.json")}  # not scored, maybe
     assert done <= trained and "20-seed102" not in trained
     before = len(calls(scripts))
@@ -191,13 +191,13 @@ def test_a_failing_run_stops_the_study_with_its_last_line(scripts, capsys):
     assert code == 2 and line.startswith("error: 20-seed101 failed: no room (") and "output.txt" in line
     (scripts / "fail").unlink()
     assert run(capsys, "length", scripts / "out", "--seeds", 101, "--jobs", 1)[0] == 0
-    assert calls(scripts) == [*TUNING_10, *TUNING, "1-seed101", "20-seed101", "20-seed101"]
+    assert calls(scripts) == [*TUNING_10, *TUNING, "8-seed101", "20-seed101", "20-seed101"]
 
 
 def test_a_study_keeps_out_of_folders_that_others_are_working_in(scripts, capsys):
     """Another study that tunes, the same study, or a run that was left behind when it was killed."""
     out = scripts / "out"
-    for folder in (out / "tune-full", out / "length", out / "length" / "1-seed101"):
+    for folder in (out / "tune-full", out / "length", out / "length" / "8-seed101"):
         with locked(folder):
             code, _, err = run(capsys, "length", out, "--seeds", 101, "--jobs", 1)
         line = f"error: another process is working in {folder}: wait until it has ended, or choose another folder"
@@ -210,7 +210,7 @@ def test_other_settings_are_not_taken_for_done(scripts, capsys):
     code, _, err = run(capsys, "length", scripts / "out", "--seeds", 101, "--steps", 100)
     assert code == 2 and "prefix-10-0.033-seed101 with 50, not 100" in err and err.count("\n") == 1
     code, _, err = run(capsys, "length", scripts / "out", "--seeds", 101, "--steps", 50, "--limit-test", 3)
-    assert code == 2 and "1-seed101" in err and err.count("\n") == 1
+    assert code == 2 and "8-seed101" in err and err.count("\n") == 1
 
 
 def test_rates_beside_the_model_are_taken(scripts, world, capsys):
@@ -221,7 +221,7 @@ def test_rates_beside_the_model_are_taken(scripts, world, capsys):
         code, out, _ = run(capsys, "length", scripts / "out", "--seeds", 101)
     finally:
         rates.unlink()
-    assert code == 0 and sorted(calls(scripts)) == ["1-seed101", "20-seed101"]
+    assert code == 0 and sorted(calls(scripts)) == ["8-seed101", "20-seed101"]
     assert "- prefix: 0.01: 1.200, 0.02: 1.100, 0.04: diverged" in out
     row = next(row for _, row in json_rows(scripts / "out" / "length" / "rows.jsonl"))
     assert row["train"][row["train"].index("--lr") + 1] == "0.02"
@@ -255,7 +255,11 @@ def test_few_virtual_tokens_have_a_rate_of_their_own(world, monkeypatch, capsys)
     args = experiments.parse_args()
     args.lr = {"prefix": "0.03", "prefix 10": "8e-05", "embedding": "3", "infix": "0.1"}
     rates = {tuple(run.what.values()): run.train[run.train.index("--lr") + 1] for run in studies.length(args)}
-    assert rates == {(n,): "8e-05" if n <= 20 else "0.03" for n in (1, 2, 5, 10, 20, 50, 100, 200)}
+    assert rates == {(n,): "0.03" if n <= 5 else "8e-05" for n in (1, 2, 5, 10, 20, 50, 100, 200)}  # default: 5
+    args.model = "gpt2-mini"  # default: 100
+    rates = {run.what["length"]: run.train[run.train.index("--lr") + 1] for run in studies.length(args)}
+    assert rates == {n: "8e-05" if n <= 20 else "0.03" for n in (1, 2, 5, 10, 20, 50, 100, 200)}
+    args.model = "model"
     rates = {run.what["method"]: run.train[run.train.index("--lr") + 1] for run in studies.ablation(args)}
     assert rates == {"prefix": "8e-05", "embedding": "3", "infix": "0.1"}
     run = next(run for run in studies.ablation(args) if run.what == {"method": "prefix", "length": 10})
@@ -272,6 +276,8 @@ def test_with_little_data_a_prefix_starts_from_words(world, monkeypatch):
     what = {"started from": "table to text :", "examples": 50}
     shared = [run.train for run in studies.init(args) if run.what == what]
     assert shared and all(train in [run.train for run in runs] for train in shared)  # so they are not trained again
+    args.task = "scitldr"
+    assert "summarize :" in studies.low_data(args)[0].train
 
 
 PLANS = [(study, "model", "webnlg" if study == "extrapolation" else "e2e") for study in studies.STUDIES]
@@ -338,11 +344,11 @@ def test_a_real_study_stopped_in_a_run_comes_to_the_same(scripts, world, capsys,
     rates.write_text('{"prefix": {"0.1": 1.0}, "prefix 10": {"0.1": 1.0}}')
     whole, half = scripts / "whole" / "length", scripts / "half" / "length"
     options = ("--steps", 60, "--seeds", 101, "--limit-test", 2, "--jobs", 64)  # so many jobs are of one thread each
-    monkeypatch.setattr(studies, "LENGTHS", (1,))
+    monkeypatch.setattr(studies, "LENGTHS", (8,))
     try:
         assert run(capsys, "length", whole.parent, *options)[0] == 0
         shutil.copytree(whole, half)
-        monkeypatch.setattr(studies, "LENGTHS", (1, 2))
+        monkeypatch.setattr(studies, "LENGTHS", (8, 2))
         monkeypatch.setattr(experiments, "SCRIPTS", REAL_SCRIPTS)
         monkeypatch.setenv("PATH", "")  # no Java: METEOR would take longer than all the rest
         threading.Thread(target=stop_in_training, args=(half / "2-seed101" / "log.jsonl",), daemon=True).start()
@@ -355,8 +361,8 @@ def test_a_real_study_stopped_in_a_run_comes_to_the_same(scripts, world, capsys,
     finally:
         rates.unlink()
     assert [code for code, _, _ in (stopped, resumed, uninterrupted)] == [143, 0, 0]
-    assert done == ["1-seed101"] and 0 < left < 60 and not list(half.rglob("checkpoint.pt"))
-    assert calls(scripts) == ["1-seed101"]  # what was done is not done again
+    assert done == ["8-seed101"] and 0 < left < 60 and not list(half.rglob("checkpoint.pt"))
+    assert calls(scripts) == ["8-seed101"]  # what was done is not done again
     rows, expected = ([row for _, row in json_rows(study / "rows.jsonl")] for study in (half, whole))
     rows[1].pop("seconds"), expected[1].pop("seconds")
     assert rows == expected and len(rows) == 2

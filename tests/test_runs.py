@@ -1,5 +1,6 @@
 """A run's folder, and the command that train.py prints last: one that sample.py takes."""
 
+import fcntl
 import shlex
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def test_what_to_try_first(task, data, test, expected, monkeypatch):
     command = sample_command(Path("runs/a b/prefix.safetensors"), task, data, test)
     assert command.startswith(f"python sample.py --prefix 'runs/a b/prefix.safetensors' {expected}")
     monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+    monkeypatch.setattr(sample, "check_place", lambda task, data: None)  # the data are not there
     args = sample.parse_args()
     assert (args.task or args.input) and args.data == (data if args.task else None)
 
@@ -75,11 +77,47 @@ def test_runs_that_are_started_together_get_folders_of_their_own(tmp_path, monke
         for resume in (False, True):
             with pytest.raises(InputError, match="another process is working in runs/e2e-m-2: wait until it has"):
                 enter(two, resume)
-        with pytest.raises(InputError, match="in runs/e2e-m-2"):
+        with pytest.raises(InputError, match="working in runs/e2e-m:"):  # neither was begun
             enter(None, True)
         (one / "log.jsonl").write_text("")
     assert list(Path().rglob("*")) == [Path("runs"), one, one / "log.jsonl"]  # an empty folder is taken away again
     assert enter(None, True) == one and enter(None, False) == two
+
+
+def test_what_is_resumed_is_the_last_run_that_was_begun(tmp_path, monkeypatch):
+    """A run that is killed while it loads its model leaves an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("e2e-m", "e2e-m-2", "e2e-m-3"):
+        Path("runs", name).mkdir(parents=True)
+    for name in ("e2e-m", "e2e-m-2"):
+        Path("runs", name, "log.jsonl").write_text("")
+    assert enter(None, True) == Path("runs/e2e-m-2") and enter(None, False) == Path("runs/e2e-m-4")
+
+
+def test_a_link_whose_target_is_not_there_leads_to_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to("elsewhere/runs")
+    with run_folder(None, False, "e2e", Path("m")) as folder:
+        assert folder == Path("runs/e2e-m") and Path("elsewhere/runs/e2e-m").is_dir()
+    Path("file").write_text("")
+    Path("runs").unlink()
+    Path("runs").symlink_to("file/runs")
+    with pytest.raises(InputError, match="cannot write runs/e2e-m: Not a directory"):
+        enter(None, False)
+
+
+def test_who_waits_for_a_folder_that_is_removed_makes_it_anew(tmp_path, monkeypatch):
+    flock, folder, calls = fcntl.flock, tmp_path / "run", []
+
+    def remove_first(handle, how):
+        flock(handle, how)
+        calls.append(how)
+        if len(calls) == 1:
+            folder.rmdir()
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with locked(folder):
+        assert folder.is_dir() and len(calls) == 2
 
 
 def test_without_locks_a_new_run_has_a_folder_of_its_own_too(tmp_path, monkeypatch):

@@ -373,6 +373,7 @@ BAD = {
     "unknown task": (train, "--model model --task poetry", "there is no task 'poetry': known are e2e, webnlg"),
     "a file for a folder": (train, "--model model --task rows.jsonl --out rows.jsonl", "--out rows.jsonl is a file"),
     "run there already": (train, "--model model --task rows.jsonl --out run", "--resume"),
+    "a warm-up without end": (train, "--model nowhere --steps 5 --warmup 5", "--warmup is 5: it must be"),
     "prefix length 0": (train, "--model model --task rows.jsonl --prefix-length 0", "--prefix-length is 0"),
     "no virtual tokens": (train, "--model model --method embedding --prefix-length 0", "--prefix-length is 0"),
     "hidden width -1": (train, "--model model --task rows.jsonl --method embedding --hidden -1", "--hidden is -1"),
@@ -387,7 +388,7 @@ BAD = {
     ),
     "texts into a folder": (sample, "--prefix run/prefix.safetensors --input x --output run", "run is a folder"),
     "texts below a file": (sample, "--prefix run --input x --output rows.jsonl/texts", "rows.jsonl is not a folder"),
-    "a name of 300 letters": (sample, f"--prefix run --input x --output {'x' * 300}", "is too long a name for a file"),
+    "a name of 300 letters": (sample, f"--prefix run --input x --output {'x' * 300}", "too long a name for the texts"),
     "scores over texts": (sample, "--prefix run/prefix.safetensors --input x --evaluate --output a.json", "a.json"),
     "another model's tokeniser": (train, "--model mixed --task rows.jsonl", "different models"),
     "resume with another prefix": (

@@ -119,6 +119,11 @@ def test_of_whose_weights_adapters_are_three_percent(monkeypatch, capsys):
     assert "(by model; 3% of GPT-2 medium)" in capsys.readouterr().out  # but 2.4% of distilgpt2
 
 
+def test_embedding_and_infix_have_the_length_of_their_rates():
+    for method, length in (("prefix", 100), ("embedding", 10), ("infix", 10)):
+        assert default_settings("gpt2-mini", "gpt2", "e2e", method)["prefix_length"] == length
+
+
 def test_the_table_of_help_has_every_default():
     lines = {line.split("  ")[1]: line.split()[-4:] for line in settings_table().splitlines() if line[:3] == "  -"}
     assert lines["--prefix-length"] == ["100", "20", "5", "200"] and lines["--hidden"] == ["0", "512", "512", "800"]
@@ -131,7 +136,9 @@ def test_the_table_of_help_has_every_default():
 @pytest.mark.parametrize("model, options, lr", [
     ("model", "--hidden 0", 0.03), ("model", "--hidden 99", 8e-5), ("model", "--hidden 0 --lr 0.2", 0.2),
     ("gpt2-mini", "--hidden 64", 3e-3), ("gpt2-mini", "--hidden 64 --method infix", 3e-3),
-    ("gpt2-mini", "--hidden 0", 0.03), ("gpt2-mini", "--hidden 64 --method embedding", 3.0),
+    ("gpt2-mini", "--hidden 0", 0.03), ("gpt2-mini", "--prefix-length 20", 0.09),
+    ("gpt2-mini", "--prefix-length 50", 0.03),
+    ("gpt2-mini", "--prefix-length 10 --hidden 64", 3e-3), ("gpt2-mini", "--hidden 64 --method embedding", 3.0),
 ])  # fmt: skip
 def test_a_rate_suits_the_form_of_the_prefix(model, options, lr, tmp_path, monkeypatch):
     if model == "model":
