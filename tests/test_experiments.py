@@ -195,9 +195,9 @@ def test_a_failing_run_stops_the_study_with_its_last_line(scripts, capsys):
 
 
 def test_a_study_keeps_out_of_folders_that_others_are_working_in(scripts, capsys):
-    """Another study that tunes, the same study, or a run that was left behind when it was killed."""
+    """The same study, or a run that was left behind when it was killed."""
     out = scripts / "out"
-    for folder in (out / "tune-full", out / "length", out / "length" / "8-seed101"):
+    for folder in (out / "length", out / "length" / "8-seed101"):
         with locked(folder):
             code, _, err = run(capsys, "length", out, "--seeds", 101, "--jobs", 1)
         line = f"error: another process is working in {folder}: wait until it has ended, or choose another folder"
