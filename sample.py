@@ -109,8 +109,9 @@ def texts_file(args: Namespace) -> Path:
     folder, words = texts_folder(trained), ["texts"]
     in_run = folder in (trained, trained.parent) and is_run(folder)
     if not in_run:
-        path = trained.resolve()
-        words.append(path.parent.name if path.stem in METHODS else path.name.removesuffix(".safetensors"))
+        path = trained.resolve()  # METHOD.safetensors is what any run calls it
+        named = path.parent if path.name in {f"{method}.safetensors" for method in METHODS} else path
+        words.append(named.name.removesuffix(".safetensors"))
     if args.task and not (in_run and is_trained_on(folder, args.task)):
         words.append(Path(args.task).stem)
     words.append(args.split if args.task else Path(args.file or "input").stem)

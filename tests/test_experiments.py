@@ -120,7 +120,7 @@ def test_a_study_tunes_runs_and_reports(scripts, capsys):
 
 
 def test_a_dry_run_shows_what_is_left_with_the_rates_that_are_known(scripts, capsys, monkeypatch):
-    monkeypatch.setattr(studies, "LENGTHS", (20, 100))
+    monkeypatch.setattr(studies, "LENGTHS", (20, 5))
     options = ("--seeds", 101, 102, "--jobs", 1)
     (scripts / "stop").write_text("prefix-0.1-seed101")  # the rate of the short prefixes is known, the other is not
     assert run(capsys, "length", scripts / "out", *options)[0] == 143
@@ -129,7 +129,7 @@ def test_a_dry_run_shows_what_is_left_with_the_rates_that_are_known(scripts, cap
     assert code == 0, err
     assert re.findall(r"(\d) of (\d) runs to do", out) == [("2", "6"), ("4", "4")]
     assert re.findall(r"train.py .*--lr (\S+)", out) == ["0.1", "0.3", "0.033", "0.033", "TUNED", "TUNED"]
-    (scripts / "stop").write_text("100-seed102")
+    (scripts / "stop").write_text("5-seed102")
     assert run(capsys, "length", scripts / "out", *options)[0] == 143
     code, out, err = run(capsys, "length", scripts / "out", *options, "--dry-run")
     assert code == 0, err
@@ -221,7 +221,7 @@ def test_rates_beside_the_model_are_taken(scripts, world, capsys):
         code, out, _ = run(capsys, "length", scripts / "out", "--seeds", 101)
     finally:
         rates.unlink()
-    assert code == 0 and sorted(calls(scripts)) == ["8-seed101", "20-seed101"]
+    assert code == 0 and sorted(calls(scripts)) == ["20-seed101", "8-seed101"]
     assert "- prefix: 0.01: 1.200, 0.02: 1.100, 0.04: diverged" in out
     row = next(row for _, row in json_rows(scripts / "out" / "length" / "rows.jsonl"))
     assert row["train"][row["train"].index("--lr") + 1] == "0.02"

@@ -162,6 +162,7 @@ def test_scores_lie_beside_the_prefix_by_default(prefix_file, world, capsys):
         ("--prefix unfinished --task e2e --split dev", "unfinished/texts-e2e-dev"),
         ("--prefix a.b.safetensors --task e2e", "texts-a.b-e2e-test"),
         ("--prefix adapter/ --task e2e", "texts-adapter-e2e-test"),
+        ("--prefix copies/mine/prefix.safetensors --task e2e", "texts-mine-e2e-test"),
         ("--model some/gpt2 --task xsum --split dev", "texts-gpt2-xsum-dev"),
         ("--model gpt2-mini --file in.puts.jsonl", "texts-gpt2-mini-in.puts"),
     ],
@@ -169,7 +170,8 @@ def test_scores_lie_beside_the_prefix_by_default(prefix_file, world, capsys):
 def test_texts_that_differ_have_names_that_differ(arguments, name, prefix_file, world, monkeypatch):
     monkeypatch.chdir(world)
     (world / "unfinished").mkdir(exist_ok=True)
-    (world / "unfinished" / "checkpoint.pt").touch()
+    (world / "unfinished" / "log.jsonl").touch()
+    monkeypatch.setattr(sample, "check_place", lambda task, data: None)  # the data are not there
     monkeypatch.setattr(sys, "argv", ["sample.py", *arguments.split(), "--evaluate"])
     assert str(sample.parse_args().output) == f"{name}.txt"
 
