@@ -153,6 +153,9 @@ def lock_of_system(folder: Path, wait: str) -> Iterator[bool]:
         return
     try:
         handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # another process has just removed it
+        yield False
+        return
     except OSError as error:
         raise InputError(f"cannot read {folder}: {error.strerror}") from error
     try:
@@ -166,7 +169,11 @@ def lock_of_system(folder: Path, wait: str) -> Iterator[bool]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:
             pass  # a network disk
-        yield folder.exists() and os.path.samestat(os.fstat(handle), os.stat(folder))
+        try:
+            there = os.path.samestat(os.fstat(handle), os.stat(folder))
+        except FileNotFoundError:
+            there = False
+        yield there
     finally:
         os.close(handle)
 
