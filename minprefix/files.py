@@ -120,42 +120,36 @@ def locked(folder: Path, new: bool = False, wait: str = "") -> Iterator[None]:
 
     Where another process is in it: InputError, or print `wait` and wait. new: FileExistsError if the folder is there.
     """
-    held = False
-    while not held:  # the process before this one may have removed the folder
-        path = Path(os.path.realpath(folder))  # what a link leads to need not be there
-        made = [part for part in (path, *path.parents) if not part.exists()]
+    path = Path(os.path.realpath(folder))  # what a link leads to need not be there
+    made = [part for part in (path, *path.parents) if not part.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=not new)
+    except OSError as error:
+        if new and isinstance(error, FileExistsError):
+            raise
+        raise WriteError(f"cannot write {folder}: {error.strerror}") from error
+    with lock_of_system(folder, wait):
         try:
-            path.mkdir(parents=True, exist_ok=not new)
-        except OSError as error:
-            if new and isinstance(error, FileExistsError):
-                raise
-            raise WriteError(f"cannot write {folder}: {error.strerror}") from error
-        with lock_of_system(folder, wait) as held:
-            if held:
-                try:
-                    yield
-                finally:
-                    for part in made:
-                        with contextlib.suppress(OSError):  # it is not empty
-                            part.rmdir()
+            yield
+        finally:
+            for part in made:
+                with contextlib.suppress(OSError):  # it is not empty
+                    part.rmdir()
 
 
 @contextlib.contextmanager
-def lock_of_system(folder: Path, wait: str) -> Iterator[bool]:
+def lock_of_system(folder: Path, wait: str) -> Iterator[None]:
     """flock on the folder itself: it leaves no file, and ends with its process, however that ends.
 
-    Gives whether the folder is still there. On Windows and on network disks without such locks nothing is locked.
+    On Windows and on network disks without such locks nothing is locked.
     """
     try:
         import fcntl
     except ImportError:
-        yield True
+        yield
         return
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:  # another process has just removed it
-        yield False
-        return
     except OSError as error:
         raise InputError(f"cannot read {folder}: {error.strerror}") from error
     try:
@@ -169,11 +163,7 @@ def lock_of_system(folder: Path, wait: str) -> Iterator[bool]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:
             pass  # a network disk
-        try:
-            there = os.path.samestat(os.fstat(handle), os.stat(folder))
-        except FileNotFoundError:
-            there = False
-        yield there
+        yield
     finally:
         os.close(handle)
 

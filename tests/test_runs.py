@@ -1,6 +1,5 @@
 """A run's folder, and the command that train.py prints last: one that sample.py takes."""
 
-import fcntl
 import shlex
 import subprocess
 import sys
@@ -104,20 +103,6 @@ def test_a_link_whose_target_is_not_there_leads_to_a_new_folder(tmp_path, monkey
     Path("runs").symlink_to("file/runs")
     with pytest.raises(InputError, match="cannot write runs/e2e-m: Not a directory"):
         enter(None, False)
-
-
-def test_who_waits_for_a_folder_that_is_removed_makes_it_anew(tmp_path, monkeypatch):
-    flock, folder, calls = fcntl.flock, tmp_path / "run", []
-
-    def remove_first(handle, how):
-        flock(handle, how)
-        calls.append(how)
-        if len(calls) == 1:
-            folder.rmdir()
-
-    monkeypatch.setattr(fcntl, "flock", remove_first)
-    with locked(folder):
-        assert folder.is_dir() and len(calls) == 2
 
 
 def test_without_locks_a_new_run_has_a_folder_of_its_own_too(tmp_path, monkeypatch):
