@@ -26,7 +26,7 @@ from minprefix.baselines import (
     base_folder,
     load_trained,
     read_trained,
-    told_by_model,
+    told_by_config,
     trained_file,
     trained_max_source,
 )
@@ -176,7 +176,7 @@ def main() -> None:
         return
 
     prefix = load_trained(trained, model) if trained else None
-    info = info or told_by_model(model)
+    info = info or told_by_config(model.config)
     trained_task = info.get("task", "")
     # Decides how texts are searched for and scored; a file of rows is only where the inputs come from.
     task = args.task if args.task and not args.task.endswith(".jsonl") else trained_task

@@ -237,12 +237,8 @@ def save_trained(
     write_safetensors(path, tensors, info)
 
 
-def told_by_model(model: Model) -> dict[str, str]:
-    """What train.py wrote into the config.json of a fine-tuned model; nothing of any other model."""
-    return told_by_config(model.config)
-
-
 def told_by_config(config: dict[str, Any]) -> dict[str, str]:
+    """What train.py wrote into the config.json of a fine-tuned model; nothing of any other model."""
     info = config.get("minprefix")
     return {key: str(value) for key, value in info.items()} if isinstance(info, dict) else {}
 

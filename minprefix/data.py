@@ -83,15 +83,16 @@ def load_examples(task: str, split: str, data: str | Path | None = None, topic_f
     check_place(task, data)
     if task == "e2e":
         return load_e2e(split, find_e2e(data))
+    folder = Path(data or "")
     if task == "webnlg":
-        return load_webnlg(split, Path(data or ""))
+        return load_webnlg(split, folder)
     if task == "dart":
-        return load_dart(split, Path(data or ""))
+        return load_dart(split, folder)
     if task == "xsum":
-        return load_xsum(split, Path(data or ""), topic_field)
+        return load_xsum(split, folder, topic_field)
     if task == "scitldr":
-        return load_scitldr(split, Path(data or ""), topic_field)
-    return load_jsonl(Path(data or "", task), split, topic_field)
+        return load_scitldr(split, folder, topic_field)
+    return load_jsonl(folder / task, split, topic_field)
 
 
 def check_place(task: str, data: str | Path | None) -> None:
@@ -99,9 +100,9 @@ def check_place(task: str, data: str | Path | None) -> None:
     if task not in TASKS:
         if not task.endswith(".jsonl"):
             raise InputError(f"there is no task {task!r}: known are {', '.join(TASKS)} and FILE.jsonl, your own rows")
-        if not Path(data or "", task).is_file():
-            rows = 'expected a file of rows like {"source": "...", "target": "..."}'
-            raise InputError(f"{Path(data or '', task)} is missing: {rows}")
+        path = Path(data or "", task)
+        if not path.is_file():
+            raise InputError(f'{path} is missing: expected a file of rows like {{"source": "...", "target": "..."}}')
     elif data is None and task != "e2e":
         raise InputError(f"{task} is not downloaded: give --data a folder with its files: {LAYOUTS[task]}")
     elif data is not None and not Path(data).is_dir():

@@ -129,10 +129,11 @@ def main() -> None:
     rates = f"learning-rates-{args.task}-{data}.json"
     losses = read_rates(resolve_model(args.model) / rates)
     untuned = [run for method in methods if method not in losses for run in tuning(args, data, method)]
+    shared = args.out / f"tune-{data}"  # by several studies
     if args.dry_run:
         speed = measure(args)
-        show(untuned, args.out / f"tune-{data}", args, speed)
-        done = read_rows(args.out / f"tune-{data}", untuned)
+        show(untuned, shared, args, speed)
+        done = read_rows(shared, untuned)
         add_losses(losses, [done[run.name] for run in untuned if run.name in done])
         unknown = {run.what["method"] for run in untuned if run.name not in done}
         args.lr = {method: "TUNED" if method in unknown else best(losses[method]) for method in methods}
@@ -140,7 +141,6 @@ def main() -> None:
         times = ", ".join(f"{1000 * seconds:.1f} ms for a {what}" for what, seconds in speed.items())
         print(f"estimated from what was measured just now on {args.device}, {args.threads} thread(s): {times}")
         return
-    shared = args.out / f"tune-{data}"  # by several studies
     with locked(shared, wait=f"waiting for another study that works in {shared}"):
         add_losses(losses, execute(untuned, shared, args))
         known = read_rates(args.out / rates)

@@ -70,10 +70,11 @@ def default_settings(name: str | None, kind: str, task: str, method: str = "pref
 def fill_settings(args: Namespace) -> None:
     """What the command line of train.py leaves open; args.model is a folder."""
     kind = model_kind(read_config(args.model), args.model)
-    settings = default_settings(model_name(args.model), kind, args.task, args.method)
+    name = model_name(args.model)
+    settings = default_settings(name, kind, args.task, args.method)
     if args.method == "prefix" and args.prefix_length:
         rates_of = nearer_length(args.prefix_length, settings["prefix_length"])
-        settings["lr"] = learning_rate(model_name(args.model), kind, args.task, rates_of)
+        settings["lr"] = learning_rate(name, kind, args.task, rates_of)
     if args.hidden is not None and args.method in ("prefix", "infix") and bool(args.hidden) != bool(settings["hidden"]):
         settings["lr"] = OTHER_FORM_LR["MLP" if args.hidden else "direct"]
     if args.epochs is not None or args.steps is not None:

@@ -21,7 +21,8 @@ TEN_TOKENS = ("prefix 10", "embedding", "infix")  # tuned with 10 virtual tokens
 SIZES = (50, 100, 200, 500)
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
 VIRTUAL_TOKENS = (1, 10, 20)  # of prefix, embedding and infix when these are compared
-WORDS = ("table to text :", "summarize :", "elephant banana keep", None)  # two that name a task, others, random numbers
+TASK_WORDS = ("table to text :", "summarize :")
+WORDS = (*TASK_WORDS, "elephant banana keep", None)  # two that name a task, others, random numbers
 UNSEEN = ("Building", "Food", "SportsTeam")  # every third of WebNLG's ten categories, in the alphabet's order
 SEEN = ("Airport", "Astronaut", "City", "ComicsCharacter", "Monument", "University", "WrittenWork")
 
@@ -147,8 +148,7 @@ def tuning(args: Namespace, data: str, method: str) -> list[Run]:
 
 def from_words(args: Namespace, method: str) -> list[str]:
     """The option with which a prefix starts from words that name the task."""
-    words = "summarize :" if args.task in SUMMARISATION else "table to text :"
-    return ["--init", words] if method == "prefix" else []
+    return ["--init", TASK_WORDS[args.task in SUMMARISATION]] if method == "prefix" else []
 
 
 def low_data_run(
