@@ -348,6 +348,7 @@ def load_corpus(args: argparse.Namespace) -> tuple[Callable[[int], Rows], Callab
     if args.what == "bart" and not (args.out / "vocab.json").exists():
         bart_vocabulary(args)
     check_bpe(args.out)
+    args.shared = settings(args)
     train_ids, heldout_ids = corpus_ids(args, "pretrain"), corpus_ids(args, "heldout")
     if min(len(train_ids), len(heldout_ids)) < 4 * longest:
         raise InputError(f"{args.corpus} has less text than a few rows: {len(train_ids)} and {len(heldout_ids)} tokens")
@@ -372,7 +373,10 @@ def copy_weights(model: Model, masters: dict[str, Tensor]) -> None:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What a resumed run must share: `step` and the rows would mean something else otherwise."""
+    """What a resumed run must share: `step` and the rows would mean something else otherwise.
+
+    To be called once: it reads the whole corpus.
+    """
     keys = ("what", "layers", "width", "heads", "positions", "length", "batch_size", "seed")
     files = {"vocabulary": vocabulary_digest(args.out), "corpus": digest(corpus_file(args, "pretrain"))}
     return {**{key: getattr(args, key) for key in keys}, **files}
@@ -384,7 +388,7 @@ def load_state(
     """The step and the log of the run in --state, whose weights and optimisers are put back; 0 and [] for a new run."""
     if not (args.state / "state.pt").exists():
         return 0, []
-    state = read_checkpoint(args.state / "state.pt", settings(args))
+    state = read_checkpoint(args.state / "state.pt", args.shared)
     with torch.no_grad():
         for name, p in masters.items():
             p.copy_(state["masters"][name])
@@ -397,7 +401,7 @@ def save_state(
     args: argparse.Namespace, step: int, log: list[dict[str, Any]], masters: dict[str, Tensor],
     optimizers: list[torch.optim.Optimizer],
 ) -> None:  # fmt: skip
-    state = {"settings": settings(args), "step": step, "log": log,
+    state = {"settings": args.shared, "step": step, "log": log,
              "masters": {n: p.detach() for n, p in masters.items()},
              "optimizers": [o.state_dict() for o in optimizers]}  # fmt: skip
     with atomic_write(args.state / "state.pt", "wb") as file:
