@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from minprefix import distributed
+from minprefix import distributed, signals
 from minprefix.data import SUMMARISATION, TRIPLES
 from minprefix.examples import Example
 from minprefix.files import InputError, MemoryShort, WriteError, locked, one_line_errors
@@ -77,6 +77,7 @@ def resumable(out: Path) -> Iterator[None]:
         with one_line_errors():
             yield
     except (KeyboardInterrupt, WriteError, MemoryShort, distributed.RankLost) as error:
+        signals.ignore()  # torchrun sends one when a process has ended: it would take this error's place
         if error.args and has_checkpoint(out):
             error.args = (f"{error.args[0]}; go on with: {resume_command(out)}", *error.args[1:])
         raise

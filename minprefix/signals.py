@@ -34,6 +34,12 @@ def raised() -> contextlib.AbstractContextManager[None]:
     return handled(raise_stopped, [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN])
 
 
+def ignore() -> None:
+    """SIGNALS have no effect from here on, within `raised`: the script ends already, and says why."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def put_off() -> Iterator[None]:
     """SIGNALS that arrive while the block runs take effect when it is done, or has failed."""

@@ -103,7 +103,8 @@ def test_the_others_say_so_and_save_when_a_process_dies(tmp_path):
     (second,) = (int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(second, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
-    (line,) = (line for line in err.splitlines() if "go on with: " in line)
+    line = next((line for line in err.splitlines() if "go on with: " in line), None)
+    assert line, err
     assert "another process of this run has ended; go on" in line or "interrupted; go on" in line
     assert f"go on with: torchrun --nproc_per_node=2 {ROOT}/train.py --model {model}" in line
     state = torch.load(run / "checkpoint.pt", weights_only=True)

@@ -1,5 +1,6 @@
 """train.py and sample.py as a user runs them: from the command line to the files, and what they say to bad input."""
 
+import contextlib
 import errno
 import json
 import os
@@ -25,6 +26,7 @@ from minprefix import (
     load_tokenizer,
     metrics,
     prefix_tool,
+    runs,
     training,
 )
 from minprefix.checkpoint import read_safetensors
@@ -279,6 +281,28 @@ def test_a_signal_saves_the_present_step(number, code, name, call, step, world, 
     ended = stop_and_resume(world, capsys, tmp_path / "run", lambda patch: patch.setattr(training, name, interrupted))
     assert ended[0] == code and ended[1].rpartition("\r")[2].startswith("interrupted; go on")
     assert ended[2]["step"] == step and [row["step"] for row in ended[2]["log"]] == [0, 4]
+
+
+def test_a_second_signal_does_not_take_the_first_ones_message(world, capsys, tmp_path, monkeypatch):
+    original = training.training_step
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    @contextlib.contextmanager
+    def then_stopped(*args, **options):
+        try:
+            with locked(*args, **options) as folder:
+                yield folder
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training, "training_step", interrupted)
+    monkeypatch.setattr(runs, "locked", then_stopped)
+    code, _, err = call(train, capsys, "--model", world / "model", "--task", world / "rows.jsonl", "--steps", 2,
+                        "--eval-inputs", 0, "--out", tmp_path / "run")  # fmt: skip
+    assert code == 130 and err.splitlines()[-1].startswith("interrupted; go on with: ")
 
 
 def test_a_signal_before_the_first_dev_loss_leaves_nothing_behind(world, capsys, tmp_path):
