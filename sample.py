@@ -22,7 +22,6 @@ import torch
 
 from minprefix import distributed, generate, load_model, load_tokenizer
 from minprefix.baselines import (
-    METHODS,
     base_folder,
     load_trained,
     read_trained,
@@ -30,16 +29,17 @@ from minprefix.baselines import (
     trained_file,
     trained_max_source,
 )
-from minprefix.checkpoint import read_object
 from minprefix.data import WEBNLG_SPLITS, check_place, format_source, load_on_topics
+from minprefix.errors import InputError, run_main
 from minprefix.evaluation import check_scorable, evaluate
 from minprefix.examples import Example
-from minprefix.files import InputError, atomic_write, is_stream, read_text, run_main
+from minprefix.files import atomic_write, is_stream, read_text
 from minprefix.generate import search_options
-from minprefix.load import check_vocabulary, keep_freed_memory, pick_device, pick_writing_dtype
+from minprefix.load import check_vocabulary, pick_writing_dtype
+from minprefix.machine import keep_freed_memory, pick_device
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, fill
 from minprefix.requests import load_prefixes, read_requests, write_requests
-from minprefix.runs import is_run, texts_folder
+from minprefix.runs import texts_file
 
 SPLITS = (*WEBNLG_SPLITS, "all")
 
@@ -48,7 +48,7 @@ def parse_args() -> Namespace:
     parser = Parser("python sample.py", __doc__)
 
     add = parser.add_argument_group("what writes").add_argument
-    add("--prefix", type=Path, action="append", default=[], metavar="PATH",
+    add("--prefix", dest="prefixes", type=Path, action="append", default=[], metavar="PATH",
         help="a run's folder, or what is in it; a PEFT folder (the model alone)")  # fmt: skip
     add("--model", help="a folder or a name (the one that the prefix was trained on)")
 
@@ -93,38 +93,15 @@ def parse_args() -> Namespace:
     if args.evaluate and args.task and split == "all" and not args.split:
         print(f"scoring all of {args.task}: if it was trained on, --split test is what was held out", file=sys.stderr)
     fill(args, {"split": split, "topic_field": "topic", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 101})
-    args.prefixes, args.prefix = args.prefix, next(iter(args.prefix), None)  # all of them, the first
+    args.prefix = next(iter(args.prefixes), None)  # the first, mostly the only one
     if args.evaluate and not args.output:
-        args.output = texts_file(args)
+        inputs = args.split if args.task else Path(args.file or "input").stem
+        args.output = texts_file(args.prefix or Path(args.model or ""), args.task, inputs, args.topics or [])
     if args.output:
         check_output(args.output)
         if args.evaluate:
             check_output(args.output.with_suffix(".json"))
     return args
-
-
-def texts_file(args: Namespace) -> Path:
-    """Where texts that are scored go by default: apart by prefix, task, split and topics."""
-    trained = args.prefix or Path(args.model or "")
-    folder, words = texts_folder(trained), ["texts"]
-    in_run = folder in (trained, trained.parent) and is_run(folder)
-    if not in_run:
-        path = trained.resolve()  # METHOD.safetensors is what any run calls it
-        named = path.parent if path.name in {f"{method}.safetensors" for method in METHODS} else path
-        words.append(named.name.removesuffix(".safetensors"))
-    if args.task and not (in_run and is_trained_on(folder, args.task)):
-        words.append(Path(args.task).stem)
-    words.append(args.split if args.task else Path(args.file or "input").stem)
-    words += [topic.replace("/", "_") for topic in args.topics or []]
-    return folder / f"{'-'.join(words)}.txt"
-
-
-def is_trained_on(run: Path, task: str) -> bool:
-    """Whether a run's result.json says that it was trained on a task."""
-    result = read_object(run / "result.json") if (run / "result.json").is_file() else {}
-    settings = result.get("settings")
-    own = settings.get("task") if isinstance(settings, dict) else None
-    return isinstance(own, str) and os.path.abspath(own) == os.path.abspath(task)  # FILE.jsonl by whichever path
 
 
 def check(args: Namespace) -> None:
@@ -135,7 +112,7 @@ def check(args: Namespace) -> None:
     check_needed(args, {"split": "task", "data": "task", "topics": "task", "topic_field": "topics"})
     if args.length_penalty is not None and (args.sample or args.beams == 1):
         raise InputError("--length-penalty does nothing without a search by several --beams: leave it out")
-    if len(args.prefix) > 1 and (args.evaluate or not str(args.file).endswith(".jsonl")):
+    if len(args.prefixes) > 1 and (args.evaluate or not str(args.file).endswith(".jsonl")):
         raise InputError('several --prefix need --file FILE.jsonl with rows {"source": ..., "prefix": name}, unscored')
     if args.evaluate and args.output and args.output.suffix == ".json":
         raise InputError(f"--output {args.output}: the scores go to a .json file of that name, choose another")
@@ -172,7 +149,7 @@ def main() -> None:
     if len(args.prefixes) > 1:
         prefixes = load_prefixes(args.prefixes, model)
         requests = read_requests(args.file, prefixes, args.limit)
-        put(write_requests(model, tokenizer, requests, prefixes, vars(args), drawing), args.output)
+        write_lines(write_requests(model, tokenizer, requests, prefixes, vars(args), drawing), args.output)
         return
 
     prefix = load_trained(trained, model) if trained else None
@@ -188,7 +165,7 @@ def main() -> None:
         model, tokenizer, distributed.share([example.source for example in examples]), prefix=prefix,
         max_source=max_source, **search, **drawing, progress=len(examples) > 1 and rank == 0,
     )  # fmt: skip
-    lines = put(distributed.joined(texts), args.output)
+    lines = write_lines(distributed.joined(texts), args.output)
     if args.evaluate and rank == 0:
         settings = {**vars(args), **search, "max_source": max_source}
         evaluate(task, examples, lines, args.output.with_suffix(".json"), settings)
@@ -230,7 +207,7 @@ def read_examples(args: Namespace, trained_task: str) -> list[Example]:
     return examples
 
 
-def put(texts: list[str], output: Path | None) -> list[str]:
+def write_lines(texts: list[str], output: Path | None) -> list[str]:
     """Print the texts, or write them to the file `output`, one a line -> the lines. One alone is printed as it is."""
     lines = [" ".join(text.splitlines()) for text in texts]  # one text is one line, whatever characters it has
     if distributed.rank() > 0:

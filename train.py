@@ -23,14 +23,16 @@ from minprefix.baselines import make_tuned, save_tuned
 from minprefix.batches import Pair, load_inputs, load_pairs, sequence_form
 from minprefix.curve import plot_curve, text_curve
 from minprefix.data import TRIPLES, check_place
+from minprefix.errors import InputError, run_main
 from minprefix.evaluation import compare, load_writers
 from minprefix.examples import Example, spread
-from minprefix.files import InputError, atomic_write, run_main
+from minprefix.files import atomic_write
 from minprefix.generate import Search, recipe
 from minprefix.hub import resolve_model
-from minprefix.load import Model, check_vocabulary, keep_freed_memory, pick_device, pick_dtype, pick_writing_dtype
+from minprefix.load import Model, check_vocabulary, pick_writing_dtype
+from minprefix.machine import keep_freed_memory, pick_device, pick_dtype
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, flag
-from minprefix.prefix import Prefix, count_numbers, fingerprint, parameter_shares
+from minprefix.prefix import Prefix, count_numbers, fingerprint
 from minprefix.runs import disk_size, has_checkpoint, remove_half_written, resumable, run_folder, sample_command
 from minprefix.settings import OPTIONS, fill_settings, other_options, settings_table
 from minprefix.tokenizer import Tokenizer
@@ -58,7 +60,7 @@ def parse_args() -> Namespace:
     add("--model", default="gpt2-mini", help="a GPT-2 or BART: a folder, bundled, or of the hub (%(default)s)")
     add("--method", choices=OPTIONS, metavar="METHOD", default="prefix", help=f"{', '.join(OPTIONS)} (%(default)s)")
     add("--prefix-length", type=int, metavar="N", help="virtual tokens (by model)")
-    add("--hidden", type=int, metavar="N", help="width of the prefix's MLP; 0: none, and Muon, not AdamW (by model)")
+    add("--hidden", type=int, metavar="N", help="width of the prefix's MLP; 0: none, and Muon for prefixes (by model)")
     add("--adapter-width", type=int, metavar="N", help="of an adapter's bottleneck (by model; 3%% of GPT-2 medium)")
     add("--init", metavar="TEXT", help='words that a prefix starts from, "table to text :" (random numbers)')
     add("--sites", nargs="+", metavar="SITE", help="BART: some of encoder, decoder, cross (all)")
@@ -146,13 +148,14 @@ def run(args: Namespace) -> None:
     print(f"{args.model} in {dtype} on {device}{several}")
     print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}, results in {args.out}")
     place = f" of length {args.prefix_length} at {', '.join(tuned.parts)}" if type(tuned) is Prefix else ""
-    print(f"{args.method}{place}: {parameter_shares(tuned, model)}")
+    trained, saved, total = count_numbers(tuned, model)
+    print(f"{args.method}{place}: trains {trained:,} numbers ({trained / total:.2%} of the model's {total:,}), "
+          f"saves {saved:,} ({saved / total:.2%})")  # fmt: skip
     if args.resume and not resuming:
         print(f"nothing to resume in {args.out}: starting")
     if distributed.rank() == 0:
         remove_half_written(args.out)
 
-    trained, saved, total = count_numbers(tuned, model)
     mixed = finetune and dtype != torch.float32
     autocast = torch.autocast(device, dtype, enabled=mixed, cache_enabled=False)  # no cache: the weights change
     with autocast:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minprefix.files import InputError
+from minprefix.errors import InputError
 
 ROOM = 64  # slots that a cache grows by
 KV = tuple[Tensor, Tensor]  # keys and values of some tokens in a layer, (B, H, S, D)
@@ -165,10 +165,10 @@ def first_position(prefix: PrefixDict | None) -> int | Tensor:
 
 def position_ids(ids: Tensor, start: int | Tensor, n_positions: int) -> Tensor:
     """(T,) for tokens ids (B, T), the first at `start`, or (B, T) for starts (B,); InputError if they are too many."""
-    T, last = ids.size(1), int(max(start)) if torch.is_tensor(start) else start
-    if last + T > n_positions:
+    T, latest = ids.size(1), int(start.max()) if torch.is_tensor(start) else start
+    if latest + T > n_positions:
         raise InputError(
-            f"{T} tokens from position {last} on do not fit the model's {n_positions} positions: "
+            f"{T} tokens from position {latest} on do not fit the model's {n_positions} positions: "
             "shorten the text (--max-source cuts sources) or the prefix"
         )
     positions = torch.arange(T, device=ids.device)
@@ -195,10 +195,12 @@ class Cache:
         B = len(position)
         there = [join(segments, B) if segments else None for segments in fixed]
         self.own: list[KV | None] = [segment and segment[:2] for segment in there]
-        self.filled = there[0][0].size(2) if there and there[0] else 0
+        first = there[0] if there else None  # layer, of which the others have the length and the mask
+        keys, _, mask = first or (None, None, None)
+        self.filled = 0 if keys is None else keys.size(2)
         self.mask = torch.zeros(B, 1, self.filled, dtype=dtype, device=position.device)
-        if there and there[0] and there[0][2] is not None:
-            self.mask = self.mask + there[0][2][:, 0]
+        if mask is not None:
+            self.mask = self.mask + mask[:, 0]
         self.cross = cross and [[join(segments, B)] for segments in cross]
         self.position = position
 

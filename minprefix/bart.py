@@ -28,7 +28,7 @@ from minprefix.attention import (
 )
 from minprefix.checkpoint import bare_names
 from minprefix.config import check_activation, check_booleans, check_heads, check_sizes, check_switches
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.linear import Linear, linear
 
 POSITION_OFFSET = 2  # position p is row p + 2 of the table: fairseq counted positions from its padding id on

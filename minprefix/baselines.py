@@ -6,7 +6,7 @@ H heads, D head dimension.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from minprefix.attention import beside, causal_mask
 from minprefix.checkpoint import read_config, read_safetensors, write_safetensors
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.gpt2 import GPT2
 from minprefix.hub import model_name, resolve_model
 from minprefix.load import Model, check_state, save_model
@@ -49,15 +49,15 @@ class Finetune(nn.Module):
         return {name: p.detach() for name, p in self.weights.items()}
 
 
-def top_layers(model: Model, count: int = 2) -> list[nn.Module]:
+def top_layers(model: Model) -> list[nn.Module]:
     """The modules of FT-TOP2: the top layers (BART: of the decoder), GPT-2's last layer norm, and the LM head.
 
     As in the authors' code (`top_layers == 2` trains `transformer.wte`), a tied head stays tied: the embeddings of the
     input change with it. Of GPT-2 medium's weights the two layers are 7.1%, the head is 14.5%.
     """
     if model.encoder_decoder:
-        return [*model.decoder.layers[-count:], model.head]
-    return [*model.h[-count:], model.ln_f, model.head]
+        return [*model.decoder.layers[-2:], model.head]
+    return [*model.h[-2:], model.ln_f, model.head]
 
 
 def parameters_of(model: Model, modules: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
@@ -194,13 +194,13 @@ def save_tuned(
     """Write what was trained into a run's folder, METHOD.safetensors or the folder of a fine-tuned model -> its path.
 
     base, base_fingerprint: the model's folder, its fingerprint before training. With it goes what sample.py must know:
-    the task, where sources are cut; sequence: `sequence_form` of the model.
+    the task, where sources are cut. sequence: `sequence_form` of the model, for people who look into the file.
     """
     info = {"task": "jsonl" if task.endswith(".jsonl") else task, "sequence": sequence}
     if max_source:
         info["max_source"] = str(max_source)
     if method == "finetune":
-        save_model(model, out / "model", base, minprefix=info)
+        save_model(model, out / "model", base, info)
         return out / "model"
     path = out / f"{method}.safetensors"
     info |= {"method": method, "base_model": model_name(base) or str(base.resolve())}
@@ -246,7 +246,7 @@ def told_by_config(config: dict[str, Any]) -> dict[str, str]:
 def base_folder(given: str | None, path: Path | None, info: dict[str, str]) -> Path:
     """The folder of the model that is given on the command line, or else of the one that what was trained names.
 
-    path, info: of what was trained; the info is its own.
+    path: what was trained, named in errors; info: its metadata.
     """
     if given:
         return resolve_model(given)
@@ -291,27 +291,34 @@ def load_trained(path: str | Path, model: Model) -> FoldedPrefix | None:
         return load_prefix(path, model, FoldedInfix if method == "infix" else FoldedPrefix)
     check_fingerprint(info, model, path)
     if method == "embedding":
+        if model.encoder_decoder:
+            raise InputError(f"{path} is of virtual tokens at the input of a GPT-2, the model is a BART")
         P = next((tensor.size(0) for tensor in tensors.values() if tensor.dim()), 0)
         if not 0 < P <= model.n_positions:
             raise InputError(f"{path} has {P} virtual tokens: the model {model.n_positions} positions")
-        expected = {"embedding": torch.empty(P, model.head.weight.size(1))}
-    elif method == "adapter":
-        width = next((tensor.numel() for name, tensor in tensors.items() if name.endswith(".down.bias")), 0)
-        count = sum(name.endswith(SUBLAYER_ENDS) for name, _ in model.named_modules())
-        C = model.head.weight.size(1)
-        if sum(tensor.numel() for tensor in tensors.values()) != count * (2 * C * width + width + C):
-            raise InputError(f"{path} does not hold {count} adapters of width {width} for a model of width {C}")
-        expected = Adapters(model, width).to(model.head.weight.device).fold()
-    else:
-        expected = parameters_of(model, top_layers(model))
+        check_trained(tensors, {"embedding": torch.empty(P, model.head.weight.size(1))}, path)
+        return embedding_prefix(model, tensors["embedding"], info)
+    own = new_adapters(tensors, model, path) if method == "adapter" else parameters_of(model, top_layers(model))
+    check_trained(tensors, own, path)
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+    return None
+
+
+def new_adapters(tensors: dict[str, Tensor], model: Model, path: str | Path) -> dict[str, Tensor]:
+    """Put adapters of the width of those in a file into the model -> their numbers by name."""
+    width = next((tensor.numel() for name, tensor in tensors.items() if name.endswith(".down.bias")), 0)
+    count = sum(name.endswith(SUBLAYER_ENDS) for name, _ in model.named_modules())
+    C = model.head.weight.size(1)
+    # Before they are made: a width that a damaged file has could ask for any memory.
+    if sum(tensor.numel() for tensor in tensors.values()) != count * (2 * C * width + width + C):
+        raise InputError(f"{path} does not hold {count} adapters of width {width} for a model of width {C}")
+    return Adapters(model, width).to(model.head.weight.device).fold()
+
+
+def check_trained(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
+    """InputError unless a file's tensors are those that are expected, and finite."""
     check_state(tensors, expected, path)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise InputError(f"{path}: tensor {name!r} holds numbers that are not finite")
-    if method == "embedding":
-        if model.encoder_decoder:
-            raise InputError(f"{path} is of virtual tokens at the input of a GPT-2, the model is a BART")
-        return embedding_prefix(model, tensors["embedding"], info)
-    for name, tensor in tensors.items():
-        expected[name].copy_(tensor)
-    return None

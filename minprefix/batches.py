@@ -17,8 +17,8 @@ from torch import Tensor
 
 from minprefix.attention import real_tokens
 from minprefix.data import load_on_topics
+from minprefix.errors import InputError
 from minprefix.examples import Example, draw_pairs, spread
-from minprefix.files import InputError
 from minprefix.load import Model
 from minprefix.tokenizer import Tokenizer
 

@@ -30,12 +30,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minprefix.batches import Pair, collate, encode_pairs, pad, pair_lengths, start_id
 from minprefix.data import Example, load_examples
-from minprefix.files import InputError, run_main
+from minprefix.errors import InputError, run_main
 from minprefix.generate import generate_ids
 from minprefix.hub import resolve_model
 from minprefix.linear import Linear, pack_weights
-from minprefix.load import Model, keep_freed_memory, load_model, pick_device, pick_dtype
+from minprefix.load import Model, load_model
 from minprefix.loss import target_loss
+from minprefix.machine import keep_freed_memory, pick_device, pick_dtype
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_not_negative
 from minprefix.prefix import Prefix
 from minprefix.tokenizer import Tokenizer, load_tokenizer
@@ -217,7 +218,8 @@ def ours(args: Namespace) -> Work:
         training_step(model, prefix, collate(batches[i], tokenizer, model).to(args.device), optimizer)
 
     def write(i: int) -> None:
-        generate_ids(model, [source for source, _ in batches[i]], start, tokenizer.end_id, folded, args.beams, count,
+        sources = [source for source, _ in batches[i]]
+        generate_ids(model, sources, start, tokenizer.end_id, folded, beams=args.beams, max_new_tokens=count,
                      min_new_tokens=count, batch_size=args.batch_size)  # fmt: skip
 
     if args.what == "train":

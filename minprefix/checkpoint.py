@@ -18,7 +18,8 @@ from typing import IO, Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from minprefix.files import InputError, atomic_write, out_of_memory, read_json
+from minprefix.errors import InputError, out_of_memory
+from minprefix.files import atomic_write, read_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

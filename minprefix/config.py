@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.linear import ACTIVATIONS
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from minprefix.download import fetch_bytes
+from minprefix.errors import InputError
 from minprefix.examples import EmptyText, Example, check_text, collapse, grouped, held_out, on_topics
-from minprefix.files import InputError, atomic_write, read_text
+from minprefix.files import atomic_write, read_text
 from minprefix.sample_e2e import sample_rows
 from minprefix.triples import DART_LAYOUT, WEBNLG_LAYOUT, linearise_triples, load_dart, load_webnlg, split_triples
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minprefix.files import InputError, one_line_errors
+from minprefix.errors import InputError, one_line_errors
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ def each_rank(main: Callable[[], None]) -> Callable[[], None]:
             with others_alive():  # or one that ends early can be torn down while its connections are in use
                 dist.barrier()
         except (InputError, KeyboardInterrupt) as error:
-            if store.add(str(error), 1) > 1:
+            if store.add(str(error), 1) > 1:  # counts who has this message: the first prints it
                 sys.exit(2)
             raise
         finally:
@@ -80,22 +80,26 @@ def joined(items: list[T]) -> list[T]:
     """What all ranks made of their shares, in the order of the whole list."""
     if world_size() == 1:
         return items
-    parts: list[Any] = [None] * world_size()
-    with others_alive():
-        dist.all_gather_object(parts, items)
+    parts = gathered(items)
     whole: list[Any] = [None] * sum(map(len, parts))
     for i, part in enumerate(parts):
         whole[i :: len(parts)] = part
     return whole
 
 
+def gathered(item: Any) -> list[Any]:
+    """What each rank has for it, in the order of the ranks."""
+    every: list[Any] = [None] * world_size()
+    with others_alive():
+        dist.all_gather_object(every, item)
+    return every
+
+
 def check_alike(settings: dict[str, Any]) -> None:
     """InputError on every rank, the same, where the ranks' settings (name -> value) differ."""
     if world_size() == 1:
         return
-    every: list[Any] = [None] * world_size()
-    with others_alive():
-        dist.all_gather_object(every, settings)
+    every = gathered(settings)
     if differing := [name for name in every[0] if any(other.get(name) != every[0].get(name) for other in every)]:
         what = ", ".join(name.replace("_", " ") for name in differing)
         raise InputError(f"the processes differ in {what}: give all of them the same files and options")

@@ -17,7 +17,7 @@ from urllib.request import Request
 
 from tqdm import tqdm
 
-from minprefix.files import InputError
+from minprefix.errors import InputError
 
 TIMEOUT = 10  # seconds that one network operation may take
 TRIES = 4  # so many in a row without a further byte, and it gives up

@@ -9,8 +9,9 @@ import torch
 from minprefix import metrics
 from minprefix.baselines import load_trained
 from minprefix.data import SUMMARISATION, find_e2e
+from minprefix.errors import InputError
 from minprefix.examples import Example
-from minprefix.files import InputError, atomic_write
+from minprefix.files import atomic_write
 from minprefix.generate import generate
 from minprefix.load import Model, load_model
 from minprefix.prefix import FoldedPrefix

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from minprefix.files import InputError
+from minprefix.errors import InputError
 
 T = TypeVar("T")
 

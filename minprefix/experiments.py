@@ -30,18 +30,21 @@ from minprefix.baselines import Adapters
 from minprefix.batches import collate, encode_pairs
 from minprefix.checkpoint import read_config
 from minprefix.data import TASKS, find_e2e, json_rows, load_examples, load_on_topics
+from minprefix.errors import InputError, run_main
 from minprefix.examples import Example
-from minprefix.files import InputError, atomic_write, locked, read_json, run_main
+from minprefix.files import atomic_write, locked, read_json
 from minprefix.generate import generate, recipe
 from minprefix.hub import model_name, resolve_model
-from minprefix.load import empty_model, keep_freed_memory, load_model, pick_device, pick_dtype
+from minprefix.linear import packed_weights
+from minprefix.load import empty_model, load_model
+from minprefix.machine import keep_freed_memory, pick_device, pick_dtype
 from minprefix.options import Parser, check_above_zero
 from minprefix.prefix import Prefix
 from minprefix.report import Row, draw, table
 from minprefix.settings import STUDY_STEPS, default_settings
 from minprefix.studies import METHODS, SEEN, STUDIES, TUNED, Run, test_sets, tuning
 from minprefix.tokenizer import load_tokenizer
-from minprefix.training import batch_stream, make_optimizer, training_step
+from minprefix.training import DIVERGED, batch_stream, make_optimizer, training_step
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # the repository, where train.py and sample.py are
 TRAINED = "trained.json"  # in a run's folder: the arguments with which train.py has finished it
@@ -89,7 +92,7 @@ def complete(args: Namespace) -> None:
     if args.data is None:
         raise InputError(f"a study needs the real data of {args.task}: give --data its folder")
     args.data = str(args.data)
-    args.methods = [method for method in METHODS if not (bart and method in ("embedding", "infix"))]
+    args.methods = trainable(METHODS, args.kind)
     args.widths = {f"adapter {share}%": adapter_width(folder, share / 100) for share in (3, 0.1)}
     train = load_on_topics(args.task, "train", args.data, SEEN if args.study == "extrapolation" else None)
     args.tests = sum(len(inputs(args, *test)) for test in test_sets(args).values())
@@ -104,6 +107,11 @@ def complete(args: Namespace) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     args.jobs = args.jobs or (cores if args.device == "cpu" else 1)
     args.threads = max(1, cores // args.jobs)  # runs of one thread each are faster than one with all threads
+
+
+def trainable(methods: Sequence[str], kind: str) -> list[str]:
+    """The methods of a study that a model of this kind can be trained with."""
+    return [method for method in methods if not (kind == "bart" and method == "embedding")]
 
 
 def inputs(args: Namespace, split: str, topics: Sequence[str]) -> list[Example]:
@@ -125,7 +133,7 @@ def main() -> None:
         if not (SCRIPTS / script).is_file():
             raise InputError(f"{SCRIPTS / script} is missing: the studies run it, work in a clone of the repository")
     study, (data, methods) = STUDIES[args.study], TUNED[args.study]
-    methods = [method for method in methods if method in (*args.methods, "prefix 10", "infix")]
+    methods = trainable(methods, args.kind)
     rates = f"learning-rates-{args.task}-{data}.json"
     losses = read_rates(resolve_model(args.model) / rates)
     untuned = [run for method in methods if method not in losses for run in tuning(args, data, method)]
@@ -190,10 +198,11 @@ def measure(args: Namespace) -> dict[str, float]:
     optimizer, seconds = make_optimizer(prefix, lr=0.0), []
     pairs = encode_pairs(examples, tokenizer, model, what=None)
     batches = list(islice(batch_stream(pairs, 16, 0, 0, model.encoder_decoder), 4))
-    for pairs in [*batches, *batches]:
-        started = time.perf_counter()
-        training_step(model, prefix, collate(pairs, tokenizer, model).to(args.device), optimizer).item()
-        seconds.append((time.perf_counter() - started) / len(pairs))
+    with packed_weights(model, training=True):
+        for pairs in [*batches, *batches]:
+            started = time.perf_counter()
+            training_step(model, prefix, collate(pairs, tokenizer, model).to(args.device), optimizer).item()
+            seconds.append((time.perf_counter() - started) / len(pairs))
     seconds = seconds[len(batches) :]  # the first time includes compiling
     sources = [example.source for example in examples[:16]]
     started = time.perf_counter()
@@ -282,16 +291,12 @@ def execute(runs: list[Run], folder: Path, args: Namespace) -> list[Row]:
                 for process in [process for process in running if process.poll() is not None]:
                     run, left, began = running.pop(process)
                     out = folder / run.name
-                    diverged = process.returncode != 0 and has_diverged(run, out)
-                    if not diverged and not is_trained(run, out):
-                        with atomic_write(out / TRAINED) as file:
-                            json.dump(run.train, file)
+                    diverged = has_diverged(run, out, process.returncode)
                     if left and not diverged:
                         running[start(left.pop(0), out, args)] = run, left, began
                         continue
                     rows[run.name] = make_row(run, out, diverged)
-                    with atomic_write(folder / "rows.jsonl") as file:
-                        file.writelines(json.dumps(row) + "\n" for row in rows.values())
+                    write_rows(folder, rows)
                     (out / "checkpoint.pt").unlink(missing_ok=True)  # fine-tuning's is four times as large as the model
                     done += estimate(run, args, speed)
                     bar.set_description_str(f"{sum(run.name in rows for run in runs)}/{len(runs)} runs")
@@ -322,10 +327,18 @@ def start(command: list[str], out: Path, args: Namespace) -> Process:
                                 env={**os.environ, **threads})  # fmt: skip
 
 
-def has_diverged(run: Run, out: Path) -> bool:
-    """True if a learning rate that is tried made training diverge; InputError if a command failed otherwise."""
+def has_diverged(run: Run, out: Path, returncode: int) -> bool:
+    """Whether a learning rate that is tried made training diverge, now that a command of a run has ended.
+
+    If the command succeeded, note that the run is trained. InputError if it failed otherwise.
+    """
+    if returncode == 0:
+        if not is_trained(run, out):
+            with atomic_write(out / TRAINED) as file:
+                json.dump(run.train, file)
+        return False
     line = last_line(out)
-    if run.samples or "the loss became" not in line:
+    if run.samples or DIVERGED not in line:
         raise InputError(f"{run.name} failed: {line} (all that it said: {out}/output.txt)")
     return True
 
@@ -343,6 +356,11 @@ def make_row(run: Run, out: Path, diverged: bool) -> Row:
         row |= {key: result[key] for key in ("dev_loss", "best_step", "share", "seconds")}
         row["scores"] = {name: read_json(out / f"{name}.json")["scores"] for name in run.samples}
     return row
+
+
+def write_rows(folder: Path, rows: dict[str, Row]) -> None:
+    with atomic_write(folder / "rows.jsonl") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows.values())
 
 
 def read_rows(folder: Path, runs: list[Run]) -> dict[str, Row]:

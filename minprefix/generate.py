@@ -17,7 +17,7 @@ from tqdm import tqdm
 from minprefix.attention import Cache, PrefixDict, PrefixStack, row_count
 from minprefix.batches import encode_sources, start_id
 from minprefix.data import SUMMARISATION, TASKS, TRIPLES
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.linear import packed_weights
 from minprefix.load import Model, check_vocabulary
 from minprefix.options import flag
@@ -87,15 +87,14 @@ def search_options(task: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def generate(
-    model: Model, tokenizer: Tokenizer, sources: list[str], prefix: PrefixDict | None = None, beams: int = 5,
-    max_new_tokens: int = 64, max_source: int | None = None, what: str | None = "sources", one_line: bool = True,
-    **options: Any,
+    model: Model, tokenizer: Tokenizer, sources: list[str], prefix: PrefixDict | None = None, *,
+    max_source: int | None = None, what: str | None = "sources", one_line: bool = True, **options: Any,
 ) -> list[str]:  # fmt: skip
     """The text that the model writes for each source text: list of str -> list of str, without white space around.
 
     max_source, what: longer sources are cut, and that is said, see `encode_sources`. one_line: line breaks are
-    forbidden, as in the paper. options: those of `generate_ids`; BART's first and last token are by default those of
-    its config.json.
+    forbidden, as in the paper. options: those of `Search` (beams=5, max_new_tokens=64, ...) and of `generate_ids`;
+    BART's first and last token are by default those of its config.json.
     InputError as in `generate_ids`.
     """
     if isinstance(sources, str):
@@ -106,35 +105,37 @@ def generate(
         options.setdefault("forced_first", model.config["forced_bos_token_id"])
         options.setdefault("forced_last", model.config["forced_eos_token_id"])
     ids = encode_sources(sources, tokenizer, model, max_source, what)
-    start, end = start_id(model, tokenizer), tokenizer.end_id
+    first, end = start_id(model, tokenizer), tokenizer.end_id
     with packed_weights(model):
-        targets = generate_ids(model, ids, start, end, prefix, beams, max_new_tokens, **options)
+        targets = generate_ids(model, ids, first, end, prefix, **options)
     special = set(tokenizer.special.values())
     return [tokenizer.decode(i for i in target if i not in special).strip() for target in targets]
 
 
 @torch.inference_mode()
 def generate_ids(
-    model: Model, sources: list[list[int]], start_id: int, end_id: int, prefix: PrefixDict | None = None,
-    beams: int = 5, max_new_tokens: int = 64, *, generator: torch.Generator | None = None,
-    forbidden: Iterable[int] = (), forced_first: int | None = None, forced_last: int | None = None,
-    batch_size: int = 16, progress: bool = False, **options: Any,
+    model: Model, sources: list[list[int]], first_id: int, end_id: int, prefix: PrefixDict | None = None, *,
+    generator: torch.Generator | None = None, forbidden: Iterable[int] = (), forced_first: int | None = None,
+    forced_last: int | None = None, batch_size: int = 16, progress: bool = False, **options: Any,
 ) -> list[list[int]]:  # fmt: skip
-    """What the model makes of each source: list of token ids -> list of token ids, without start and end token.
+    """What the model makes of each source: list of token ids -> list of token ids, without first_id and end_id.
 
+    first_id: the token that the first new one follows, see `start_id`.
     prefix: as the model takes it; a tensor with a row dimension has one row for each source (or one for all).
-    beams, max_new_tokens, options: those of `Search`, which says what they mean.
+    options: those of `Search`, which says what they mean.
     generator: for `sample`, a torch.Generator on the model's device. Only a draw depends on batch_size.
     forbidden: ids that are never generated. forced_first: the id of the first token; forced_last: that of the token
     number max_new_tokens, if a text gets so long. progress: show a bar.
     InputError: an option makes no sense, or a source is too long for the model.
     """
-    search, forbidden = Search(beams, max_new_tokens, **options), list(forbidden)
+    search, forbidden = Search(**options), list(forbidden)
     search.check(model, forbidden)
     if batch_size < 1:
         raise InputError(f"--batch-size is {batch_size}: it must be at least 1")
-    for rows in {row_count(prefix, kv) for kv in (prefix or {}).values()} - {1, len(sources)}:
-        raise InputError(f"the prefix has {rows} rows for {len(sources)} sources: give one for each, or one for all")
+    rows = {row_count(prefix, kv) for kv in (prefix or {}).values()}
+    if wrong := rows - {1, len(sources)}:
+        count = f"{min(wrong)} rows for {len(sources)} sources"
+        raise InputError(f"the prefix has {count}: give one for each, or one for all")
     device = next(model.parameters()).device
     forbidden_ids = torch.tensor(forbidden, dtype=torch.long, device=device)
 
@@ -145,33 +146,33 @@ def generate_ids(
         if t < search.min_new_tokens:
             scores[:, end_id] = float("-inf")
         if search.no_repeat_ngram:
-            _bar_repeats(scores, past, search.no_repeat_ngram)
-        forced = forced_last if t + 1 == max_new_tokens else None
+            bar_repeats(scores, past, search.no_repeat_ngram)
+        forced = forced_last if t + 1 == search.max_new_tokens else None
         forced = forced_first if t == 0 and forced is None else forced
         if forced is not None:
             scores.fill_(float("-inf"))[:, forced] = 0.0
 
     def choose(logits: Tensor) -> Tensor:
-        return _draw(logits, search, generator) if search.sample else logits.argmax(dim=-1)
+        return draw(logits, search, generator) if search.sample else logits.argmax(dim=-1)
 
     # The longest first: batches of like lengths, and what does not fit (model or memory) fails at once.
     order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
     targets: list[Any] = [None] * len(sources)
     with tqdm(total=len(sources), unit="source", disable=not progress) as bar:
         for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-            cache = _prefill(model, sources, batch, prefix, max_new_tokens, device)
-            start = torch.full((len(batch),), start_id, device=device)
-            if beams > 1:
-                tokens = _beam_search(model, cache, start, end_id, search, constrain)
+            cache = prefill(model, sources, batch, prefix, search.max_new_tokens, device)
+            start = torch.full((len(batch),), first_id, device=device)
+            if search.beams > 1:
+                tokens = beam_search(model, cache, start, end_id, search, constrain)
             else:
-                tokens = _one_by_one(model, cache, start, end_id, max_new_tokens, constrain, choose)
+                tokens = one_by_one(model, cache, start, end_id, search.max_new_tokens, constrain, choose)
             for i, row in zip(batch, tokens.tolist(), strict=True):
                 targets[i] = row[: row.index(end_id)] if end_id in row else row
             bar.update(len(batch))
     return targets
 
 
-def _one_by_one(
+def one_by_one(
     model: Model, cache: Cache, ids: Tensor, end_id: int, max_new_tokens: int, constrain: Constrain,
     choose: Callable[[Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
@@ -193,7 +194,7 @@ def _one_by_one(
     return tokens
 
 
-def _bar_repeats(scores: Tensor, past: Tensor, n: int) -> None:
+def bar_repeats(scores: Tensor, past: Tensor, n: int) -> None:
     """Set those scores (R, V) to -inf whose token would complete an n-gram that is in past (R, t) already."""
     if past.size(1) < n:
         return
@@ -203,7 +204,7 @@ def _bar_repeats(scores: Tensor, past: Tensor, n: int) -> None:
     scores.scatter_add_(1, ngrams[:, :, -1], scores.new_zeros(repeats.shape).masked_fill(repeats, -torch.inf))
 
 
-def _draw(logits: Tensor, search: Search, generator: torch.Generator | None) -> Tensor:
+def draw(logits: Tensor, search: Search, generator: torch.Generator | None) -> Tensor:
     """Logits (B, V) -> a sampled token id for each row (B,)."""
     logits = logits / search.temperature
     if search.top_k:
@@ -217,7 +218,7 @@ def _draw(logits: Tensor, search: Search, generator: torch.Generator | None) -> 
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-def _beam_search(
+def beam_search(
     model: Model, cache: Cache, ids: Tensor, end_id: int, search: Search, constrain: Constrain
 ) -> Tensor:
     """After the start tokens ids (B,), the best sequence of each example -> (B, N), filled up with end_id.
@@ -230,8 +231,8 @@ def _beam_search(
     K, B, max_new_tokens, inf = search.beams, len(ids), search.max_new_tokens, float("inf")
     result = torch.full((B, max_new_tokens), end_id, device=ids.device)
     place = torch.arange(B, device=ids.device)  # of the examples that are not over, in `result`
-    scores = torch.zeros((B, 1), device=ids.device)  # log-probabilities of the running beams: just one at first,
-    tokens = result[:, None]  # the start token's
+    scores = torch.zeros((B, 1), device=ids.device)  # log-probabilities of the running beams, of which one is there
+    tokens = result[:, None]  # (B, 1, N): what they have written, nothing yet
     finished_scores = scores.new_full((B, K), -inf)  # best first
     finished = tokens.repeat(1, K, 1)
     improvable = torch.ones_like(ids, dtype=torch.bool)
@@ -271,7 +272,7 @@ def _beam_search(
     return result
 
 
-def _prefill(
+def prefill(
     model: Model, sources: list[list[int]], batch: list[int], prefix: PrefixDict | None, max_new_tokens: int,
     device: torch.device,
 ) -> Cache:  # fmt: skip
@@ -285,7 +286,7 @@ def _prefill(
         raise InputError(f"source {batch[-1] + 1} of {len(sources)} has no token: BART's encoder needs at least one")
     longest = f"source {batch[0] + 1} of {len(sources)}, the longest with {lengths[0]} tokens"
     try:
-        cache = model.prefill(ids.to(device), torch.tensor(lengths, device=device), _rows(prefix, batch))
+        cache = model.prefill(ids.to(device), torch.tensor(lengths, device=device), rows_of(prefix, batch))
     except InputError as error:
         raise InputError(f"{longest}: {error}") from error
     # The start token comes at cache.position; the last new token is never fed back and needs no position.
@@ -298,7 +299,7 @@ def _prefill(
     return cache
 
 
-def _rows(prefix: PrefixDict | None, batch: list[int]) -> PrefixDict | None:
+def rows_of(prefix: PrefixDict | None, batch: list[int]) -> PrefixDict | None:
     """The prefix for the sources whose numbers are `batch`: their rows of it, or all of it if it has but one row."""
     if prefix is None or all(row_count(prefix, kv) == 1 for kv in prefix.values()):
         return prefix

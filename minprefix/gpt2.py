@@ -29,7 +29,7 @@ from minprefix.attention import (
 )
 from minprefix.checkpoint import bare_names
 from minprefix.config import check_activation, check_booleans, check_heads, check_sizes, check_switches
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.linear import Linear, linear
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # HuggingFace stores these (in, out)

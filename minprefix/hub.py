@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 from minprefix.checkpoint import read_index, read_object
 from minprefix.download import fetch
-from minprefix.files import InputError, locked, read_text
+from minprefix.errors import InputError
+from minprefix.files import locked, read_text
 
 CHECKOUT = Path(__file__).resolve().parent.parent / "weights"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()

@@ -1,9 +1,7 @@
 """A HuggingFace folder as a frozen model, on the device and in the dtype that suit the machine; and back."""
 
-import ctypes
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,10 @@ from torch import Tensor
 
 from minprefix import bart, gpt2
 from minprefix.checkpoint import read_config, read_tensors, write_safetensors
-from minprefix.files import InputError, atomic_write
+from minprefix.errors import InputError
+from minprefix.files import atomic_write
 from minprefix.hub import resolve_model
+from minprefix.machine import pick_dtype
 from minprefix.tokenizer import Tokenizer
 
 Model = gpt2.GPT2 | bart.BART
@@ -58,10 +58,12 @@ def model_kind(config: dict[str, Any], folder: str | Path) -> str:
     return kind
 
 
-def save_model(model: Model, folder: Path, tokenizer_folder: Path | None = None, **config: Any) -> None:
+def save_model(
+    model: Model, folder: Path, tokenizer_folder: Path | None = None, info: dict[str, str] | None = None
+) -> None:
     """Write a model as a folder that `load_model` and HuggingFace read, in its dtype, with a tokeniser's files.
 
-    config: what config.json shall say beside the model's own.
+    info: what config.json shall say as "minprefix" beside the model's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = (bart if model.encoder_decoder else gpt2).to_huggingface(model)
@@ -71,7 +73,7 @@ def save_model(model: Model, folder: Path, tokenizer_folder: Path | None = None,
         if tokenizer_folder and (tokenizer_folder / name).is_file():
             shutil.copy(tokenizer_folder / name, folder / name)
     with atomic_write(folder / "config.json") as file:  # last: a folder without one is no model
-        json.dump({**model.config, "dtype": dtype, **config}, file, indent=2)
+        json.dump({**model.config, "dtype": dtype, **({"minprefix": info} if info else {})}, file, indent=2)
 
 
 def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: str | Path) -> None:
@@ -97,36 +99,6 @@ def check_vocabulary(tokenizer: Tokenizer, model: Model, where: str | Path = "th
     if max(ids) >= model.config["vocab_size"]:
         sizes = f"ids up to {max(ids)}, the model embeddings for {model.config['vocab_size']}"
         raise InputError(f"{where}: the tokeniser has {sizes}: they belong to different models")
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step: giving it back and taking it anew is a fifth of a step on CPU."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # musl has none
-        mallopt(-4, 0)  # M_MMAP_MAX: no allocation by mmap, whose memory goes back at once
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-
-
-def pick_device(name: str) -> str:
-    """"auto" is CUDA, else Apple's MPS, else the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device in available if available[device])
-    if not available[name]:
-        raise InputError(f"--device {name}: this machine, or this build of torch, has none; try --device cpu")
-    return name
-
-
-def pick_dtype(name: str, device: str) -> torch.dtype:
-    """"auto" is bfloat16 where the hardware multiplies it natively, else float32."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        cpu = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-        native = cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False)
-    return torch.bfloat16 if native else torch.float32
 
 
 def pick_writing_dtype(name: str, device: str, folder: str | Path) -> torch.dtype:

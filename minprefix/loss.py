@@ -22,7 +22,7 @@ def target_loss(model: Model, batch: Batch, prefix: PrefixDict | None) -> Tensor
     if isinstance(prefix, FoldedInfix):
         prefix = prefix.at(batch.source_lengths)
     states = model.hidden(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.index]
-    if model.head.weight.requires_grad or states.device.type == "meta":
+    if model.head.weight.requires_grad or states.device.type == "meta":  # meta: bench.py counts operations by shapes
         return F.cross_entropy(model.logits(states).float(), batch.labels, reduction="sum")
     return HeadLoss.apply(states, model, batch.labels)
 
@@ -56,4 +56,5 @@ def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     total = logits.float().logsumexp(dim=-1, keepdim=True)
     target = logits.gather(1, labels[:, None]).float() - total
     gradient = (logits.float() - total).exp().to(logits.dtype)
-    return -target.sum(), gradient.scatter_(1, labels[:, None], target.expm1().to(logits.dtype))
+    at_label = target.expm1().to(logits.dtype)  # p - 1, exact where p is near 1
+    return -target.sum(), gradient.scatter_(1, labels[:, None], at_label)

@@ -19,7 +19,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.ptb import ptb_tokens
 
 NGram = tuple[str, ...]

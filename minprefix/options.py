@@ -5,7 +5,7 @@ import math
 from functools import partial
 from typing import Any, NoReturn
 
-from minprefix.files import InputError
+from minprefix.errors import InputError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16")

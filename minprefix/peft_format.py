@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from minprefix.checkpoint import read_bin, read_object, read_safetensors, write_safetensors
-from minprefix.files import InputError, atomic_write
+from minprefix.errors import InputError
+from minprefix.files import atomic_write
 
 SIZES = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
 

@@ -5,7 +5,6 @@ Shapes: P prefix length, L layers, H heads, D head dimension, C = H * D model di
 
 import json
 import os
-import runpy
 from importlib import metadata
 from itertools import cycle, islice
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from minprefix.attention import FoldedInfix, FoldedPrefix, PrefixStack, first_position
 from minprefix.checkpoint import read_safetensors, write_safetensors
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.hub import find_model, is_hub_name
 from minprefix.load import Model, load_model
 from minprefix.peft_format import read_adapter
@@ -52,8 +51,9 @@ class Prefix(nn.Module):
     """A prefix under training, one part for each site of the model; calling it gives what the model takes.
 
     hidden: width of the MLP that reparametrises it (paper section 4.3: 512 for table-to-text, 800 for summarisation);
-    0 trains the keys and values directly, by Muon. position_offset: position id of the (decoder's) first token, by
-    default the length of the prefix before it. sites: some of the model's, by default all.
+    0 makes the keys and values themselves the parameters, which train.py steps by Muon. position_offset: position id of
+    the (decoder's) first token, by default the length of the prefix before it. sites: some of the model's, by default
+    all.
     Parameters are float32 whatever the model's dtype.
     """
 
@@ -127,10 +127,10 @@ class MLPPart(nn.Module):
     def forward(self) -> Tensor:
         return self.mlp(self.embedding).view(self.shape).permute(1, 2, 3, 0, 4)
 
-    def fit(self, kv: Tensor, steps: int = 500, lr: float = 1e-4) -> None:
+    def fit(self, kv: Tensor) -> None:
         """Train the MLP's output towards kv (L, 2, H, P, D) by mean squared error, as the authors do."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=lr)
-        for _ in range(steps):
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-4)
+        for _ in range(500):
             F.mse_loss(self(), kv).backward()
             optimizer.step()
             optimizer.zero_grad()  # last, so that no gradient is left for the training that follows
@@ -149,15 +149,6 @@ def count_numbers(tuned: nn.Module, model: nn.Module) -> list[int]:
     """How many numbers of a prefix (or a comparator of baselines.py) are trained, how many saved, the model's own."""
     counted = tuned.parameters(), tuned.fold().values(), model.parameters()
     return [sum(tensor.numel() for tensor in tensors) for tensors in counted]
-
-
-def parameter_shares(tuned: nn.Module, model: nn.Module) -> str:
-    """One line: how many numbers are trained and how many are saved, as shares of the model's parameters."""
-    trained, saved, total = count_numbers(tuned, model)
-    return (
-        f"trains {trained:,} numbers ({trained / total:.2%} of the model's {total:,}), "
-        f"saves {saved:,} ({saved / total:.2%})"
-    )
 
 
 def fingerprint(model: nn.Module) -> list[float]:
@@ -282,4 +273,8 @@ def version() -> str:
 
 
 if __name__ == "__main__":
-    runpy.run_module("minprefix.prefix_tool", run_name="__main__")  # the command, which needs files below this one
+    # The one import from below: the command bears this file's name.
+    from minprefix.errors import run_main
+    from minprefix.prefix_tool import main
+
+    run_main(main)

@@ -21,7 +21,8 @@ from minprefix.attention import Segment, attend
 from minprefix.baselines import base_folder, load_trained, read_trained, trained_file, trained_max_source
 from minprefix.batches import Batch, collate, encode_sources, encode_target
 from minprefix.data import format_source
-from minprefix.files import InputError, atomic_write, run_main
+from minprefix.errors import InputError
+from minprefix.files import atomic_write
 from minprefix.generate import generate, recipe
 from minprefix.hub import model_name
 from minprefix.load import Model, load_model
@@ -248,7 +249,3 @@ def import_figure() -> Any:
     except ImportError as error:
         raise InputError("--plot needs matplotlib: pip install -e '.[plot]'") from error
     return Figure
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -6,7 +6,7 @@ from typing import Any
 from minprefix import distributed
 from minprefix.baselines import load_trained, read_trained, trained_file, trained_max_source
 from minprefix.data import format_source, load_examples
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.generate import generate, search_options
 from minprefix.load import Model
 from minprefix.prefix import FoldedPrefix, stack_prefixes

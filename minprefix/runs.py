@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minprefix import distributed, signals
+from minprefix.baselines import METHODS
+from minprefix.checkpoint import read_object
 from minprefix.data import SUMMARISATION, TRIPLES
+from minprefix.errors import InputError, MemoryShort, WriteError, one_line_errors
 from minprefix.examples import Example
-from minprefix.files import InputError, MemoryShort, WriteError, locked, one_line_errors
+from minprefix.files import locked
 from minprefix.hub import model_name
 
 EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
@@ -103,9 +106,30 @@ def sample_command(path: Path, task: str, data: str | None, test: list[Example])
     return f"{command} --task {shlex.quote(task)} --split {'test' if test else 'dev'}{place} --limit 10"
 
 
-def texts_folder(trained: Path) -> Path:
-    """Where scored texts go: the folder of the run that trained a prefix or a model, else the current one."""
-    return next((folder for folder in (trained, trained.parent) if is_run(folder)), Path())
+def texts_file(trained: Path, task: str | None, inputs: str, topics: list[str]) -> Path:
+    """Where texts that are scored go: in the run's folder, texts-SPLIT.txt; else here, named after what was trained.
+
+    trained: a prefix or a model. task: of the inputs, if they are of one; it is in the name if the run was not trained
+    on it. inputs: their split, or their file's name.
+    """
+    run = next((folder for folder in (trained, trained.parent) if is_run(folder)), None)
+    words = ["texts"]
+    if not run:
+        path = trained.resolve()  # METHOD.safetensors is what any run calls it
+        named = path.parent if path.name in {f"{method}.safetensors" for method in METHODS} else path
+        words.append(named.name.removesuffix(".safetensors"))
+    if task and not (run and is_trained_on(run, task)):
+        words.append(Path(task).stem)
+    words += [inputs, *(topic.replace("/", "_") for topic in topics)]
+    return (run or Path()) / f"{'-'.join(words)}.txt"
+
+
+def is_trained_on(run: Path, task: str) -> bool:
+    """Whether a run's result.json says that it was trained on a task."""
+    result = read_object(run / "result.json") if (run / "result.json").is_file() else {}
+    settings = result.get("settings")
+    own = settings.get("task") if isinstance(settings, dict) else None
+    return isinstance(own, str) and os.path.abspath(own) == os.path.abspath(task)  # FILE.jsonl by whichever path
 
 
 def disk_size(path: Path) -> int:

@@ -11,7 +11,7 @@ from minprefix.checkpoint import read_config
 from minprefix.generate import recipe
 from minprefix.hub import model_name
 from minprefix.load import model_kind
-from minprefix.options import fill
+from minprefix.options import fill, flag
 
 PAPER: dict[str, dict[str, float]] = {  # by config.json's model_type
     "gpt2": {"prefix_length": 5, "hidden": 512, "adapter_width": 108, "batch_size": 10, "epochs": 5},
@@ -113,14 +113,14 @@ def settings_table() -> str:
     for name, kind in models.items():
         for method in OPTIONS:
             for key, value in default_settings(name, kind, "", method).items():
-                label = f"--lr of {method}" if key == "lr" else f"--{key.replace('_', '-')}"
+                label = f"--lr of {method}" if key == "lr" else flag(key)
                 rows.setdefault(label, {}).setdefault(name, value)  # --prefix-length: that of prefix
     cells = [["defaults by model", *models]]
     for label in sorted(rows, key=lambda label: (label.startswith("--lr"), label)):
         cells.append([f"  {label}", *(shown(rows[label].get(name)) for name in models)])
     lines = ["".join([f"{label:22}", *(f"{cell:>13}" for cell in row)]) for label, *row in cells]
     for task, settings in PAPER_TASK.items():
-        options = " ".join(f"--{key.replace('_', '-')} {shown(value)}" for key, value in settings.items())
+        options = " ".join(f"{flag(key)} {shown(value)}" for key, value in settings.items())
         lines.append(f"other GPT-2 on {task}: {options}")
     return "\n".join(lines)
 

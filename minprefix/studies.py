@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minprefix.data import SUMMARISATION
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.settings import default_settings, learning_rate, nearer_length
 
 METHODS = ("prefix", "finetune", "top2", "adapter 3%", "adapter 0.1%", "embedding")  # --method, and what it may train

@@ -7,7 +7,8 @@ from typing import Any
 
 import tiktoken
 
-from minprefix.files import InputError, read_json, read_text
+from minprefix.errors import InputError
+from minprefix.files import read_json, read_text
 from minprefix.hub import resolve_model
 
 # GPT-2's pre-tokenisation (Radford et al. 2019), written with possessive quantifiers so that no text, however long,
@@ -72,13 +73,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         lines = read_text(folder / "merges.txt").splitlines()
         lines = lines[1:] if lines and lines[0].startswith("#version") else lines
-        return _tokenizer(read_json(folder / "vocab.json"), [line for line in lines if line], folder)
+        return checked_tokenizer(read_json(folder / "vocab.json"), [line for line in lines if line], folder)
     if (folder / "tokenizer.json").is_file():
-        return _tokenizer(*_read_tokenizer_json(folder / "tokenizer.json"), folder)
+        return checked_tokenizer(*read_tokenizer_json(folder / "tokenizer.json"), folder)
     raise InputError(f"{folder} has no tokeniser: vocab.json and merges.txt, or tokenizer.json, must be there")
 
 
-def _read_tokenizer_json(path: Path) -> tuple[dict[str, Any], list[Any]]:
+def read_tokenizer_json(path: Path) -> tuple[dict[str, Any], list[Any]]:
     spec = read_json(path)
     model = spec.get("model") if isinstance(spec, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
@@ -96,7 +97,7 @@ def _read_tokenizer_json(path: Path) -> tuple[dict[str, Any], list[Any]]:
     return {**vocab, **added}, model["merges"]
 
 
-def _tokenizer(vocab: object, merges: list[Any], folder: Path) -> Tokenizer:
+def checked_tokenizer(vocab: object, merges: list[Any], folder: Path) -> Tokenizer:
     """merges: "a b" strings (merges.txt, older tokenizer.json) or [a, b] lists (newer ones)."""
     if not isinstance(vocab, dict):
         raise InputError(f"{folder}: the vocabulary is not a JSON object of token: id")

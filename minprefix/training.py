@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,16 @@ from tqdm import tqdm
 from minprefix import distributed, signals
 from minprefix.baselines import Tuned
 from minprefix.batches import Batch, Pair, bucket_batches, collate, pair_lengths, sorted_batches
-from minprefix.files import InputError, MemoryShort, atomic_write, out_of_memory
+from minprefix.errors import InputError, out_of_memory
 from minprefix.linear import packed_weights
 from minprefix.load import Model
 from minprefix.loss import target_loss
 from minprefix.muon import Muon
 from minprefix.prefix import Prefix, fingerprint
+from minprefix.resume import Log, read_checkpoint, same_form, save_checkpoint, too_little_memory, write_log
 from minprefix.tokenizer import Tokenizer
 
-Log = list[dict[str, float]]  # rows: see `train`
+DIVERGED = "the loss became"  # by which experiments.py knows a run whose learning rate was too large
 NO_SUMS: dict[str, float] = {"loss": 0.0, "tokens": 0, "examples": 0, "seconds": 0.0}
 
 
@@ -134,6 +134,7 @@ class Run:
     def make_step(self, pairs: list[Pair]) -> None:
         """One step on a batch of pairs, of which this rank takes its share."""
         mine, device = distributed.share(pairs), next(self.model.parameters()).device
+        # A rank without a share takes one pair, of weight 0: `add_up` needs a gradient of every rank.
         batch = collate(mine or pairs[:1], self.tokenizer, self.model).to(device)
         share = target_tokens(mine) / target_tokens(pairs) if self.model.encoder_decoder else len(mine) / len(pairs)
         with signals.put_off():  # a step is made whole or not at all
@@ -266,7 +267,8 @@ def train(
     Rows of the log: step, epoch, dev_loss (nats per target token); after the start also loss (likewise, over the steps
     since the last row), lr, examples_per_s.
     settings: what else a resumed run must share, name -> value. Of several ranks, rank 0 writes; all must see OUT.
-    InputError if a loss is not finite, or the run in OUT is of other settings; KeyboardInterrupt, RankLost, OSError.
+    InputError if a loss is not finite, or the run in OUT is of other settings. KeyboardInterrupt, RankLost and OSError
+    pass through, the present step being saved first.
     """
     if warmup >= steps:
         raise InputError(f"--warmup is {warmup}: it must be less than the {steps} steps, or the rate never decays")
@@ -299,7 +301,7 @@ def train(
 
 
 def diverged(loss: float, where: str, out: Path) -> InputError:
-    return InputError(f"the loss became {loss} {where}; {out}/checkpoint.pt is of an earlier step")
+    return InputError(f"{DIVERGED} {loss} {where}; {out}/checkpoint.pt is of an earlier step")
 
 
 def dtype_of_products(model: Model) -> torch.dtype:
@@ -315,49 +317,3 @@ def digest(pairs: list[Pair]) -> str:
     for pair in pairs:  # one at a time: XSum's would make a text of hundreds of megabytes
         sha.update(json.dumps(pair).encode())
     return sha.hexdigest()[:16]
-
-
-def write_log(out: Path, log: Log) -> None:
-    with atomic_write(out / "log.jsonl") as file:
-        file.writelines(json.dumps(row) + "\n" for row in log)
-
-
-def save_checkpoint(out: Path, state: dict[str, Any]) -> None:
-    with atomic_write(out / "checkpoint.pt", "wb") as file:
-        torch.save(state, file)
-
-
-def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The dict that a run saved; InputError if it is damaged, or its "settings" are not these."""
-    try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
-            if damaged := file.testzip():
-                raise zipfile.BadZipFile(damaged)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = dict(state["settings"])
-        differing = [key for key in {**settings, **saved} if saved.get(key) != settings.get(key)]
-    except Exception as error:  # torch.load documents no closed list of errors for a damaged file
-        if out_of_memory(error):
-            raise too_little_memory(path) from error
-        raise InputError(f"{path} cannot be resumed from, it is damaged: delete it to start again") from error
-    for key in differing:
-        hidden = key in ("model", "training data", "dev data")  # known by their digests only
-        was = f"another {key}" if hidden else f"{key} = {saved.get(key)}, not {settings.get(key)}"
-        raise InputError(f"{path} is of a run with {was}: resume with the same settings")
-    return state
-
-
-def too_little_memory(path: Path) -> MemoryShort:
-    return MemoryShort(f"there is too little memory to resume from {path}, unless it is damaged: free some, try again")
-
-
-def same_form(saved: object, own: object) -> bool:
-    """Whether a saved value equals another in keys, lengths, types and shapes, and in all but numbers and tensors."""
-    if isinstance(own, torch.Tensor):
-        form = own.shape, own.dtype, torch.strided, "cpu"
-        return isinstance(saved, torch.Tensor) and (saved.shape, saved.dtype, saved.layout, saved.device.type) == form
-    if isinstance(own, dict):
-        return isinstance(saved, dict) and saved.keys() == own.keys() and all(same_form(saved[k], own[k]) for k in own)
-    if isinstance(own, (list, tuple)):
-        return type(saved) is type(own) and len(saved) == len(own) and all(map(same_form, saved, own))
-    return type(saved) is type(own) and (type(own) in (int, float) or saved == own)

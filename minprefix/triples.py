@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from minprefix.errors import InputError
 from minprefix.examples import Example, check_text, collapse, grouped
-from minprefix.files import InputError, read_json, read_text
+from minprefix.files import read_json, read_text
 
 UNSEEN = ("Artist", "Athlete", "CelestialBody", "MeanOfTransportation", "Politician")  # only in WebNLG's test
 WEBNLG_LAYOUT = (

@@ -1,11 +1,17 @@
 """Fixtures of several test modules."""
 
+import json
 import os
 import signal
 import tempfile
 
 import pytest
 import torch
+
+pytest.register_assert_rewrite("tests.helpers")
+
+from tests.helpers import MR, ROWS  # noqa: E402
+from tests.tiny import write_tiny_model  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub, nor depends on what its user's cache has
 HF_HOME = tempfile.TemporaryDirectory()
@@ -20,3 +26,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny model, another of the same shape, one of another shape, and rows to train on."""
+    folder = tmp_path_factory.mktemp("world")
+    write_tiny_model(folder / "model")
+    write_tiny_model(folder / "twin", seed=1)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "e2e").mkdir()
+    for name in ("trainset", "devset", "testset_w_refs"):
+        (folder / "e2e" / f"{name}.csv").write_text(f'mr,ref\n"{MR}",The Golden Lantern is a Thai pub.\n' * 1)
+    return folder

@@ -44,7 +44,8 @@ from minprefix.baselines import (
 )
 from minprefix.checkpoint import read_safetensors, read_tensors, write_safetensors
 from minprefix.data import format_source, load_examples
-from minprefix.files import InputError, read_text
+from minprefix.errors import InputError
+from minprefix.files import read_text
 from minprefix.hub import is_complete
 from minprefix.peft_format import write_adapter
 from minprefix.prefix import fingerprint, save_prefix

@@ -16,7 +16,7 @@ from minprefix.attention import real_tokens
 from minprefix.bart import BART, from_huggingface, to_huggingface
 from minprefix.batches import collate
 from minprefix.checkpoint import read_safetensors, read_tensors, write_safetensors
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.load import check_vocabulary
 from minprefix.prefix import FoldedPrefix, word_activations
 from minprefix.training import target_loss

@@ -10,9 +10,9 @@ import train
 from minprefix import load_model
 from minprefix.baselines import Finetune
 from minprefix.checkpoint import read_safetensors
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.load import save_model
-from tests.test_scripts import assert_one_clear_line, call, world  # noqa: F401
+from tests.helpers import assert_one_clear_line, call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,7 +31,7 @@ def test_half_precision_weights_are_refused(tmp_path):
 @pytest.mark.parametrize("write", [write_tiny_model, write_tiny_bart])
 def test_a_saved_model_loads_here_and_in_transformers(tmp_path, write):
     model = load_model(write(tmp_path / "first"))
-    save_model(model, tmp_path / "saved", tmp_path / "first", minprefix={"task": "e2e"})
+    save_model(model, tmp_path / "saved", tmp_path / "first", info={"task": "e2e"})
     again = load_model(tmp_path / "saved")
     assert again.config["minprefix"] == {"task": "e2e"}
     assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
@@ -45,7 +45,7 @@ def test_a_saved_model_loads_here_and_in_transformers(tmp_path, write):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_train_and_sample(world, tmp_path, capsys, dtype):  # noqa: F811
+def test_train_and_sample(world, tmp_path, capsys, dtype):
     code, out, err = finetune(world, capsys, "--steps", 30, "--dtype", dtype, "--out", tmp_path / "run")
     assert code == 0, err
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -62,7 +62,7 @@ def test_train_and_sample(world, tmp_path, capsys, dtype):  # noqa: F811
     assert code == 0 and (tmp_path / "run" / "texts-all.json").is_file()  # beside the run
 
 
-def test_sample_knows_the_task_of_a_fine_tuned_model(world, tmp_path, capsys):  # noqa: F811
+def test_sample_knows_the_task_of_a_fine_tuned_model(world, tmp_path, capsys):
     code, _, err = call(train, capsys, "--method", "finetune", "--model", world / "model", "--data", world / "e2e",
                         "--steps", 1, "--eval-inputs", 0, "--max-source", 40, "--out", tmp_path / "run")  # fmt: skip
     assert code == 0, err
@@ -74,7 +74,7 @@ def test_sample_knows_the_task_of_a_fine_tuned_model(world, tmp_path, capsys):  
     assert "first 40 tokens" in err
 
 
-def test_resumed_it_gives_the_same_weights(world, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_resumed_it_gives_the_same_weights(world, tmp_path, capsys, monkeypatch):
     finetune(world, capsys, "--steps", 4, "--out", tmp_path / "whole")
     real, calls = train.train, []
 
@@ -116,7 +116,7 @@ def test_resumed_it_gives_the_same_weights(world, tmp_path, capsys, monkeypatch)
         ("infix --model bart --prefix-length 3 --hidden 0", "--method infix needs GPT-2"),
     ],
 )
-def test_bad_input(world, capsys, monkeypatch, options, message):  # noqa: F811
+def test_bad_input(world, capsys, monkeypatch, options, message):
     monkeypatch.chdir(world)
     if "bart" in options and not (world / "bart").exists():
         write_tiny_bart(world / "bart")
@@ -125,7 +125,7 @@ def test_bad_input(world, capsys, monkeypatch, options, message):  # noqa: F811
 
 
 @pytest.mark.parametrize("method", ["top2", "adapter", "embedding", "infix"])
-def test_each_method_trains_and_samples(world, tmp_path, capsys, method):  # noqa: F811
+def test_each_method_trains_and_samples(world, tmp_path, capsys, method):
     run = tmp_path / "run"
     code, out, err = call(train, capsys, "--method", method, "--model", world / "model", "--task", world / "rows.jsonl",
                           "--steps", 4, "--eval-every", 4, "--eval-inputs", 1, "--out", run, "--device", "cpu",
@@ -146,7 +146,7 @@ def test_each_method_trains_and_samples(world, tmp_path, capsys, method):  # noq
     assert code == 2 and "this model has the same shape, but other weights" in err
 
 
-def test_a_fine_tuned_run_is_sampled_by_its_folder(world, tmp_path, capsys):  # noqa: F811
+def test_a_fine_tuned_run_is_sampled_by_its_folder(world, tmp_path, capsys):
     assert finetune(world, capsys, "--steps", 4, "--out", tmp_path / "run")[0] == 0
     options = ["--input", "item 3 of the list", "--max-new-tokens", 9]
     ours = call(sample, capsys, "--prefix", tmp_path / "run", *options)

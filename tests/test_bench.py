@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minprefix import bench, load_model, load_tokenizer
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.linear import packs_bfloat16
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 

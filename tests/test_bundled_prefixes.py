@@ -13,7 +13,7 @@ from minprefix.data import format_source
 from minprefix.examples import Example
 from minprefix.sample_e2e import sample_rows
 from minprefix.training import dev_loss
-from tests.test_scripts import call
+from tests.helpers import call
 from tests.tiny import ROOT
 
 FOLDER = ROOT / "weights" / "prefixes"

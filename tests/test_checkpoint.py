@@ -19,7 +19,7 @@ from minprefix.checkpoint import (
     read_tensors,
     write_safetensors,
 )
-from minprefix.files import InputError
+from minprefix.errors import InputError
 
 
 def sample_tensors():

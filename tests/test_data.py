@@ -15,8 +15,8 @@ import pytest
 
 from minprefix import data
 from minprefix.data import Example, find_e2e, format_source, linearise_e2e, load_examples, load_on_topics
-from minprefix.files import InputError
 from minprefix.sample_e2e import sample_rows
+from tests.helpers import complaint
 
 ROOT = Path(__file__).resolve().parent.parent
 E2E = ROOT.parent / "shared" / "data" / "e2e"
@@ -41,13 +41,6 @@ def closed_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
-
-
-def complaint(function, *arguments):
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
-    return str(caught.value)
 
 
 # ---- linearisation ----

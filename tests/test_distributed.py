@@ -12,8 +12,8 @@ import torch
 
 import sample
 from minprefix import Prefix, distributed, load_model, load_tokenizer
-from minprefix.distributed import each_rank
-from minprefix.files import InputError, run_main
+from minprefix.distributed import each_rank, use_own_gpu
+from minprefix.errors import InputError, run_main
 from minprefix.runs import run_folder
 from minprefix.training import train
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
@@ -63,6 +63,22 @@ def test_processes_that_would_train_on_different_data_end_in_one_line(tmp_path):
     message = "the processes differ in training data: give all of them the same files and options"
     assert process.returncode and lines == [f"error: {message}"], err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("gpus, said", [(0, None), (1, "2 processes on 1 GPUs: start fewer"), (2, None)])
+def test_each_process_has_a_gpu_of_its_own(gpus, said, monkeypatch):
+    chosen = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    if said:
+        with pytest.raises(InputError, match=said):
+            use_own_gpu()
+    else:
+        assert use_own_gpu() == (gpus == 2)
+    assert chosen == ([1] if gpus == 2 else [])
 
 
 def test_two_processes_compute_what_one_does(tmp_path):

@@ -23,7 +23,8 @@ import train
 from minprefix import experiments, report, settings, studies
 from minprefix.data import json_rows
 from minprefix.files import locked
-from tests.test_scripts import call
+from minprefix.training import DIVERGED
+from tests.helpers import call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 MRS = [f"name[The Golden Lantern {i}], eatType[pub]" for i in range(20)]
@@ -46,7 +47,7 @@ if (here / "stop").exists() and out.name == (here / "stop").read_text():
 if (here / "fail").exists() and out.name == (here / "fail").read_text():
     sys.exit("error: no room\\n")
 if float(args["--lr"]) > 0.2:
-    sys.exit("error: the loss became nan at step 3: lower the learning rate")
+    sys.exit("error: DIVERGED nan at step 3: lower the learning rate")
 loss = float(args["--lr"]) + int(args["--seed"]) / 10 - 10
 json.dump({"dev_loss": loss, "best_step": 1, "share": 0.01, "seconds": time.time()}, open(out / "result.json", "w"))
 '''
@@ -78,7 +79,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def scripts(world, tmp_path, monkeypatch):
     """The folder with the stand-ins; the settings are such that a study is small."""
-    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "train.py").write_text(TRAIN.replace("DIVERGED", DIVERGED))
     (tmp_path / "sample.py").write_text(SAMPLE)
     monkeypatch.chdir(world)
     monkeypatch.setattr(experiments, "SCRIPTS", tmp_path)

@@ -10,7 +10,7 @@ import torch
 
 from minprefix.baselines import load_trained, save_trained
 from minprefix.checkpoint import read_tensors
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.prefix import fingerprint
 from tests import fuzz
 from tests.tiny import ROOT

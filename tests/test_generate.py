@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minprefix.attention import Cache
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.generate import generate, generate_ids
 from minprefix.gpt2 import GPT2, to_huggingface
 from minprefix.prefix import FoldedInfix, FoldedPrefix
@@ -118,7 +118,7 @@ def test_beam_search_is_the_naive_one(model, sources, kind):
             for i, source in enumerate(sources)
         ]
         options = {"length_penalty": length_penalty, "forbidden": forbidden, "batch_size": 5}
-        ours = generate_ids(model, sources, END, END, prefix, beams, NEW, **options)
+        ours = generate_ids(model, sources, END, END, prefix, beams=beams, max_new_tokens=NEW, **options)
         assert ours == naive
 
 
@@ -131,12 +131,12 @@ def test_beam_search_with_an_infix_is_the_naive_one(model, sources, position_off
         naive = [naive_beam_search(model, source, at, beams, length_penalty, forbidden)
                  for source, at in zip(sources, behind, strict=True)]  # fmt: skip
         options = {"length_penalty": length_penalty, "forbidden": forbidden, "batch_size": 7}
-        assert generate_ids(model, sources, END, END, infix, beams, NEW, **options) == naive
+        assert generate_ids(model, sources, END, END, infix, beams=beams, max_new_tokens=NEW, **options) == naive
     lengths = {len(target) for target in naive}
     assert min(lengths) < NEW == max(lengths)  # some texts end and leave their batch, others run on
-    assert naive != generate_ids(model, sources, END, END, infix, 1, NEW)
+    assert naive != generate_ids(model, sources, END, END, infix, beams=1, max_new_tokens=NEW)
     for other in (None, FoldedInfix(infix, P - position_offset), make_prefix("shared", 0)):
-        assert naive != generate_ids(model, sources, END, END, other, 3, NEW)
+        assert naive != generate_ids(model, sources, END, END, other, beams=3, max_new_tokens=NEW)
 
 
 def test_beam_search_with_an_infix_is_the_naive_one_over_numpy(model, sources):
@@ -151,7 +151,7 @@ def test_beam_search_with_an_infix_is_the_naive_one_over_numpy(model, sources):
 
     sources = sources[:5]
     naive = [naive_beam_search(in_numpy, source, len(source), 3, 1.0) for source in sources]
-    assert generate_ids(model, sources, END, END, infix, 3, NEW, batch_size=3) == naive
+    assert generate_ids(model, sources, END, END, infix, beams=3, max_new_tokens=NEW, batch_size=3) == naive
 
 
 class Table:
@@ -188,7 +188,8 @@ def test_beam_search_is_the_naive_one_when_all_beams_end(length_penalty):
         model = Table(seed)
         for beams in (2, 4):
             naive = [naive_beam_search(model, source, None, beams, length_penalty) for source in ([], [1])]
-            ours = generate_ids(model, [[], [1]], END, END, None, beams, NEW, length_penalty=length_penalty)
+            options = {"beams": beams, "max_new_tokens": NEW, "length_penalty": length_penalty}
+            ours = generate_ids(model, [[], [1]], END, END, None, **options)
             assert ours == naive
 
 
@@ -205,7 +206,8 @@ def test_results_do_not_depend_on_the_batch(model, sources):
     prefix = make_prefix("rows", len(sources))
     for beams in (1, 4):
         results = [
-            generate_ids(model, sources, END, END, prefix, beams, NEW, batch_size=size) for size in (1, 16, 1000)
+            generate_ids(model, sources, END, END, prefix, beams=beams, max_new_tokens=NEW, batch_size=size)
+            for size in (1, 16, 1000)
         ]
         assert results[0] == results[1] == results[2]
 
@@ -276,14 +278,15 @@ def test_beam_search_is_transformers(model, sources, kind, beams, length_penalty
     expected = huggingface_generate(
         theirs, sources, prefix, num_beams=beams, do_sample=False, length_penalty=length_penalty
     )
-    ours = generate_ids(model, sources, END, END, prefix, beams, NEW, length_penalty=length_penalty)
+    options = {"beams": beams, "max_new_tokens": NEW, "length_penalty": length_penalty}
+    ours = generate_ids(model, sources, END, END, prefix, **options)
     assert ours == expected
 
 
 def test_greedy_is_transformers(model, sources):
     prefix = make_prefix("rows and offset", len(sources))
     expected = huggingface_generate(huggingface_model(model, 0), sources, prefix, do_sample=False)
-    assert generate_ids(model, sources, END, END, prefix, 1, NEW) == expected
+    assert generate_ids(model, sources, END, END, prefix, beams=1, max_new_tokens=NEW) == expected
 
 
 def test_sampling_is_transformers(model, sources):
@@ -364,7 +367,7 @@ def test_texts(model):
     ids = [tokenizer.encode(f" {text} ") for text in texts]
     assert ids[1] == [2, 2]
     for forbidden in ([1], ()):
-        targets = generate_ids(model, ids, END, END, None, 3, NEW, forbidden=forbidden)
+        targets = generate_ids(model, ids, END, END, None, beams=3, max_new_tokens=NEW, forbidden=forbidden)
         options = {} if forbidden else {"forbidden": ()}
         expected = [tokenizer.decode(target).strip() for target in targets]
         assert generate(model, tokenizer, texts, beams=3, max_new_tokens=NEW, **options) == expected
@@ -378,11 +381,12 @@ def test_a_source_that_just_fits(model):
     """Prefix 3 + source 50 + start token + 11 = 12 - 1 that are fed back: one more than 64 positions hold."""
     prefix = make_prefix("shared", 0)
     source = [9] * 50
-    assert len(generate_ids(model, [source[:-1], [9]], END, END, prefix, 2, NEW, forbidden=[END])[0]) == NEW
+    options = {"beams": 2, "max_new_tokens": NEW}
+    assert len(generate_ids(model, [source[:-1], [9]], END, END, prefix, forbidden=[END], **options)[0]) == NEW
     with pytest.raises(InputError, match="source 2 of 3, the longest with 50 tokens, needs 65 .* the model has 64"):
-        generate_ids(model, [[9], source, [9]], END, END, prefix, 2, NEW)
+        generate_ids(model, [[9], source, [9]], END, END, prefix, **options)
     with pytest.raises(InputError, match="source 1 of 1, the longest with 70 tokens: .*shorten"):
-        generate_ids(model, [[9] * 70], END, END, None, 2, NEW)
+        generate_ids(model, [[9] * 70], END, END, None, beams=2, max_new_tokens=NEW)
 
 
 @pytest.mark.parametrize(
@@ -412,7 +416,7 @@ def test_finished_texts_leave_the_batch(model, sources, monkeypatch):
     """They end one after the other, so a text that has ended must count as ended at every later step."""
     rows, step = [], model.step
     monkeypatch.setattr(model, "step", lambda ids, cache: rows.append(len(ids)) or step(ids, cache))
-    texts = generate_ids(model, sources, END, END, None, 1, NEW, batch_size=len(sources))
+    texts = generate_ids(model, sources, END, END, None, beams=1, max_new_tokens=NEW, batch_size=len(sources))
     expected, size = [], len(sources)
     for t in range(NEW):
         if size:

@@ -11,7 +11,7 @@ import torch
 
 from minprefix.attention import Cache
 from minprefix.bart import BART, to_huggingface
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.generate import generate, generate_ids, recipe
 from minprefix.prefix import FoldedPrefix
 from minprefix.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_alphabet
@@ -88,7 +88,7 @@ def repeats(ids, n):
 
 def test_outputs_vary_and_the_constraints_bite(model, sources):
     """The other tests are worth little unless this holds."""
-    free = generate_ids(model, sources, END, END, None, 6, NEW, forced_first=FIRST)
+    free = generate_ids(model, sources, END, END, None, beams=6, max_new_tokens=NEW, forced_first=FIRST)
     lengths = Counter(map(len, free))
     assert min(lengths[1], sum(lengths[n] for n in range(2, NEW)), lengths[NEW]) >= 5, lengths
     assert len(set(map(tuple, free))) > 20
@@ -338,13 +338,14 @@ def test_among_all_sequences(constraints, length_penalty):
             tuple(without_end(new)): score / len(new) ** length_penalty
             for score, new in table.all_sequences(**constraints)
         }
-        [found] = generate_ids(table, [[]], END, END, None, 3, Table.NEW, length_penalty=length_penalty, **constraints)
-        options = {"length_penalty": length_penalty, "max_new_tokens": Table.NEW, **constraints}
+        plain = {"length_penalty": length_penalty, "max_new_tokens": Table.NEW}
+        options = {**plain, **constraints}
+        [found] = generate_ids(table, [[]], END, END, beams=3, **options)
         assert found == naive_beam_search(table.next_log_probs, 3, **options)
         best += every[tuple(found)] >= max(every.values()) - 1e-5
-        [greedy] = generate_ids(table, [[]], END, END, None, 1, Table.NEW, **constraints)
+        [greedy] = generate_ids(table, [[]], END, END, beams=1, max_new_tokens=Table.NEW, **constraints)
         assert greedy == naive_greedy(table.next_log_probs, Table.NEW, **constraints) and tuple(greedy) in every
-        [free] = generate_ids(table, [[]], END, END, None, 3, Table.NEW, length_penalty=length_penalty)
+        [free] = generate_ids(table, [[]], END, END, beams=3, **plain)
         differs += free != found
     assert best > len(seeds) / 2
     assert differs or not constraints

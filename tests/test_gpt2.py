@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from minprefix import load_model
 from minprefix.checkpoint import read_safetensors, read_tensors, write_safetensors
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.gpt2 import GPT2, from_huggingface, to_huggingface
 from minprefix.prefix import FoldedPrefix
 

@@ -18,7 +18,7 @@ import torch
 
 from minprefix import download, hub, load
 from minprefix.checkpoint import read_tensors, write_safetensors
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.hub import find_model, hub_cache, is_hub_name, model_name, resolve_model
 from minprefix.tokenizer import load_tokenizer
 from tests.tiny import write_tiny_bart, write_tiny_model

@@ -1,8 +1,11 @@
 """The README's reading order is the order of the imports, and its commands are those that .ci/run runs."""
 
 import re
+import sys
+from pathlib import Path
 
 import minprefix
+from minprefix.prefix import save_prefix
 from tests.tiny import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -14,19 +17,37 @@ def test_each_file_imports_only_files_above_it():
     assert sorted(order) == sorted(p.stem for p in (ROOT / "minprefix").glob("*.py") if p.stem != "__init__")
     for place, name in enumerate(order):
         source = (ROOT / "minprefix" / f"{name}.py").read_text(encoding="utf-8")
-        imported = set(re.findall(r"^\s*from minprefix\.(\w+) import", source, re.M))
+        if name == "prefix":  # the one exception: `python -m minprefix.prefix` is prefix_tool.py
+            source = source[: source.index("if __name__")]
+        found = re.findall(r"^\s*from minprefix(?:\.(\w+))? import (.+)", source, re.M)
+        imported = {part for module, parts in found for part in ([module] if module else parts.split(", "))}
         assert imported <= set(order[:place]), name
 
 
 def test_the_core_needs_four_packages():
     for path in [*(ROOT / "minprefix").glob("*.py"), ROOT / "train.py", ROOT / "sample.py"]:
         imported = set(re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.M))
-        assert imported.isdisjoint({"transformers", "peft", "safetensors", "tokenizers", "sacrebleu"}), path
+        assert imported <= {"torch", "numpy", "tiktoken", "tqdm", "minprefix", *sys.stdlib_module_names}, path
 
 
 def test_what_the_readme_imports_from_the_package_is_listed():
     names = {name for line in re.findall(r"^from minprefix import (.*)", README, re.M) for name in line.split(", ")}
     assert "metrics" in names and names <= set(minprefix.__all__) and all(hasattr(minprefix, name) for name in names)
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    """All of its blocks, one after the other, in a folder with the prefixes that they name."""
+    monkeypatch.chdir(tmp_path)
+    model = minprefix.load_model("gpt2-mini")
+    for path in ("runs/mine/prefix.safetensors", "a.safetensors", "b.safetensors"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_prefix(path, minprefix.Prefix(model, 5, 0).fold(), model, {"base_model": "gpt2-mini"})
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 4 and len(names["texts"]) == 3
+    assert names["logits"].shape == (1, 2 + len(names["tokenizer"].encode("A short one")), 4100)
 
 
 def test_no_figure_needs_pyplot():

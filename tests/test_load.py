@@ -9,8 +9,9 @@ import torch
 
 from minprefix import load_model, load_tokenizer
 from minprefix.checkpoint import read_safetensors, read_tensors, write_safetensors
-from minprefix.files import InputError
-from minprefix.load import check_vocabulary, pick_device, pick_dtype, pick_writing_dtype
+from minprefix.errors import InputError
+from minprefix.load import check_vocabulary, pick_writing_dtype
+from minprefix.machine import pick_device, pick_dtype
 from tests.tiny import write_tiny_bart
 
 TINY = Path(__file__).parent / "golden" / "tiny-gpt2"

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from minprefix import metrics
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.ptb import ptb_tokens
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text(encoding="utf-8"))

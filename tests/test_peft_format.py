@@ -9,9 +9,9 @@ import torch
 import sample
 from minprefix import Prefix, hub, load_model, load_prefix, prefix_tool
 from minprefix.checkpoint import read_safetensors, write_safetensors
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.prefix import save_prefix
-from tests.test_scripts import call
+from tests.helpers import call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])

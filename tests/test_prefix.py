@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from minprefix import Prefix, load_model, load_prefix, load_tokenizer
 from minprefix.bart import BART
 from minprefix.checkpoint import read_safetensors, write_safetensors
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.gpt2 import GPT2
-from minprefix.prefix import FoldedPrefix, check_fits, parameter_shares, save_prefix, word_activations
+from minprefix.prefix import FoldedPrefix, check_fits, save_prefix, word_activations
 from tests.tiny import write_tiny_model
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
@@ -271,21 +271,6 @@ def test_words_at_some_sites_and_through_mlps(bart, tokenizer):
 def test_words_without_a_token(model, tokenizer):
     with pytest.raises(InputError, match="the words '' .* hold no token"):
         make_prefix(model, 0).init_from_words(model, tokenizer, "")
-
-
-# ---- size ----
-
-
-@pytest.mark.parametrize("length, numbers, share", [(10, "491,520", "0.14%"), (5, "245,760", "0.07%")])
-def test_parameter_shares_of_gpt2_medium(length, numbers, share):
-    """The paper's 0.1%: counted on the real shape, without memory for it."""
-    with torch.device("meta"):
-        model = GPT2({"vocab_size": 50257, "n_positions": 1024, "n_embd": 1024, "n_layer": 24, "n_head": 16})
-        line, direct = parameter_shares(Prefix(model, length, 512), model), Prefix(model, length, 0)
-    trained = length * 1024 + (1024 + 1) * 512 + (512 + 1) * 24 * 2 * 1024
-    assert f"saves {numbers} ({share})" in line and "of the model's 354,823,168" in line
-    assert f"trains {trained:,} numbers" in line
-    assert f"trains {numbers} numbers ({share}" in parameter_shares(direct, model)
 
 
 # ---- files ----

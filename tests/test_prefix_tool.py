@@ -1,5 +1,7 @@
 """python -m minprefix.prefix show: what it says of each kind of file, and the attention it reports against NumPy's."""
 
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -11,8 +13,8 @@ from minprefix.baselines import Adapters, Infix, save_trained
 from minprefix.batches import collate
 from minprefix.prefix import FoldedInfix, fingerprint, save_prefix
 from minprefix.tokenizer import load_tokenizer
-from tests.test_scripts import call
-from tests.tiny import write_tiny_bart, write_tiny_model
+from tests.helpers import call
+from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +164,12 @@ def test_a_source_is_cut_as_in_training(world, capsys):
         assert code == 0, err
         maps.append(out[out.index("written  ") :])
     assert maps[0] == maps[1]
+
+
+def test_the_command_bears_the_name_of_the_library_file(world):
+    command = [sys.executable, "-m", "minprefix.prefix", "show", "gpt2.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (0, "") and "length" in done.stdout
 
 
 @pytest.mark.parametrize("arguments, message", [("", "COMMAND"), ("shw", "'shw'"), ("export --to x", "--prefix")])

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import sample
+from minprefix.errors import InputError
 from minprefix.examples import Example
-from minprefix.files import InputError, locked
-from minprefix.runs import disk_size, remove_half_written, run_folder, sample_command, texts_folder
+from minprefix.files import locked
+from minprefix.runs import disk_size, remove_half_written, run_folder, sample_command, texts_file
 from tests.tiny import ROOT
 
 SHORT, LONG = [Example("item 3", ["It is three."])], [Example("word " * 99, ["Words."])]
@@ -45,8 +46,9 @@ def test_scored_texts_lie_in_the_run(tmp_path):
     for name in ("log.jsonl", "prefix.safetensors", "model/config.json"):
         (tmp_path / "run" / name).write_text("four")
     for trained in ("run", "run/prefix.safetensors", "run/model"):
-        assert texts_folder(tmp_path / trained) == tmp_path / "run"
-    assert texts_folder(tmp_path / "elsewhere.safetensors") == Path()
+        assert texts_file(tmp_path / trained, None, "inputs", []) == tmp_path / "run" / "texts-inputs.txt"
+    elsewhere = texts_file(tmp_path / "elsewhere.safetensors", "e2e", "test", ["a/b"])
+    assert elsewhere == Path("texts-elsewhere-e2e-test-a_b.txt")
     assert disk_size(tmp_path / "run" / "prefix.safetensors") == disk_size(tmp_path / "run" / "model") == 4
 
 

@@ -30,47 +30,11 @@ from minprefix import (
     training,
 )
 from minprefix.checkpoint import read_safetensors
-from minprefix.files import atomic_write, locked, run_main
+from minprefix.files import atomic_write, locked
 from minprefix.training import train as train_loop
+from tests.helpers import ROWS, assert_one_clear_line, call
 from tests.test_triples import entry, write_xml
 from tests.tiny import write_tiny_model
-
-ROWS = [{"source": f"item {i} of the list", "target": f"This is item number {i}."} for i in range(40)]
-MR = "name[The Golden Lantern], eatType[pub], food[Thai]"
-
-
-def call(script, capsys, *args):
-    """Run a script's main with arguments -> (exit code, stdout, stderr)."""
-    sys.argv = [script.__name__ + ".py", *map(str, args)]
-    code = 0
-    try:
-        run_main(script.main)
-    except SystemExit as exit:
-        code = exit.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def assert_one_clear_line(script, arguments, message, capsys, world):
-    """One line that holds the message, but for those on sources that were cut; exit code 2; nothing half-written."""
-    code, out, err = call(script, capsys, *(arguments.split() if isinstance(arguments, str) else arguments))
-    lines = [line for line in err.splitlines() if not line.startswith("cut ")]
-    assert code == 2, (out, err)
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
-    assert not list(world.rglob("*.tmp"))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with a tiny model, another of the same shape, one of another shape, and rows to train on."""
-    folder = tmp_path_factory.mktemp("world")
-    write_tiny_model(folder / "model")
-    write_tiny_model(folder / "twin", seed=1)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "e2e").mkdir()
-    for name in ("trainset", "devset", "testset_w_refs"):
-        (folder / "e2e" / f"{name}.csv").write_text(f'mr,ref\n"{MR}",The Golden Lantern is a Thai pub.\n' * 1)
-    return folder
 
 
 @pytest.fixture(scope="module")

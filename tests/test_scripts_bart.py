@@ -12,7 +12,7 @@ import sample
 import train
 from minprefix import load_prefix
 from minprefix.checkpoint import read_safetensors
-from tests.test_scripts import assert_one_clear_line, call
+from tests.helpers import assert_one_clear_line, call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 needs_rouge_score = pytest.mark.skipif(

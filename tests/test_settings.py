@@ -11,7 +11,7 @@ from minprefix.hub import resolve_model
 from minprefix.load import empty_model
 from minprefix.settings import BUNDLED, LR, OPTIONS, default_settings, learning_rate, settings_table
 from minprefix.studies import tuning
-from tests.test_scripts import assert_one_clear_line
+from tests.helpers import assert_one_clear_line
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 

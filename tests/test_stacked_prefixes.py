@@ -10,11 +10,11 @@ from minprefix import Prefix, load_model, requests, stack_prefixes
 from minprefix.attention import beside, causal_mask
 from minprefix.bart import BART
 from minprefix.baselines import load_trained, save_trained
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.generate import generate_ids
 from minprefix.gpt2 import GPT2
 from minprefix.prefix import FoldedInfix, FoldedPrefix, fingerprint, save_prefix
-from tests.test_scripts import call
+from tests.helpers import call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,19 +7,12 @@ import numpy as np
 import pytest
 
 from minprefix.data import Example, format_source, load_examples
-from minprefix.files import InputError
+from tests.helpers import complaint
 from tests.tiny import ROOT
 
 SCITLDR = ROOT.parent / "shared" / "data" / "scitldr"
 ROWS = {"train": 1992, "dev": 619, "test": 618}
 needs_scitldr = pytest.mark.skipif(not SCITLDR.is_dir(), reason="the SciTLDR files are not at ../shared/data/scitldr")
-
-
-def complaint(function, *arguments):
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
-    return str(caught.value)
 
 
 def write_lines(folder, documents, summaries, name="train", end="\n"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minprefix import load_tokenizer
-from minprefix.files import InputError
+from minprefix.errors import InputError
 from minprefix.tokenizer import byte_alphabet
 
 ROOT = Path(__file__).parent.parent

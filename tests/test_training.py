@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from minprefix import Prefix, load_model, load_tokenizer, training
 from minprefix.batches import collate, encode_pairs
 from minprefix.data import Example
-from minprefix.files import InputError, MemoryShort
+from minprefix.errors import InputError, MemoryShort
 from minprefix.loss import target_loss
 from minprefix.muon import Muon
-from minprefix.training import batch_stream, dev_loss, linear_schedule, make_optimizer, read_checkpoint, train
+from minprefix.resume import read_checkpoint
+from minprefix.training import batch_stream, dev_loss, linear_schedule, make_optimizer, train
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 PAIRS = [([5 + i, 6, 7 + i], [40 + i, 50, 60, 4095]) for i in range(12)] + [([9], [8, 4095])]

@@ -9,20 +9,13 @@ import pytest
 from minprefix import triples
 from minprefix.data import format_source, load_examples
 from minprefix.examples import Example, draw_pairs, on_topics
-from minprefix.files import InputError
+from tests.helpers import complaint
 from tests.tiny import ROOT
 
 DATA = ROOT.parent / "shared" / "data"
 needs_webnlg = pytest.mark.skipif(not (DATA / "webnlg").is_dir(), reason="WebNLG is not at ../shared/data/webnlg")
 needs_dart = pytest.mark.skipif(not (DATA / "dart").is_dir(), reason="DART is not at ../shared/data/dart")
 PILOT = "Alan_Bean : occupation : Test_pilot | Alan_Bean : nationality : United_States"
-
-
-def complaint(function, *arguments):
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
-    return str(caught.value)
 
 
 def entry(category, *triples, good=(), bad=()):

@@ -13,9 +13,9 @@ from pathlib import Path
 from minprefix import generate, load_model, load_tokenizer, metrics
 from minprefix.baselines import load_trained, trained_file
 from minprefix.data import load_examples
+from minprefix.errors import run_main
 from minprefix.examples import Example, spread
-from minprefix.files import run_main
-from minprefix.load import keep_freed_memory
+from minprefix.machine import keep_freed_memory
 from minprefix.options import Parser, check_above_zero
 from minprefix.slots import slot_accuracy
 

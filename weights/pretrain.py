@@ -29,11 +29,13 @@ from tqdm import tqdm
 from minprefix import bart, gpt2
 from minprefix.attention import real_tokens
 from minprefix.batches import pad
-from minprefix.files import InputError, atomic_write, read_json, run_main
-from minprefix.load import Model, check_state, keep_freed_memory, load_model, save_model
+from minprefix.errors import InputError, run_main
+from minprefix.files import atomic_write, read_json
+from minprefix.load import Model, check_state, load_model, save_model
+from minprefix.machine import keep_freed_memory
 from minprefix.options import Parser, check_above_zero, check_not_negative, fill
+from minprefix.resume import read_checkpoint
 from minprefix.tokenizer import Tokenizer, load_tokenizer
-from minprefix.training import read_checkpoint
 
 IGNORE = -100  # the label of padding
 END = "<|endoftext|>"
@@ -295,6 +297,13 @@ def train(args: argparse.Namespace) -> None:
     keep_freed_memory()
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if longest_row(args) > args.positions:
+        raise InputError(f"rows of {longest_row(args)} tokens do not fit {args.positions} positions: lower --length")
+    args.state.mkdir(parents=True, exist_ok=True)
+    if args.what == "bart" and not (args.out / "vocab.json").exists():
+        bart_vocabulary(args)
+    check_bpe(args.out)
+    args.shared = settings(args)
     train_batches, heldout_batches, heldout_ids = load_corpus(args)
     model = new_model(args, load_tokenizer(args.out).vocab_size)
     if args.init:
@@ -336,21 +345,17 @@ def train(args: argparse.Namespace) -> None:
             saved_at = time.time()
 
 
+def longest_row(args: argparse.Namespace) -> int:
+    return args.length if args.what == "gpt2" else 2 * args.length
+
+
 def load_corpus(args: argparse.Namespace) -> tuple[Callable[[int], Rows], Callable[[int], Rows], np.ndarray]:
     """The batches of the training text and of the held-out text by step, and the held-out ids.
 
-    A new BART gets its vocabulary here. InputError if rows do not fit the model, or there is too little text.
+    InputError if there is too little text.
     """
-    longest = args.length if args.what == "gpt2" else 2 * args.length
-    if longest > args.positions:
-        raise InputError(f"rows of {longest} tokens do not fit {args.positions} positions: lower --length")
-    args.state.mkdir(parents=True, exist_ok=True)
-    if args.what == "bart" and not (args.out / "vocab.json").exists():
-        bart_vocabulary(args)
-    check_bpe(args.out)
-    args.shared = settings(args)
     train_ids, heldout_ids = corpus_ids(args, "pretrain"), corpus_ids(args, "heldout")
-    if min(len(train_ids), len(heldout_ids)) < 4 * longest:
+    if min(len(train_ids), len(heldout_ids)) < 4 * longest_row(args):
         raise InputError(f"{args.corpus} has less text than a few rows: {len(train_ids)} and {len(heldout_ids)} tokens")
     batches = language_modelling if args.what == "gpt2" else denoising
     return batches(args, train_ids, args.seed), batches(args, heldout_ids, args.seed), heldout_ids
