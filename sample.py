@@ -16,6 +16,7 @@ folder they go to the current one, as texts-PREFIX-TASK-SPLIT.txt.
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -38,8 +39,8 @@ from minprefix.generate import search_options
 from minprefix.load import check_vocabulary, pick_writing_dtype
 from minprefix.machine import keep_freed_memory, pick_device
 from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, fill
-from minprefix.requests import load_prefixes, read_requests, write_requests
-from minprefix.runs import texts_file
+from minprefix.requests import load_prefixes, prefix_name, read_requests, write_requests
+from minprefix.runs import is_run, texts_file
 
 SPLITS = (*WEBNLG_SPLITS, "all")
 
@@ -87,6 +88,8 @@ def parse_args() -> Namespace:
 
     args = parser.parse_args()
     check(args)
+    if args.file == "":
+        raise InputError("--file is empty: give a file's name")
     if args.task:
         check_place(args.task, args.data)  # before what may be a download
     split = "test" if args.task and not args.task.endswith(".jsonl") else "all"
@@ -98,9 +101,10 @@ def parse_args() -> Namespace:
         inputs = args.split if args.task else Path(args.file or "input").stem
         args.output = texts_file(args.prefix or Path(args.model or ""), args.task, inputs, args.topics or [])
     if args.output:
-        check_output(args.output)
+        made_from = [*args.prefixes, *(Path(file) for file in (args.file, args.task) if file)]
+        check_output(args.output, made_from)
         if args.evaluate:
-            check_output(args.output.with_suffix(".json"))
+            check_output(args.output.with_suffix(".json"), made_from)
     return args
 
 
@@ -114,18 +118,26 @@ def check(args: Namespace) -> None:
         raise InputError("--length-penalty does nothing without a search by several --beams: leave it out")
     if len(args.prefixes) > 1 and (args.evaluate or not str(args.file).endswith(".jsonl")):
         raise InputError('several --prefix need --file FILE.jsonl with rows {"source": ..., "prefix": name}, unscored')
+    if args.evaluate and args.output and is_stream(args.output):
+        raise InputError(f"--output {args.output}: the scores go to a file beside the texts, give a file's name")
     if args.evaluate and args.output and args.output.suffix == ".json":
         raise InputError(f"--output {args.output}: the scores go to a .json file of that name, choose another")
 
 
-def check_output(path: Path) -> None:
-    """InputError, before the work, where the texts could not be written."""
+def check_output(path: Path, made_from: Sequence[Path] = ()) -> None:
+    """InputError, before the work, where the texts could not be written, or would overwrite what they are made from."""
     if len(os.fsencode(path.name)) > 200:  # of 255 bytes, some are a temporary file's
         raise InputError(f"{path} is too long a name for the texts' file: give --output a shorter one")
+    if path == Path("-"):
+        raise InputError("--output -: leave it out, the texts go to stdout then")
     if is_stream(path):
         return
     if path.is_dir():
         raise InputError(f"--output {path} is a folder: give the name of a file in it")
+    if path.exists() and any(file.exists() and path.samefile(file) for file in made_from):
+        raise InputError(f"--output {path} would overwrite what the texts are made from: give another name")
+    if path.name == "result.json" and is_run(path.parent):
+        raise InputError(f"--output: {path} is a run's own file: give another name")
     parent = next(p for p in path.resolve().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--output {path}: {parent} is not a folder that can be written to")
@@ -188,10 +200,18 @@ def read_examples(args: Namespace, trained_task: str) -> list[Example]:
     """The inputs from wherever the command line says, in the form that the prefix was trained on."""
     rows = args.task or args.file
     if args.task or str(args.file).endswith(".jsonl"):
-        examples = load_on_topics(rows, args.split, args.data, args.topics, args.topic_field)
+        field = args.topic_field if args.task else "prefix"  # as in requests for several prefixes
+        examples = load_on_topics(rows, args.split, args.data, args.topics, field)
+        name = prefix_name(args.prefix) if args.file and args.prefix else None
+        if others := [e.topic for e in examples if name and e.topic not in (None, name)]:
+            named = f'"prefix": {others[0]!r:.80}, given is {name!r}'
+            raise InputError(f"{rows}: a row has {named}: give that --prefix, too")
         if not rows.endswith(".jsonl"):
             return examples
-        return [Example(format_source(trained_task, e.source), e.references) for e in examples]
+        return [
+            Example(format_source(trained_task, e.source, f"{rows}, row {number}"), e.references)
+            for number, e in enumerate(examples, 1)
+        ]
     if not args.input and not args.file and distributed.world_size() > 1:
         raise InputError("stdin is one process's to read: give the inputs by --file")
     if not args.input and not args.file and sys.stdin.isatty():
@@ -199,7 +219,12 @@ def read_examples(args: Namespace, trained_task: str) -> list[Example]:
     lines = args.input or read_text(args.file or "-").split("\n")
     if lines[-1:] == [""]:
         lines.pop()  # what follows the last line end
-    examples = [Example(format_source(trained_task, line), []) for line in lines if line.strip()]
+    place = "--input" if args.input else args.file or "stdin"
+    examples = [
+        Example(format_source(trained_task, line, f"{place}, number {number}" if len(lines) > 1 else place), [])
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not examples:
         raise InputError("no input: give --input TEXT, --file FILE, --task, or lines on stdin")
     if blank := [number for number, line in enumerate(lines, 1) if not line.strip()]:

@@ -20,7 +20,7 @@ import torch
 
 from minprefix import distributed, load_model, load_tokenizer
 from minprefix.baselines import make_tuned, save_tuned
-from minprefix.batches import Pair, load_inputs, load_pairs, sequence_form
+from minprefix.batches import Pair, batches_per_epoch, load_inputs, load_pairs, sequence_form
 from minprefix.curve import plot_curve, text_curve
 from minprefix.data import TRIPLES, check_place
 from minprefix.errors import InputError, run_main
@@ -98,6 +98,8 @@ def check(args: Namespace) -> None:
     """InputError where a number makes no sense, or an option has no effect."""
     above_zero = ("epochs", "steps", "limit", "low_data", "batch_size", "lr", "eval_every", "beams", "max_source")
     check_above_zero(args, (*above_zero, "prefix_length", "adapter_width"))
+    if args.out == Path():
+        raise InputError("--out is empty, or the current folder: give a folder for the run")
     check_not_negative(args, ("hidden", "warmup", "eval_inputs", "seed", "low_data_seed", "offset"))
     for key in sorted(other_options(args.method)):
         if getattr(args, key) is not None:
@@ -139,7 +141,7 @@ def run(args: Namespace) -> None:
     )  # fmt: skip
     tuned.to(device)
     train_pairs, dev_pairs, test = load_data(args, tokenizer, model, tuned.position_offset)
-    steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
+    steps = args.steps or math.ceil(args.epochs * batches_per_epoch(train_pairs, args.batch_size))
     resuming = args.resume and has_checkpoint(args.out)
     if args.init is not None and not resuming and isinstance(tuned, Prefix):
         tuned.init_from_words(model, tokenizer, args.init)

@@ -163,16 +163,23 @@ def first_position(prefix: PrefixDict | None) -> int | Tensor:
     return prefix.position_offset if isinstance(prefix, FoldedPrefix) else prefix_length(prefix, "decoder")
 
 
-def position_ids(ids: Tensor, start: int | Tensor, n_positions: int) -> Tensor:
-    """(T,) for tokens ids (B, T), the first at `start`, or (B, T) for starts (B,); InputError if they are too many."""
-    T, latest = ids.size(1), int(start.max()) if torch.is_tensor(start) else start
-    if latest + T > n_positions:
+def position_ids(ids: Tensor, start: int | Tensor, n_positions: int, lengths: Tensor | None = None) -> Tensor:
+    """(T,) for tokens ids (B, T), the first at `start`, or (B, T) for starts (B,); InputError if they are too many.
+
+    lengths (B,): how many tokens a row has before its padding, which may stand anywhere; None: T each.
+    """
+    T = ids.size(1)
+    lengths = torch.tensor([T]) if lengths is None else lengths.cpu()
+    end, row = (torch.as_tensor(start).cpu() + lengths).max(dim=0)
+    if end > n_positions:
+        count = int(lengths[row % len(lengths)])
         raise InputError(
-            f"{T} tokens from position {latest} on do not fit the model's {n_positions} positions: "
+            f"{count} tokens from position {end - count} on do not fit the model's {n_positions} positions: "
             "shorten the text (--max-source cuts sources) or the prefix"
         )
     positions = torch.arange(T, device=ids.device)
-    return positions + (start.to(ids.device)[:, None] if torch.is_tensor(start) else start)
+    positions = positions + (start.to(ids.device)[:, None] if torch.is_tensor(start) else start)
+    return positions.clamp(max=n_positions - 1)  # that of padding alone
 
 
 class Cache:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minprefix.attention import beside, causal_mask
+from minprefix.attention import FoldedInfix, FoldedPrefix, beside, causal_mask
 from minprefix.checkpoint import read_config, read_safetensors, write_safetensors
 from minprefix.errors import InputError
 from minprefix.gpt2 import GPT2
 from minprefix.hub import model_name, resolve_model
 from minprefix.load import Model, check_state, save_model
-from minprefix.prefix import FoldedInfix, FoldedPrefix, Prefix, check_fingerprint, load_prefix, save_prefix, version
+from minprefix.prefix import FORMS, Prefix, check_fingerprint, load_prefix, save_prefix, version
 
 METHODS = ("prefix", "finetune", "top2", "adapter", "embedding", "infix")
 SUBLAYER_ENDS = ("attn.c_proj", "mlp.c_proj", "attn.out_proj", ".fc2")  # the last product of each, in GPT-2 and BART
@@ -153,7 +153,7 @@ class Infix(Prefix):
     They are free, as a prefix's are; the authors' code adds to them what the model computes for trained embeddings.
     """
 
-    folded = FoldedInfix
+    form = FoldedInfix
 
     def __init__(self, model: Model, length: int, hidden: int = 512):
         if model.encoder_decoder:
@@ -226,6 +226,8 @@ def trained_file(path: str | Path) -> Path:
     for file in (path, *(path / f"{method}.safetensors" for method in METHODS)):
         if file.is_file():
             return file
+    if (path / "checkpoint.pt").is_file():
+        raise InputError(f"the run in {path} has not ended: go on with it by train.py's command and --resume")
     raise InputError(f"there is nothing at {path} that train.py saved: train first, or check the path")
 
 
@@ -269,7 +271,12 @@ def trained_max_source(info: dict[str, str]) -> int | None:
 
 
 def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a run saved in a file, or PEFT in a folder -> tensors by name, and what it says of them (dict of str)."""
+    """What a run saved in a file, or PEFT in a folder -> tensors by name, and what it says of them (dict of str).
+
+    Of a fine-tuned model's folder no tensors.
+    """
+    if (Path(path) / "config.json").is_file():
+        return {}, {"method": "finetune", **told_by_config(read_config(path))}
     if Path(path).is_dir():
         prefix = load_prefix(path)
         return prefix, prefix.info
@@ -287,8 +294,8 @@ def load_trained(path: str | Path, model: Model) -> FoldedPrefix | None:
     """
     tensors, info = read_trained(path)
     method = info.get("method", "prefix")
-    if method in ("prefix", "infix"):
-        return load_prefix(path, model, FoldedInfix if method == "infix" else FoldedPrefix)
+    if method in FORMS:
+        return load_prefix(path, model)
     check_fingerprint(info, model, path)
     if method == "embedding":
         if model.encoder_decoder:

@@ -195,6 +195,11 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (T - len(row))] for row in rows])
 
 
+def batches_per_epoch(rows: Sequence[Any], batch_size: int) -> int:
+    """How many `bucket_batches` are made of rows: all full but one."""
+    return math.ceil(len(rows) / batch_size)
+
+
 def bucket_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """One epoch's batches as lists of indices: each index once, rows of like lengths together, all full but one.
 

@@ -48,7 +48,7 @@ Work = tuple[Callable[[int], None], dict[str, Any]]  # what does batch i, and fa
 
 
 def parse_args() -> Namespace:
-    parser = Parser("python -m minprefix.bench WHAT", __doc__)
+    parser = Parser("python -m minprefix.bench", __doc__, what="WHAT")
     add = parser.add_argument
     add("what", choices=("train", "generate"), metavar="WHAT", help="train, generate")
     add("--model", default="gpt2-mini", help="a HuggingFace folder or a model's name (%(default)s)")
@@ -149,6 +149,8 @@ def work(pipe: Connection, contender: Callable[[Namespace], Work], args: Namespa
             programs.append(counters["frames"]["ok"])
     except InputError as error:
         pipe.send(str(error))
+        return
+    except EOFError:  # the other contender failed
         return
     facts["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if args.device == "cuda":

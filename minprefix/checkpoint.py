@@ -25,6 +25,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # either whole, or as NAME.index.json and shards
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
 Entry = tuple[int, int, torch.dtype, list[int]]  # of a safetensors header: begin, end, dtype, shape
 
@@ -64,13 +65,13 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
     changing a tensor in place never changes its file. InputError if there are no weights or they are unusable.
     """
     folder = check_folder(folder)
-    formats = {"model.safetensors": lambda path: read_safetensors(path)[0], "pytorch_model.bin": read_bin}
-    for file_name, read in formats.items():
+    readers = (lambda path: read_safetensors(path)[0], read_bin)
+    for file_name, read in zip(WEIGHT_FILES, readers, strict=True):
         if os.path.lexists(folder / file_name):
             return read(folder / file_name)
         if os.path.lexists(folder / f"{file_name}.index.json"):
             return read_shards(folder / f"{file_name}.index.json", read)
-    raise InputError(f"{folder} has no weights: expected model.safetensors or pytorch_model.bin, whole or sharded")
+    raise InputError(f"{folder} has no weights: expected {' or '.join(WEIGHT_FILES)}, whole or sharded")
 
 
 def bare_names(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:

@@ -118,19 +118,21 @@ def load_on_topics(
     return on_topics(load_examples(task, split, data, topic_field), topics, f"{task}, {split} split")
 
 
-def format_source(task: str, text: str) -> str:
+def format_source(task: str, text: str, where: str = "the input") -> str:
     """A user's input as the text x that the task's examples have: E2E's mr or linearised text, else the text itself.
+
+    where: it stands, for errors.
 
     WebNLG and DART: triples, `Alan_Bean : occupation : Test_pilot | Alan_Bean : nationality : United_States`.
     The summarisation tasks' documents have all white space collapsed, a user's own JSONL keeps what is inside a text.
     """
-    text = check_text(text, "the input")
+    text = check_text(text, where)
     if task == "e2e" and ("[" in text or " : " not in text):
         for slot, _ in re.findall(PAIR, text):
             tell_unknown_slot(slot.strip())
-        return linearise_e2e(text)
+        return linearise_e2e(text, where)
     if task in TRIPLES:
-        return linearise_triples(split_triples(text))
+        return linearise_triples(split_triples(text, where))
     return collapse(text) if task in SUMMARISATION else text
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from minprefix import metrics
+from minprefix.attention import FoldedPrefix
 from minprefix.baselines import load_trained
 from minprefix.data import SUMMARISATION, find_e2e
 from minprefix.errors import InputError
@@ -14,7 +15,6 @@ from minprefix.examples import Example
 from minprefix.files import atomic_write
 from minprefix.generate import generate
 from minprefix.load import Model, load_model
-from minprefix.prefix import FoldedPrefix
 from minprefix.slots import slot_accuracy
 from minprefix.tokenizer import Tokenizer
 
@@ -27,8 +27,9 @@ NOUNS = {"prefix": "the prefix", "finetune": "fine-tuning", "top2": "fine-tuning
 
 def check_scorable(task: str, examples: list[Example]) -> None:
     """InputError if texts for these examples could not be scored: said before they are written."""
-    if not all(example.references for example in examples):
-        raise InputError("--evaluate needs references: use --task with a split, or a .jsonl file with targets")
+    if lacking := [number for number, example in enumerate(examples, 1) if not example.references]:
+        remedy = "use --task with a split, or a .jsonl file with targets"
+        raise InputError(f"--evaluate needs references, input {lacking[0]} has none: {remedy}")
     if task in SUMMARISATION:
         metrics.rouge_scorer()  # says which package is missing
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from minprefix import signals
 from minprefix.baselines import Adapters
-from minprefix.batches import collate, encode_pairs
+from minprefix.batches import batches_per_epoch, collate, encode_pairs
 from minprefix.checkpoint import read_config
 from minprefix.data import TASKS, find_e2e, json_rows, load_examples, load_on_topics
 from minprefix.errors import InputError, run_main
@@ -38,7 +38,7 @@ from minprefix.hub import model_name, resolve_model
 from minprefix.linear import packed_weights
 from minprefix.load import empty_model, load_model
 from minprefix.machine import keep_freed_memory, pick_device, pick_dtype
-from minprefix.options import Parser, check_above_zero
+from minprefix.options import Parser, check_above_zero, check_not_negative
 from minprefix.prefix import Prefix
 from minprefix.report import Row, draw, table
 from minprefix.settings import STUDY_STEPS, default_settings
@@ -54,7 +54,7 @@ Rates = dict[str, dict[str, float | None]]  # method -> {learning rate: dev loss
 
 
 def parse_args() -> Namespace:
-    parser = Parser("python -m minprefix.experiments STUDY", __doc__)
+    parser = Parser("python -m minprefix.experiments", __doc__, what="STUDY")
     add = parser.add_argument
     steps = ", ".join(f"{name} {steps}" for name, steps in STUDY_STEPS.items())
     add("study", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
@@ -70,6 +70,10 @@ def parse_args() -> Namespace:
     add("--dry-run", action="store_true", help="print the commands and their time, then stop")
     args = parser.parse_args()
     check_above_zero(args, ("steps", "samplings", "limit_test", "jobs"))
+    for seed in args.seeds or []:
+        check_not_negative(Namespace(seeds=seed), ("seeds",))
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out} is a file: give a folder")
     if args.samplings is not None and args.study not in ("low-data", "init"):
         raise InputError(f"--samplings does nothing for the study {args.study}: leave it out")
     complete(args)
@@ -88,18 +92,20 @@ def complete(args: Namespace) -> None:
     if args.study == "ablation" and bart:
         raise InputError(f"{args.model} is a BART: the ablation's embedding and infix need a GPT-2")
     args.task = args.task or ("scitldr" if bart else "e2e")
-    args.data = args.data or (find_e2e() if args.task == "e2e" else None)
+    if args.data is None and args.task == "e2e":
+        args.data = find_e2e()
     if args.data is None:
-        raise InputError(f"a study needs the real data of {args.task}: give --data its folder")
+        raise InputError(f"a study needs the real data of {args.task}, no sample: give --data its folder")
     args.data = str(args.data)
-    args.methods = trainable(METHODS, args.kind)
+    args.methods = [method for method in METHODS if not (bart and method == "embedding")]
     args.widths = {f"adapter {share}%": adapter_width(folder, share / 100) for share in (3, 0.1)}
     train = load_on_topics(args.task, "train", args.data, SEEN if args.study == "extrapolation" else None)
-    args.tests = sum(len(inputs(args, *test)) for test in test_sets(args).values())
+    args.tests = {name: len(inputs(args, *test)) for name, test in test_sets(args).items()}  # set -> inputs
     settings = default_settings(args.model, args.kind, args.task)
     args.batch_size = settings["batch_size"]
-    pairs = sum(len(example.references) for example in train)
-    args.steps = args.steps or STUDY_STEPS.get(args.model) or math.ceil(settings["epochs"] * pairs / args.batch_size)
+    pairs = [reference for example in train for reference in example.references]
+    per_epoch = batches_per_epoch(pairs, args.batch_size)
+    args.steps = args.steps or STUDY_STEPS.get(args.model) or math.ceil(settings["epochs"] * per_epoch)
     args.samplings = args.samplings or 5
     args.seeds = list(dict.fromkeys(args.seeds or ([101] if args.study in ("low-data", "init") else [101, 102])))
     args.out = args.out or Path("runs", f"studies-{folder.resolve().name}")
@@ -107,11 +113,6 @@ def complete(args: Namespace) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     args.jobs = args.jobs or (cores if args.device == "cpu" else 1)
     args.threads = max(1, cores // args.jobs)  # runs of one thread each are faster than one with all threads
-
-
-def trainable(methods: Sequence[str], kind: str) -> list[str]:
-    """The methods of a study that a model of this kind can be trained with."""
-    return [method for method in methods if not (kind == "bart" and method == "embedding")]
 
 
 def inputs(args: Namespace, split: str, topics: Sequence[str]) -> list[Example]:
@@ -133,7 +134,7 @@ def main() -> None:
         if not (SCRIPTS / script).is_file():
             raise InputError(f"{SCRIPTS / script} is missing: the studies run it, work in a clone of the repository")
     study, (data, methods) = STUDIES[args.study], TUNED[args.study]
-    methods = trainable(methods, args.kind)
+    methods = [method for method in methods if method in (*args.methods, "prefix 10", "infix")]
     rates = f"learning-rates-{args.task}-{data}.json"
     losses = read_rates(resolve_model(args.model) / rates)
     untuned = [run for method in methods if method not in losses for run in tuning(args, data, method)]
@@ -213,7 +214,7 @@ def measure(args: Namespace) -> dict[str, float]:
 def estimate(run: Run, args: Namespace, speed: dict[str, float]) -> float:
     """A run's seconds: fine-tuning takes about 1.5 times as long as training a prefix, a dev loss half as long."""
     trained = run.examples * (1.5 if "finetune" in run.train else 1) + run.dev_examples / 2
-    texts = args.tests if run.samples else 0
+    texts = sum(args.tests.values()) if run.samples else 0
     return START + trained * speed["training example"] + texts * speed["text"]
 
 
@@ -225,7 +226,7 @@ def show(runs: list[Run], folder: Path, args: Namespace, speed: dict[str, float]
         print(f"\n{run.name}: {run.examples:,} training examples, {minutes(estimate(run, args, speed))}")
         for command in commands(run, folder):
             print("  " + shlex.join(["python", *command]))
-    examples, texts = sum(run.examples for run in left), sum(args.tests for run in left if run.samples)
+    examples, texts = sum(run.examples for run in left), sum(sum(args.tests.values()) for run in left if run.samples)
     total = minutes(sum(estimate(run, args, speed) for run in left) / args.jobs)
     print(f"\n{folder}: {len(left)} of {len(runs)} runs to do, {args.jobs} at a time: {examples:,} training examples, "
           f"{texts:,} texts, {total}")  # fmt: skip

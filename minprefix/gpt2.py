@@ -122,7 +122,7 @@ class GPT2(nn.Module):
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`."""
         start = first_position(prefix)
         prefix = prefix.at(lengths) if isinstance(prefix, FoldedInfix) else prefix
-        _, source = self._run(ids, prefix, start)
+        _, source = self._run(ids, prefix, start, lengths)
         mask = padding_mask(real_tokens(lengths, ids.size(1)), self.wte.weight)
         fixed = [[*context, (*kv, mask)] for context, kv in zip(self._prefix(prefix), source, strict=True)]
         return Cache(fixed, None, lengths + torch.as_tensor(start).to(lengths), self.wte.weight.dtype)
@@ -140,10 +140,12 @@ class GPT2(nn.Module):
         """Keys and values that the model computes for tokens ids (1, T) -> {site: [(k, v) of each layer]}."""
         return {"decoder": self._run(ids, None, 0)[1]}
 
-    def _run(self, ids: Tensor, prefix: PrefixDict | None, start: int | Tensor) -> tuple[Tensor, list[KV]]:
-        """ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each layer."""
+    def _run(
+        self, ids: Tensor, prefix: PrefixDict | None, start: int | Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[KV]]:
+        """ids (B, T), of which `lengths` (B,) are tokens -> states (B, T, C), and the tokens' (k, v) of each layer."""
         check_prefix(prefix, self.prefix_sites, len(ids))
-        positions = position_ids(ids, start, self.n_positions)
+        positions = position_ids(ids, start, self.n_positions, lengths)
         contexts: list[list[Segment]] = self._prefix(prefix)
         if isinstance(prefix, FoldedInfix):
             source = real_tokens(prefix.source_lengths, ids.size(1))
@@ -183,11 +185,13 @@ def from_huggingface(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict
     """HuggingFace's tensors under this model's names; mask buffers and the second copy of a tied head are dropped."""
     state = {}
     for name, tensor in bare_names(tensors, "transformer.").items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue
-        if name == "lm_head.weight" and config["tie_word_embeddings"]:
-            continue
-        state[name] = tensor.T if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+            state[name] = tensor.T if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+    if config["tie_word_embeddings"] and "wte.weight" in state:
+        head = state.pop("lm_head.weight", state["wte.weight"])
+        if not torch.equal(head, state["wte.weight"]):
+            tied = "config.json has tie_word_embeddings true, GPT-2's default: set it to false"
+            raise InputError(f"tensors 'lm_head.weight' and 'wte.weight' differ, but {tied}")
     return state
 
 

@@ -9,7 +9,7 @@ import urllib.error
 from pathlib import Path
 from urllib.parse import quote
 
-from minprefix.checkpoint import read_index, read_object
+from minprefix.checkpoint import WEIGHT_FILES, read_index, read_object
 from minprefix.download import fetch
 from minprefix.errors import InputError
 from minprefix.files import locked, read_text
@@ -23,7 +23,6 @@ OWNERS = {
     "gpt2": "openai-community", "gpt2-medium": "openai-community", "gpt2-large": "openai-community",
     "gpt2-xl": "openai-community", "distilgpt2": "distilbert",
 }  # fmt: skip
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # either whole, or as NAME.index.json and shards
 
 
 def resolve_model(name: str | Path) -> Path:
@@ -38,7 +37,7 @@ def resolve_model(name: str | Path) -> Path:
         return Path(name)
     configs = [*WEIGHTS.glob("[!.]*/config.json"), *WEIGHTS.glob("[!.]*/[!.]*/config.json")]  # NAME, OWNER/NAME
     there = sorted(str(path.parent.relative_to(WEIGHTS)) for path in configs)
-    meant = difflib.get_close_matches(str(name), [*there, *OWNERS], n=1)
+    meant = difflib.get_close_matches(str(name), [known for known in (*there, *OWNERS) if known != str(name)], n=1)
     absent = f"no model {str(name)!r}{f' (did you mean {meant[0]}?)' if meant else ''}: there is neither such a folder "
     absent += f"nor one in {WEIGHTS} (which has: {', '.join(there) or 'none'})"
     if not is_hub_name(str(name)):

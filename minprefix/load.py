@@ -19,7 +19,7 @@ from minprefix.tokenizer import Tokenizer
 
 Model = gpt2.GPT2 | bart.BART
 FromHuggingFace = Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]  # tensors, config -> tensors
-KINDS: dict[str, tuple[type[Model], FromHuggingFace]] = {
+CLASSES: dict[str, tuple[type[Model], FromHuggingFace]] = {
     "gpt2": (gpt2.GPT2, gpt2.from_huggingface),
     "bart": (bart.BART, bart.from_huggingface),
 }
@@ -33,7 +33,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu", dtype: torc
     """
     folder = resolve_model(name)
     model = empty_model(folder)
-    state = KINDS[model.config["model_type"]][1](read_tensors(folder), model.config)
+    state = CLASSES[model.config["model_type"]][1](read_tensors(folder), model.config)
     check_state(state, model.state_dict(), folder)
     for key in state:  # one by one, so that never more than one tensor is in memory in both dtypes
         state[key] = state[key].to(device=device, dtype=dtype)
@@ -47,14 +47,14 @@ def empty_model(folder: str | Path) -> Model:
     config = read_config(folder)
     kind = model_kind(config, folder)
     with torch.device("meta"):
-        return KINDS[kind][0](config)
+        return CLASSES[kind][0](config)
 
 
 def model_kind(config: dict[str, Any], folder: str | Path) -> str:
-    """The model_type in a folder's config.json; InputError if it is none of `KINDS`."""
+    """The model_type in a folder's config.json; InputError if it is none of `CLASSES`."""
     kind = config.get("model_type")
-    if kind not in list(KINDS):  # a list, since JSON's value need not be hashable
-        raise InputError(f"{folder}/config.json: model_type is {kind!r}, minprefix runs {' and '.join(KINDS)}")
+    if kind not in list(CLASSES):  # a list, since JSON's value need not be hashable
+        raise InputError(f"{folder}/config.json: model_type is {kind!r}, minprefix runs {' and '.join(CLASSES)}")
     return kind
 
 

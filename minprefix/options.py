@@ -1,7 +1,6 @@
 """Command lines: a --help that reads as a page, and mistakes that are one line like all others."""
 
 import argparse
-import math
 from functools import partial
 from typing import Any, NoReturn
 
@@ -14,9 +13,10 @@ DTYPES = ("auto", "float32", "bfloat16")
 class Parser(argparse.ArgumentParser):
     """argparse's, but for the usage (all options, a wall) and for errors, which are raised as InputError."""
 
-    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+    def __init__(self, prog: str, description: str, epilog: str | None = None, what: str = "") -> None:
+        """what: the name in the usage of the argument that comes first."""
         page = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100)
-        usage = "%(prog)s [OPTION ...]"
+        usage = f"%(prog)s {what} [OPTION ...]" if what else "%(prog)s [OPTION ...]"
         super().__init__(prog=prog, usage=usage, description=description, epilog=epilog, formatter_class=page)
 
     def error(self, message: str) -> NoReturn:
@@ -36,23 +36,25 @@ def fill(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
 
 
 def check_above_zero(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
-    """InputError if one of these options is given and not above 0, or not finite."""
+    """InputError if one of these options is given and not above 0, or so large that no machine could follow."""
     for key in keys:
         value = getattr(args, key)
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"{flag(key)} is {value}: it must be above 0, and finite")
+        if value is not None and not 0 < value < 1e9:
+            raise InputError(f"{flag(key)} is {value}: it must be above 0, and less than a billion")
 
 
 def check_not_negative(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
-    """InputError if one of these options is given and below 0, or too large for a seed of torch's."""
+    """InputError if one of these options is given and below 0, or too large likewise."""
     for key in keys:
         value = getattr(args, key)
-        if value is not None and not 0 <= value < 2**63:
-            raise InputError(f"{flag(key)} is {value}: it must be at least 0, and less than 2 ** 63")
+        if value is not None and not 0 <= value < 1e9:
+            raise InputError(f"{flag(key)} is {value}: it must be at least 0, and less than a billion")
 
 
 def check_needed(args: argparse.Namespace, needs: dict[str, str]) -> None:
     """InputError if an option is given that does nothing without another: option -> that other one."""
     for key, other in needs.items():
         if getattr(args, key) is not None and not getattr(args, other):
-            raise InputError(f"{flag(key)} does nothing without {flag(other)}: leave it out, or add {flag(other)}")
+            zero = type(getattr(args, other)) is int
+            lacking = f"with {flag(other)} 0" if zero else f"without {flag(other)}"
+            raise InputError(f"{flag(key)} does nothing {lacking}: leave it out, or give {flag(other)}")

@@ -21,6 +21,8 @@ from minprefix.load import Model, load_model
 from minprefix.peft_format import read_adapter
 from minprefix.tokenizer import Tokenizer
 
+FORMS = {form.method: form for form in (FoldedPrefix, FoldedInfix)}
+
 
 def stack_prefixes(prefixes: list[FoldedPrefix], rows: list[int]) -> PrefixStack:
     """Several prefixes for one batch, row i taking prefixes[rows[i]]: what `model` and `generate` take (section 8).
@@ -57,7 +59,7 @@ class Prefix(nn.Module):
     Parameters are float32 whatever the model's dtype.
     """
 
-    folded: type[FoldedPrefix] = FoldedPrefix
+    form: type[FoldedPrefix] = FoldedPrefix  # of what calling it gives
 
     def __init__(
         self, model: Model, length: int, hidden: int = 512, position_offset: int | None = None,
@@ -83,12 +85,12 @@ class Prefix(nn.Module):
         )
 
     def forward(self) -> FoldedPrefix:
-        return self.folded({site: part() for site, part in self.parts.items()}, self.position_offset)
+        return self.form({site: part() for site, part in self.parts.items()}, self.position_offset)
 
     @torch.no_grad()
     def fold(self, info: dict[str, str] | None = None) -> FoldedPrefix:
         """The keys and values alone, the MLP dropped: what is saved, and all that inference needs."""
-        return self.folded({site: part().clone() for site, part in self.parts.items()}, self.position_offset, info)
+        return self.form({site: part().clone() for site, part in self.parts.items()}, self.position_offset, info)
 
     def init_from_words(self, model: Model, tokenizer: Tokenizer, words: str) -> None:
         """Start from the activations of real words (paper section 7.4), repeated or cut to the prefix length."""
@@ -170,19 +172,18 @@ def save_prefix(path: str | Path, folded: FoldedPrefix, model: Model, info: dict
     write_safetensors(path, {site: kv.float().contiguous() for site, kv in folded.items()}, info)
 
 
-def load_prefix(
-    path: str | Path, model: Model | None = None, folded: type[FoldedPrefix] = FoldedPrefix
-) -> FoldedPrefix:
+def load_prefix(path: str | Path, model: Model | None = None) -> FoldedPrefix:
     """A FoldedPrefix from a file of `save_prefix`, the folder of the run that wrote it, or a PEFT folder.
 
-    folded: FoldedInfix for the file of an infix.
+    A FoldedInfix from the file of an infix.
     InputError if it is no such file, or made for another model than the one that is given.
     """
     if (Path(path) / "prefix.safetensors").is_file():
         path = Path(path) / "prefix.safetensors"
     adapter = (Path(path) / "adapter_config.json").is_file()
     tensors, offset, info = read_adapter(path) if adapter else read_prefix_file(path)
-    if info.get("method", "prefix") != folded.method:
+    form = FORMS.get(info.get("method", "prefix"))
+    if form is None:
         raise InputError(f"{path} is of --method {info['method']}: minprefix.baselines.load_trained loads it")
     if not tensors:
         raise InputError(f"{path} holds no prefix: there is no tensor in it")
@@ -193,8 +194,11 @@ def load_prefix(
         if not kv.isfinite().all():
             raise InputError(f"{path}: {site!r} holds numbers that are not finite")
     # Copies, not views of the file: aligned as any tensor is, so that products come out the same to the last bit.
-    prefix = folded({site: kv.clone() for site, kv in tensors.items()}, offset, info)
+    prefix = form({site: kv.clone() for site, kv in tensors.items()}, offset, info)
     if model is not None:
+        if adapter and model.encoder_decoder and len(prefix["decoder"]) == model.prefix_sites["encoder"][0]:
+            # PEFT makes as many layers as the encoder has; a decoder of fewer takes the first.
+            prefix["decoder"] = prefix["decoder"][: model.prefix_sites["decoder"][0]]
         check_fits(prefix, model, path)
     return prefix
 

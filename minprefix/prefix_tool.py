@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minprefix import bart, gpt2
-from minprefix.attention import Segment, attend
+from minprefix.attention import FoldedInfix, FoldedPrefix, Segment, attend
 from minprefix.baselines import base_folder, load_trained, read_trained, trained_file, trained_max_source
 from minprefix.batches import Batch, collate, encode_sources, encode_target
 from minprefix.data import format_source
@@ -28,7 +28,7 @@ from minprefix.hub import model_name
 from minprefix.load import Model, load_model
 from minprefix.options import Parser
 from minprefix.peft_format import write_adapter
-from minprefix.prefix import FoldedInfix, FoldedPrefix, check_fits, load_prefix, save_prefix
+from minprefix.prefix import FORMS, load_prefix, save_prefix
 from minprefix.tokenizer import Tokenizer, load_tokenizer
 
 SHADES = " ░▒▓█"
@@ -36,7 +36,7 @@ SHADES = " ░▒▓█"
 
 def parse_args() -> argparse.Namespace:
     prog = "python -m minprefix.prefix"
-    parser = Parser(f"{prog} COMMAND", __doc__)
+    parser = Parser(prog, __doc__, what="COMMAND")
     commands = parser.add_subparsers(prog=prog, dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, what: str) -> Any:
@@ -65,7 +65,11 @@ def main() -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Write a prefix as the folder of a PEFT adapter."""
-    prefix = load_prefix(args.prefix)
+    path = trained_file(args.prefix)
+    method = read_trained(path)[1].get("method", "prefix")
+    if method != "prefix":
+        raise InputError(f"{path} is of --method {method}: only a prefix can be a PEFT adapter")
+    prefix = load_prefix(path)
     if prefix.info.get("format") == "peft":
         raise InputError(f"{args.prefix} is a PEFT adapter already: there is nothing to export")
     if set(prefix) != {"decoder"}:
@@ -84,10 +88,9 @@ def import_adapter(args: argparse.Namespace) -> None:
     """Write a PEFT adapter as a prefix file."""
     if not (args.prefix / "adapter_config.json").is_file():
         raise InputError(f"{args.prefix} is no PEFT adapter: there is no adapter_config.json in it")
-    prefix = load_prefix(args.prefix)
-    folder = base_folder(args.model, args.prefix, prefix.info)
+    folder = base_folder(args.model, args.prefix, load_prefix(args.prefix).info)
     model = load_model(folder)
-    check_fits(prefix, model, args.prefix)
+    prefix = load_prefix(args.prefix, model)
     info = {key: value for key, value in prefix.info.items() if key != "task_type"}  # PEFT's word for the kind of model
     save_prefix(args.to, prefix, model, {**info, "base_model": model_name(folder) or str(folder.resolve())})
     print(f"wrote a prefix of length {prefix.position_offset} to {args.to}")
@@ -105,12 +108,14 @@ def show(args: argparse.Namespace) -> None:
     path = trained_file(args.prefix)
     tensors, info = read_trained(path)
     method = info.get("method", "prefix")
-    if method in ("prefix", "infix"):
-        tensors = load_prefix(path, folded=FoldedInfix if method == "infix" else FoldedPrefix)
+    if method == "finetune":
+        raise InputError(f"{path} is of --method finetune: a whole model, there is no prefix to show")
+    if method in FORMS:
+        tensors = load_prefix(path)  # checked
     describe(path, tensors, info)
     if method != "embedding" and not args.input:
         return
-    if method not in ("prefix", "infix", "embedding"):
+    if method not in (*FORMS, "embedding"):
         raise InputError(f"{path} is of --method {method}, there is no prefix to look at: leave out --input")
     folder = base_folder(args.model, args.prefix, info)
     model, tokenizer = load_model(folder), load_tokenizer(folder)

@@ -88,8 +88,9 @@ def table(rows: list[Row], losses: dict[str, dict[str, float | None]], args: Nam
     over = f"seeds {', '.join(map(str, args.seeds))}"
     if "--low-data" in rows[0]["train"]:
         over = f"{args.samplings} samplings of the training data and {over}"
+    tests = sum(count for name, count in args.tests.items() if name != "all")  # of the other sets
     text = [
-        f"{args.model} on {args.task}, {args.tests} test inputs; mean ± half the range over {over}.\n",
+        f"{args.model} on {args.task}, {tests} test inputs; mean ± half the range over {over}.\n",
         f"| {' | '.join(lines[0])} |",
         f"|{' --- |' * len(lines[0])}",
         *[f"| {' | '.join(map(str, line.values()))} |" for line in lines],

@@ -4,22 +4,28 @@ from pathlib import Path
 from typing import Any
 
 from minprefix import distributed
+from minprefix.attention import FoldedPrefix
 from minprefix.baselines import load_trained, read_trained, trained_file, trained_max_source
 from minprefix.data import format_source, load_examples
 from minprefix.errors import InputError
 from minprefix.generate import generate, search_options
 from minprefix.load import Model
-from minprefix.prefix import FoldedPrefix, stack_prefixes
+from minprefix.prefix import stack_prefixes
 from minprefix.tokenizer import Tokenizer
 
 Request = tuple[str, str]  # a source, the name of its prefix
 
 
+def prefix_name(path: Path) -> str:
+    """What requests call a prefix: its file without the ending, or its folder."""
+    return path.resolve().name if path.is_dir() else path.stem
+
+
 def load_prefixes(paths: list[Path], model: Model) -> dict[str, FoldedPrefix]:
-    """The prefixes in files or folders, by name: that of the file without its ending, or that of the folder."""
+    """The prefixes in files or folders, by name."""
     prefixes: dict[str, FoldedPrefix] = {}
     for path in paths:
-        name = path.resolve().name if path.is_dir() else path.stem
+        name = prefix_name(path)
         if name in prefixes:
             raise InputError(f"two --prefix are called {name!r}: rename one, or give its run's folder instead")
         file = trained_file(path)
@@ -57,7 +63,7 @@ def write_requests(
     sources = []  # of all, before the first text: one may not be in its task's form
     for i, (source, name) in enumerate(requests):
         info = prefixes[name].info
-        sources.append(format_source(info.get("task", ""), source))
+        sources.append(format_source(info.get("task", ""), source, f"request {i + 1}"))
         search = search_options(info.get("task", ""), given)
         search["max_source"] = given["max_source"] or trained_max_source(info)
         groups.setdefault(tuple(search.items()), []).append(i)

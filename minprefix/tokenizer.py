@@ -48,7 +48,7 @@ class Tokenizer:
             raise InputError(f"{where}: neither <|endoftext|> nor </s> is in the vocabulary")
         self.end_id = self.special[end]
         self.pad_id = self.special.get("<pad>", self.end_id)
-        self.newline_ids = [i for i in self.id_to_rank if not self._bytes(i).strip(b"\n")]
+        self.newline_ids = [i for i in self.id_to_rank if b"\n" in self._bytes(i)]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. "<|endoftext|>" and the like inside it are ordinary characters."""

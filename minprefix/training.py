@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from minprefix import distributed, signals
 from minprefix.baselines import Tuned
-from minprefix.batches import Batch, Pair, bucket_batches, collate, pair_lengths, sorted_batches
+from minprefix.batches import Batch, Pair, batches_per_epoch, bucket_batches, collate, pair_lengths, sorted_batches
 from minprefix.errors import InputError, out_of_memory
 from minprefix.linear import packed_weights
 from minprefix.load import Model
@@ -86,7 +86,7 @@ def batch_stream(
     """
     apart = [(len(source), len(target)) for source, target in pairs]
     lengths = np.array(apart if encoder_decoder else pair_lengths(pairs))
-    per_epoch = math.ceil(len(pairs) / batch_size)
+    per_epoch = batches_per_epoch(pairs, batch_size)
     for epoch in itertools.count(start // per_epoch):
         for picked in bucket_batches(lengths, batch_size, seed, epoch)[start % per_epoch :]:
             yield [pairs[i] for i in picked]
@@ -189,7 +189,7 @@ class Run:
 
     def new_row(self, loss: float) -> dict[str, float]:
         """The log's row for a dev loss: see `train`."""
-        epoch = round(self.step * self.batch_size / len(self.train_pairs), 3)
+        epoch = round(self.step / batches_per_epoch(self.train_pairs, self.batch_size), 3)
         row = {"step": self.step, "epoch": epoch, "dev_loss": loss}
         if self.step:
             row["loss"] = self.sums["loss"] / self.sums["tokens"]
@@ -301,7 +301,7 @@ def train(
 
 
 def diverged(loss: float, where: str, out: Path) -> InputError:
-    return InputError(f"{DIVERGED} {loss} {where}; {out}/checkpoint.pt is of an earlier step")
+    return InputError(f"{DIVERGED} {loss} {where}; then begin anew, with another --out than {out}")
 
 
 def dtype_of_products(model: Model) -> torch.dtype:

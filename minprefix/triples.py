@@ -29,7 +29,7 @@ def linearise_triples(triples: Iterable[Triple]) -> str:
     return " ".join(collapse("| " + " : ".join(triple)) for triple in triples)
 
 
-def split_triples(text: str) -> list[Triple]:
+def split_triples(text: str, where: str = "the input") -> list[Triple]:
     """A user's `subject : property : object | ...` -> [(subject, property, object)].
 
     Only bars and colons with blanks on both sides separate, so an object may be a URL. A bar at either end is ignored.
@@ -37,8 +37,8 @@ def split_triples(text: str) -> list[Triple]:
     triples = [part.strip().split(" : ", 2) for part in re.split(r" \|(?= )", collapse(text).strip("| "))]
     if not all(len(triple) == 3 for triple in triples):
         raise InputError(
-            f"{text!r:.200} is not a set of triples: expected subject : property : object, blanks around the colons, "
-            "as in `Alan_Bean : occupation : Test_pilot | Alan_Bean : nationality : United_States`"
+            f"{where}: {text!r:.200} is not a set of triples: expected subject : property : object, with blanks around "
+            "the colons, as in `Alan_Bean : occupation : Test_pilot | Alan_Bean : nationality : United_States`"
         )
     return triples
 

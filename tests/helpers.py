@@ -12,13 +12,12 @@ MR = "name[The Golden Lantern], eatType[pub], food[Thai]"
 
 def call(script, capsys, *args):
     """Run a script's main with arguments -> (exit code, stdout, stderr)."""
+    sys.argv = [script.__name__ + ".py", *map(str, args)]
     code = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, args)])
-        try:
-            run_main(script.main)
-        except SystemExit as exit:
-            code = exit.code
+    try:
+        run_main(script.main)
+    except SystemExit as exit:
+        code = exit.code
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

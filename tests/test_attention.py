@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from minprefix import attention
-from minprefix.attention import attend, causal_mask, padding_mask, prefix_length, prefix_segments, real_tokens
+from minprefix.attention import (
+    FoldedPrefix,
+    attend,
+    causal_mask,
+    padding_mask,
+    prefix_length,
+    prefix_segments,
+    real_tokens,
+)
 from minprefix.gpt2 import GPT2
-from minprefix.prefix import FoldedPrefix
 
 B, H, T, D, P, S = 6, 2, 4, 3, 5, 7
 INF = float("inf")

@@ -12,13 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from minprefix import Prefix, load_model, load_tokenizer
-from minprefix.attention import real_tokens
+from minprefix.attention import FoldedPrefix, real_tokens
 from minprefix.bart import BART, from_huggingface, to_huggingface
 from minprefix.batches import collate
 from minprefix.checkpoint import read_safetensors, read_tensors, write_safetensors
 from minprefix.errors import InputError
 from minprefix.load import check_vocabulary
-from minprefix.prefix import FoldedPrefix, word_activations
+from minprefix.prefix import word_activations
 from minprefix.training import target_loss
 from tests.tiny import ROOT, write_tiny_bart
 

@@ -314,7 +314,7 @@ def test_extrapolation_is_tested_on_categories_that_training_did_not_see(world, 
     monkeypatch.chdir(world)
     monkeypatch.setattr(sys, "argv", ["experiments", "extrapolation", "--model", "model", "--data", "webnlg"])
     args = experiments.parse_args()
-    assert args.tests == 10 and args.steps == 14  # 5 epochs of 7 categories' 2 texts in batches of 5
+    assert sum(args.tests.values()) == 10 and args.steps == 15  # 5 epochs of 7 categories' 2 texts in batches of 5
     args.lr = dict.fromkeys(("prefix", "finetune", "adapter 3%"), "0.1")
     for run in studies.extrapolation(args):
         trained = run.train[run.train.index("--topics") + 1 :][:7]

@@ -9,11 +9,10 @@ from collections import Counter
 import pytest
 import torch
 
-from minprefix.attention import Cache
+from minprefix.attention import Cache, FoldedPrefix
 from minprefix.bart import BART, to_huggingface
 from minprefix.errors import InputError
 from minprefix.generate import generate, generate_ids, recipe
-from minprefix.prefix import FoldedPrefix
 from minprefix.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_alphabet
 
 pytestmark = pytest.mark.usefixtures("one_thread")

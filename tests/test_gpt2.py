@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from minprefix import load_model
+from minprefix.attention import FoldedPrefix
 from minprefix.checkpoint import read_safetensors, read_tensors, write_safetensors
 from minprefix.errors import InputError
 from minprefix.gpt2 import GPT2, from_huggingface, to_huggingface
-from minprefix.prefix import FoldedPrefix
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = json.loads((GOLDEN / "tiny-gpt2" / "config.json").read_text())
@@ -123,6 +123,14 @@ def test_untied_head():
     ids = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(untied(ids), model.hidden(ids) @ head.T)
     assert torch.equal(to_huggingface(untied)["lm_head.weight"], head)
+
+
+def test_a_head_of_its_own_under_a_config_that_ties_it_is_refused():
+    tensors = to_huggingface(golden_model())
+    wte = tensors["transformer.wte.weight"]
+    assert "lm_head.weight" not in from_huggingface({"lm_head.weight": wte.clone(), **tensors}, CONFIG)
+    with pytest.raises(InputError, match="'lm_head.weight' and 'wte.weight' differ, .* set it to false"):
+        from_huggingface({"lm_head.weight": wte + 1, **tensors}, CONFIG)
 
 
 def test_a_tensor_under_both_names_is_refused():

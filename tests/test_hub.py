@@ -488,7 +488,7 @@ def test_a_model_of_another_kind_is_refused_before_its_weights(fake, tiny):
     fake.repositories["a/b"] = {**tiny, "config.json": b'{"model_type": "llama"}'}
     assert "'llama' model, minprefix runs gpt2 and bart" in complaint("a/b")
     assert all(path.endswith("config.json") for _, path, _, _ in fake.requests)
-    assert list(load.KINDS) == list(hub.KINDS)
+    assert list(load.CLASSES) == list(hub.KINDS)
 
 
 def test_hostile_index(fake, weights, tiny):

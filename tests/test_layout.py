@@ -24,6 +24,12 @@ def test_each_file_imports_only_files_above_it():
         assert imported <= set(order[:place]), name
 
 
+def test_the_core_has_as_many_lines_as_the_readme_says():
+    core = "attention gpt2 bart prefix batches loss muon training generate".split()
+    lines = sum(len((ROOT / "minprefix" / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in core)
+    assert "about 2,000 lines" in README and abs(lines - 2000) < 100, lines
+
+
 def test_the_core_needs_four_packages():
     for path in [*(ROOT / "minprefix").glob("*.py"), ROOT / "train.py", ROOT / "sample.py"]:
         imported = set(re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.M))

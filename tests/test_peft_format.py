@@ -190,6 +190,19 @@ def test_an_adapter_for_gpt2_does_not_fit_a_bart_of_the_same_shape(tmp_path, wor
     load_prefix(tmp_path, load_model("alike"))
 
 
+def test_a_decoder_of_fewer_layers_than_the_encoder_takes_the_first(tmp_path):
+    """PEFT's adapter has as many layers as the encoder."""
+    sizes = {"encoder_layers": 4, "decoder_layers": 2, "decoder_attention_heads": 4}
+    model, table = load_model(write_tiny_bart(tmp_path / "short", **sizes)), torch.randn(3, 4 * 2 * 32)
+    kind = {"task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": "elsewhere"}
+    write_folder(tmp_path, {**kind, "num_layers": 4}, {"prompt_embeddings": table})
+    layers = table.view(3, 4, 2, 4, 8).permute(1, 2, 3, 0, 4)
+    assert torch.equal(load_prefix(tmp_path, model)["decoder"], layers[[0, 2]])
+    write_folder(tmp_path, {**kind, "num_layers": 3}, {"prompt_embeddings": table[:, : 3 * 64]})
+    with pytest.raises(InputError, match=r"\(layers, heads, dim\) \(3, 4, 8\), this model \(2, 4, 8\)"):
+        load_prefix(tmp_path, model)
+
+
 def test_what_the_base_models_name_tells(tmp_path, world, monkeypatch):
     """Other weights under that name are told if they are on this machine; else the name proves nothing."""
     gpt2, twin = load_model("gpt2"), load_model("twin")

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from minprefix import Prefix, load_model, prefix_tool
+from minprefix.attention import FoldedInfix
 from minprefix.baselines import Adapters, Infix, save_trained
 from minprefix.batches import collate
-from minprefix.prefix import FoldedInfix, fingerprint, save_prefix
+from minprefix.prefix import fingerprint, save_prefix
 from minprefix.tokenizer import load_tokenizer
 from tests.helpers import call
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model

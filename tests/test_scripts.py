@@ -379,6 +379,20 @@ BAD = {
     "texts into a folder": (sample, "--prefix run/prefix.safetensors --input x --output run", "run is a folder"),
     "texts below a file": (sample, "--prefix run --input x --output rows.jsonl/texts", "rows.jsonl is not a folder"),
     "a name of 300 letters": (sample, f"--prefix run --input x --output {'x' * 300}", "too long a name for the texts"),
+    "texts over inputs": (sample, "--prefix run --file long.txt --output long.txt", "would overwrite what the texts"),
+    "texts over the prefix": (
+        sample, "--prefix run/prefix.safetensors --input x --output run/prefix.safetensors", "would overwrite what"
+    ),
+    "scores over a result": (
+        sample, "--prefix run --task rows.jsonl --evaluate --output run/result.txt", "is a run's own file"
+    ),
+    "texts to -": (sample, "--prefix run --input x --output -", "leave it out, the texts go to stdout"),
+    "no file's name": (sample, ["--prefix", "run", "--file", ""], "--file is empty"),
+    "no folder's name": (train, ["--out", ""], "--out is empty"),
+    "a seed too many": (train, "--seed 1000000000", "less than a billion"),
+    "another user's row": (
+        sample, "--prefix run --file others.jsonl", """a row has "prefix": 'theirs', given is 'run': give that"""
+    ),
     "scores over texts": (sample, "--prefix run/prefix.safetensors --input x --evaluate --output a.json", "a.json"),
     "another model's tokeniser": (train, "--model mixed --task rows.jsonl", "different models"),
     "resume with another prefix": (
@@ -427,6 +441,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, world, prefix_file, c
         long = [{"source": f"{i} " + "word " * 299, "target": "b"} for i in range(2)]
         (world / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
         (world / "long.txt").write_text("word " * 300)
+        (world / "others.jsonl").write_text('{"source": "a"}\n{"source": "a", "prefix": "theirs"}\n')
         (world / "empty.txt").write_text("\n")
         (world / "scored.json").mkdir()
         write_tiny_model(world / "mixed", vocab_size=100)
@@ -452,7 +467,7 @@ WITHOUT_EFFECT = {
     "a seed of no draw": (train, "--low-data-seed 0", "--low-data-seed does nothing without --low-data"),
     "a field of no topics": (train, "--topic-field topic", "--topic-field does nothing without --topics"),
     "a field of no rows": (train, "--task webnlg --topics A --topic-field a", "does nothing for --task webnlg"),
-    "beams of no texts": (train, "--beams 2 --eval-inputs 0", "--beams does nothing without --eval-inputs"),
+    "beams of no texts": (train, "--beams 2 --eval-inputs 0", "--beams does nothing with --eval-inputs 0"),
     "another method's option": (train, "--method top2 --prefix-length 5", "--prefix-length has no effect with"),
     "epochs and steps": (train, "--epochs 1 --steps 9", "--steps: not allowed with argument --epochs"),
     "two draws": (train, "--limit 1 --low-data 9", "--low-data: not allowed with argument --limit"),

@@ -7,13 +7,13 @@ import torch
 
 import sample
 from minprefix import Prefix, load_model, requests, stack_prefixes
-from minprefix.attention import beside, causal_mask
+from minprefix.attention import FoldedInfix, FoldedPrefix, beside, causal_mask
 from minprefix.bart import BART
 from minprefix.baselines import load_trained, save_trained
 from minprefix.errors import InputError
 from minprefix.generate import generate_ids
 from minprefix.gpt2 import GPT2
-from minprefix.prefix import FoldedInfix, FoldedPrefix, fingerprint, save_prefix
+from minprefix.prefix import fingerprint, save_prefix
 from tests.helpers import call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
@@ -103,6 +103,17 @@ def test_64_requests_over_4_prefixes_are_the_single_runs(model, prefixes, beams)
     assert together == alone
     assert len({len(text) for text in together}) > 1 and len({tuple(text) for text in together}) > 15
     assert together != generate_ids(model, sources, 2, END, prefixes[0], **options)
+
+
+def test_a_long_source_is_not_refused_for_another_rows_long_prefix(tmp_path):
+    model = load_model(write_tiny_model(tmp_path / "gpt2"), dtype=torch.float64)  # 256 positions
+    prefixes = [FoldedPrefix({"decoder": torch.randn(2, 2, 4, P, 8).double()}, P) for P in (100, 5)]
+    sources, options = [[7, 8], list(range(170))], {"beams": 2, "max_new_tokens": 9}
+    together = generate_ids(model, sources, 2, 4095, stack_prefixes(prefixes, [0, 1]), **options)
+    alone = [generate_ids(model, [s], 2, 4095, p, **options)[0] for s, p in zip(sources, prefixes, strict=True)]
+    assert together == alone
+    with pytest.raises(InputError, match="170 tokens from position 100 on do not fit"):
+        generate_ids(model, sources, 2, 4095, stack_prefixes(prefixes, [1, 0]), **options)
 
 
 def test_one_row_and_one_prefix(model, prefixes):

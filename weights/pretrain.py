@@ -423,7 +423,7 @@ def export(args: argparse.Namespace, model: Model, masters: dict[str, Tensor], l
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser("python weights/pretrain.py WHAT", __doc__)
+    parser = Parser("python weights/pretrain.py", __doc__, what="WHAT")
     parser.add_argument("what", choices=["bpe", "gpt2", "bart"], metavar="WHAT", help="bpe, gpt2 or bart")
 
     add = parser.add_argument_group("from where to where").add_argument
