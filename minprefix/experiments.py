@@ -95,7 +95,7 @@ def complete(args: Namespace) -> None:
     if args.data is None and args.task == "e2e":
         args.data = find_e2e()
     if args.data is None:
-        raise InputError(f"a study needs the real data of {args.task}, no sample: give --data its folder")
+        raise InputError(f"a study needs the real data of {args.task}: give --data its folder")
     args.data = str(args.data)
     args.methods = [method for method in METHODS if not (bart and method == "embedding")]
     args.widths = {f"adapter {share}%": adapter_width(folder, share / 100) for share in (3, 0.1)}

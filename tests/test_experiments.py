@@ -394,7 +394,7 @@ Learning rates and their dev losses, the lowest was taken:
 
 
 def test_the_table_of_known_rows():
-    args = Namespace(study="ablation", task="e2e", model="gpt2-mini", tests=630, seeds=[7, 8])
+    args = Namespace(study="ablation", task="e2e", model="gpt2-mini", tests={"test": 630}, seeds=[7, 8])
     assert report.table(ROWS, {"prefix": {"0.1": 1.5, "0.3": None}}, args) == TABLE
 
 
@@ -402,7 +402,7 @@ def test_a_metric_that_a_row_lacks_is_a_dash_in_its_group(tmp_path):
     """As METEOR, where Java failed, or was there in another session only."""
     rows = copy.deepcopy(ROWS)
     rows[1]["scores"]["test"]["METEOR"] = rows[3]["scores"]["test"]["METEOR"] = 0.5
-    args = Namespace(study="ablation", task="e2e", model="gpt2-mini", tests=630, seeds=[7, 8])
+    args = Namespace(study="ablation", task="e2e", model="gpt2-mini", tests={"test": 630}, seeds=[7, 8])
     lines = report.table(rows, {}, args).splitlines()[2:7]
     assert "| BLEU | NIST | METEOR |" in lines[0] and {line.count("|") for line in lines} == {10}
     assert "| 50.0 ± 25.0 | 2.50 ± 0.00 | - |" in lines[2] and "| 12.5 | 2.50 | - |" in lines[3]
@@ -416,7 +416,7 @@ def test_a_metric_that_a_row_lacks_is_a_dash_in_its_group(tmp_path):
 def test_several_test_sets_stand_side_by_side():
     scores = {"seen": {"BLEU": 0.5, "NIST": 3.0, "TER": 0.25}, "unseen": {"BLEU": 0.25, "NIST": 2.0, "TER": 0.5}}
     rows = [{"what": {"method": "finetune"}, "share": 1.0, "dev_loss": 1.0, "train": [], "scores": scores}]
-    args = Namespace(study="extrapolation", task="webnlg", model="gpt2-mini", tests=872, seeds=[7])
+    args = Namespace(study="extrapolation", task="webnlg", model="gpt2-mini", tests={"seen": 500, "unseen": 372}, seeds=[7])
     text = report.table(rows, {}, args)
     assert "| seen: BLEU | seen: TER | unseen: BLEU | unseen: TER | the paper's GPT-2 medium, official test set" in text
     assert "| finetune | 1 | 100.00% | 1.000 | 50.0 | 0.25 | 25.0 | 0.50 | 64.2 / 27.7 |" in text

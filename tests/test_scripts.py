@@ -379,12 +379,12 @@ BAD = {
     "texts into a folder": (sample, "--prefix run/prefix.safetensors --input x --output run", "run is a folder"),
     "texts below a file": (sample, "--prefix run --input x --output rows.jsonl/texts", "rows.jsonl is not a folder"),
     "a name of 300 letters": (sample, f"--prefix run --input x --output {'x' * 300}", "too long a name for the texts"),
-    "texts over inputs": (sample, "--prefix run --file long.txt --output long.txt", "would overwrite what the texts"),
+    "texts over inputs": (sample, "--prefix run --file long.txt --output long.txt", "would overwrite what the"),
     "texts over the prefix": (
         sample, "--prefix run/prefix.safetensors --input x --output run/prefix.safetensors", "would overwrite what"
     ),
     "scores over a result": (
-        sample, "--prefix run --task rows.jsonl --evaluate --output run/result.txt", "is a run's own file"
+        sample, "--prefix run --task rows.jsonl --split test --evaluate --output run/result.txt", "is a run's own file"
     ),
     "texts to -": (sample, "--prefix run --input x --output -", "leave it out, the texts go to stdout"),
     "no file's name": (sample, ["--prefix", "run", "--file", ""], "--file is empty"),
