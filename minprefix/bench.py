@@ -19,6 +19,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from itertools import chain, islice
 from multiprocessing.connection import Connection
 from typing import Any
@@ -37,7 +38,7 @@ from minprefix.linear import Linear, pack_weights
 from minprefix.load import Model, load_model
 from minprefix.loss import target_loss
 from minprefix.machine import keep_freed_memory, pick_device, pick_dtype
-from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_not_negative
+from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_not_negative, flag
 from minprefix.prefix import Prefix
 from minprefix.tokenizer import Tokenizer, load_tokenizer
 from minprefix.training import batch_stream, make_optimizer, training_step
@@ -71,6 +72,8 @@ def parse_args() -> Namespace:
     numbers = ("batch_size", "prefix_length", "beams", "new_tokens", "steps", "rounds", "threads", "source_length")
     check_above_zero(args, numbers)
     check_not_negative(args, ("hidden",))
+    if args.peer and not all(find_spec(name) for name in ("transformers", "peft")):  # before the first is measured
+        raise InputError("--peer needs transformers and PEFT: pip install -e '.[parity]'")
     args.device = pick_device(args.device)
     args.dtype = str(pick_dtype(args.dtype, args.device)).removeprefix("torch.")
     return args
@@ -95,8 +98,8 @@ def sweep(args: Namespace) -> list[Namespace]:
     numbers = [key for key, value in vars(args).items() if type(value) is int] + ["source_length"]
     fits = all(value.isdecimal() and (int(value) > 0 or key == "hidden") for value in values)
     if key not in numbers or not values or not fits:
-        raise InputError(f"--sweep {' '.join(args.sweep)}: name one of {', '.join(numbers)}, then numbers above 0 "
-                         "(hidden: also 0)")  # fmt: skip
+        known = ", ".join(map(flag, numbers))
+        raise InputError(f"--sweep {' '.join(args.sweep)}: name one of {known}, then numbers above 0 (hidden: also 0)")
     return [Namespace(**{**vars(args), key: int(value)}) for value in values]
 
 

@@ -182,11 +182,10 @@ def read_header(file: IO[bytes], path: str | Path) -> tuple[dict[str, Any], int]
     if size < 8:
         raise InputError(f"{path} has only {size} bytes, too few for a safetensors file: download it again")
     length = int.from_bytes(file.read(8), "little")
-    if length > MAX_HEADER or length > size - 8:
-        raise InputError(
-            f"{path} is no safetensors file, or cut short: "
-            f"its header should have {length} bytes (at most {MAX_HEADER}), {size - 8} are left"
-        )
+    if length > MAX_HEADER:
+        raise InputError(f"{path} is no safetensors file: it does not begin with the length of a header")
+    if length > size - 8:
+        raise InputError(f"{path} is cut short: its header should have {length} bytes, {size - 8} are left")
     try:
         text = file.read(length).decode("utf-8")
         header = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)

@@ -268,7 +268,8 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from error
+            reason = getattr(error, "msg", error)
+            raise InputError(f"{where}: not valid JSON ({reason}), a .jsonl file has one object a line") from error
         if not isinstance(row, dict):
             raise InputError(f'{where}: {line!r:.50} is not an object like {{"source": "...", "target": "..."}}')
         yield number, row

@@ -192,8 +192,8 @@ FLOAT = b"\0\0\0\0"
 HOSTILE = {
     "empty file": (b"", "0 bytes"),
     "seven bytes": (b"\x02\0\0\0\0\0\0", "7 bytes"),
-    "header of 2^60 bytes": ((2**60).to_bytes(8, "little") + b"{}", str(2**60)),
-    "header of 2^64-1 bytes": (b"\xff" * 8 + b"{}", str(2**64 - 1)),
+    "header of 2^60 bytes": ((2**60).to_bytes(8, "little") + b"{}", "no safetensors file"),
+    "header of 2^64-1 bytes": (b"\xff" * 8 + b"{}", "no safetensors file"),
     "header longer than the file": ((3).to_bytes(8, "little") + b"{}", "should have 3 bytes"),
     "header empty": (safetensors_bytes(b""), "not valid JSON"),
     "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
@@ -294,7 +294,7 @@ def test_header_over_the_limit_is_not_read(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes((100_000_001).to_bytes(8, "little"))
     os.truncate(path, 2**28)  # the bytes would be there
-    with pytest.raises(InputError, match="should have 100000001 bytes .at most 100000000"):
+    with pytest.raises(InputError, match="no safetensors file"):
         read_safetensors(path)
 
 

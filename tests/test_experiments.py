@@ -416,7 +416,8 @@ def test_a_metric_that_a_row_lacks_is_a_dash_in_its_group(tmp_path):
 def test_several_test_sets_stand_side_by_side():
     scores = {"seen": {"BLEU": 0.5, "NIST": 3.0, "TER": 0.25}, "unseen": {"BLEU": 0.25, "NIST": 2.0, "TER": 0.5}}
     rows = [{"what": {"method": "finetune"}, "share": 1.0, "dev_loss": 1.0, "train": [], "scores": scores}]
-    args = Namespace(study="extrapolation", task="webnlg", model="gpt2-mini", tests={"seen": 500, "unseen": 372}, seeds=[7])
+    tests = {"seen": 500, "unseen": 372}
+    args = Namespace(study="extrapolation", task="webnlg", model="gpt2-mini", tests=tests, seeds=[7])
     text = report.table(rows, {}, args)
     assert "| seen: BLEU | seen: TER | unseen: BLEU | unseen: TER | the paper's GPT-2 medium, official test set" in text
     assert "| finetune | 1 | 100.00% | 1.000 | 50.0 | 0.25 | 25.0 | 0.50 | 64.2 / 27.7 |" in text
