@@ -202,7 +202,7 @@ class Cache:
         B = len(position)
         there = [join(segments, B) if segments else None for segments in fixed]
         self.own: list[KV | None] = [segment and segment[:2] for segment in there]
-        first = there[0] if there else None  # layer, of which the others have the length and the mask
+        first = there[0] if there else None  # the first layer's: all have its length and its mask
         keys, _, mask = first or (None, None, None)
         self.filled = 0 if keys is None else keys.size(2)
         self.mask = torch.zeros(B, 1, self.filled, dtype=dtype, device=position.device)

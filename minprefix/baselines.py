@@ -294,6 +294,8 @@ def load_trained(path: str | Path, model: Model) -> FoldedPrefix | None:
     """
     tensors, info = read_trained(path)
     method = info.get("method", "prefix")
+    if method == "finetune":
+        raise InputError(f"{path} is a fine-tuned model: load_model loads it")
     if method in FORMS:
         return load_prefix(path, model)
     check_fingerprint(info, model, path)

@@ -389,7 +389,7 @@ BAD = {
     "texts to -": (sample, "--prefix run --input x --output -", "leave it out, the texts go to stdout"),
     "no file's name": (sample, ["--prefix", "run", "--file", ""], "--file is empty"),
     "no folder's name": (train, ["--out", ""], "--out is empty"),
-    "a seed too many": (train, "--seed 1000000000", "less than a billion"),
+    "steps without end": (train, "--epochs 1e308", "--epochs is 1e+308: it must be above 0, and less than a billion"),
     "another user's row": (
         sample, "--prefix run --file others.jsonl", """a row has "prefix": 'theirs', given is 'run': give that"""
     ),
