@@ -10,6 +10,7 @@ import torch
 from minprefix import bench, load_model, load_tokenizer
 from minprefix.errors import InputError
 from minprefix.linear import packs_bfloat16
+from tests.helpers import call
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 MR = "name[The Golden Lantern], eatType[pub], food[Thai]"
@@ -30,6 +31,12 @@ def world(tmp_path_factory):
 def run(world, *options):
     command = [sys.executable, "-m", "minprefix.bench", "--data", str(world), *QUICK, *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+
+
+def test_a_peer_that_is_not_installed_is_told_before_anything_is_measured(world, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "peft" else name)
+    code, _, err = call(bench, capsys, "train", "--model", world / "gpt2", "--data", world, "--peer")
+    assert code == 2 and err == "error: --peer needs transformers and PEFT: pip install -e '.[parity]'\n"
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bart"])

@@ -243,10 +243,13 @@ def test_the_scripts_must_be_there(scripts, capsys):
         ("extrapolation --model model --data e2e", "e2e lacks train/*triples/*.xml"),
         ("full --model nowhere --data e2e", "nowhere"),
         ("full --model model --data e2e --steps 0", "--steps is 0"),
+        ("full --model model --data e2e --seeds 1 -1", "--seeds is -1"),
+        ("full --model model --data e2e --out model/config.json", "model/config.json is a file"),
+        ("ful", "python -m minprefix.experiments --help lists the options"),
     ],
 )
 def test_bad_input_is_one_clear_line(line, message, scripts, capsys):
-    code, _, err = call(experiments, capsys, *line.split(), "--out", scripts / "out")
+    code, _, err = call(experiments, capsys, "--out", scripts / "out", *line.split())
     assert code == 2 and message in err and err.count("\n") == 1, err
 
 
@@ -416,10 +419,11 @@ def test_a_metric_that_a_row_lacks_is_a_dash_in_its_group(tmp_path):
 def test_several_test_sets_stand_side_by_side():
     scores = {"seen": {"BLEU": 0.5, "NIST": 3.0, "TER": 0.25}, "unseen": {"BLEU": 0.25, "NIST": 2.0, "TER": 0.5}}
     rows = [{"what": {"method": "finetune"}, "share": 1.0, "dev_loss": 1.0, "train": [], "scores": scores}]
-    tests = {"seen": 500, "unseen": 372}
+    tests = {"seen": 500, "unseen": 372, "all": 872}
     args = Namespace(study="extrapolation", task="webnlg", model="gpt2-mini", tests=tests, seeds=[7])
     text = report.table(rows, {}, args)
     assert "| seen: BLEU | seen: TER | unseen: BLEU | unseen: TER | the paper's GPT-2 medium, official test set" in text
+    assert text.startswith("gpt2-mini on webnlg, 872 test inputs;")
     assert "| finetune | 1 | 100.00% | 1.000 | 50.0 | 0.25 | 25.0 | 0.50 | 64.2 / 27.7 |" in text
 
 

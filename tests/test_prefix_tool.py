@@ -1,6 +1,7 @@
 """python -m minprefix.prefix show: what it says of each kind of file, and the attention it reports against NumPy's."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,8 +11,10 @@ import torch
 
 from minprefix import Prefix, load_model, prefix_tool
 from minprefix.attention import FoldedInfix
-from minprefix.baselines import Adapters, Infix, save_trained
+from minprefix.baselines import Adapters, Infix, load_trained, save_trained
 from minprefix.batches import collate
+from minprefix.errors import InputError
+from minprefix.load import save_model
 from minprefix.prefix import fingerprint, save_prefix
 from minprefix.tokenizer import load_tokenizer
 from tests.helpers import call
@@ -165,6 +168,23 @@ def test_a_source_is_cut_as_in_training(world, capsys):
         assert code == 0, err
         maps.append(out[out.index("written  ") :])
     assert maps[0] == maps[1]
+
+
+def test_runs_of_other_methods_and_unfinished_ones_are_told(world, capsys, tmp_path):
+    told = {"task": "e2e"}
+    save_model(load_model("gpt2"), tmp_path / "finetuned" / "model", info=told)
+    (tmp_path / "infix").mkdir()
+    shutil.copy("infix.safetensors", tmp_path / "infix")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "checkpoint.pt").touch()
+    for run, said in ("finetuned", "is of --method finetune"), ("begun", "has not ended: go on with it"):
+        code, _, err = call(prefix_tool, capsys, "show", tmp_path / run)
+        assert code == 2 and said in err and len(err.splitlines()) == 1, err
+    for run, said in ("finetuned", "is of --method finetune: only a prefix"), ("infix", "is of --method infix: only"):
+        code, _, err = call(prefix_tool, capsys, "export", "--prefix", tmp_path / run, "--to", tmp_path / "never")
+        assert code == 2 and said in err and not (tmp_path / "never").exists(), err
+    with pytest.raises(InputError, match="is a fine-tuned model: load_model loads it"):
+        load_trained(tmp_path / "finetuned" / "model", load_model("gpt2"))
 
 
 def test_the_command_bears_the_name_of_the_library_file(world):

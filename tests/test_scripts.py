@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import struct
 import sys
@@ -245,6 +246,18 @@ def test_a_signal_saves_the_present_step(number, code, name, call, step, world, 
     ended = stop_and_resume(world, capsys, tmp_path / "run", lambda patch: patch.setattr(training, name, interrupted))
     assert ended[0] == code and ended[1].rpartition("\r")[2].startswith("interrupted; go on")
     assert ended[2]["step"] == step and [row["step"] for row in ended[2]["log"]] == [0, 4]
+
+
+def test_an_epoch_ends_with_its_short_batch(world, capsys, tmp_path):
+    """17 pairs in batches of 16: two steps an epoch."""
+    rows = tmp_path / "train.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:17]))
+    shutil.copy(rows, tmp_path / "dev.jsonl")
+    code, _, err = call(train, capsys, "--model", world / "model", "--task", rows, "--epochs", 2, "--batch-size", 16,
+                        "--eval-inputs", 0, "--out", tmp_path / "run")  # fmt: skip
+    assert code == 0, err
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["epoch"]) == (4, 2.0)
 
 
 def test_a_second_signal_does_not_take_the_first_ones_message(world, capsys, tmp_path, monkeypatch):
