@@ -32,7 +32,7 @@ from minprefix.checkpoint import read_config
 from minprefix.data import TASKS, find_e2e, json_rows, load_examples, load_on_topics
 from minprefix.errors import InputError, run_main
 from minprefix.examples import Example
-from minprefix.files import atomic_write, locked, read_json
+from minprefix.files import atomic_write, locked, read_json, write_jsonl
 from minprefix.generate import generate, recipe
 from minprefix.hub import model_name, resolve_model
 from minprefix.linear import packed_weights
@@ -41,6 +41,7 @@ from minprefix.machine import keep_freed_memory, pick_device, pick_dtype
 from minprefix.options import Parser, check_above_zero, check_not_negative
 from minprefix.prefix import Prefix
 from minprefix.report import Row, draw, table
+from minprefix.runs import check_out
 from minprefix.settings import STUDY_STEPS, default_settings
 from minprefix.studies import METHODS, SEEN, STUDIES, TUNED, Run, test_sets, tuning
 from minprefix.tokenizer import load_tokenizer
@@ -70,10 +71,8 @@ def parse_args() -> Namespace:
     add("--dry-run", action="store_true", help="print the commands and their time, then stop")
     args = parser.parse_args()
     check_above_zero(args, ("steps", "samplings", "limit_test", "jobs"))
-    for seed in args.seeds or []:
-        check_not_negative(Namespace(seeds=seed), ("seeds",))
-    if args.out and args.out.exists() and not args.out.is_dir():
-        raise InputError(f"--out {args.out} is a file: give a folder")
+    check_not_negative(args, ("seeds",))
+    check_out(args.out)
     if args.samplings is not None and args.study not in ("low-data", "init"):
         raise InputError(f"--samplings does nothing for the study {args.study}: leave it out")
     complete(args)
@@ -297,7 +296,7 @@ def execute(runs: list[Run], folder: Path, args: Namespace) -> list[Row]:
                         running[start(left.pop(0), out, args)] = run, left, began
                         continue
                     rows[run.name] = make_row(run, out, diverged)
-                    write_rows(folder, rows)
+                    write_jsonl(folder / "rows.jsonl", rows.values())
                     (out / "checkpoint.pt").unlink(missing_ok=True)  # fine-tuning's is four times as large as the model
                     done += estimate(run, args, speed)
                     bar.set_description_str(f"{sum(run.name in rows for run in runs)}/{len(runs)} runs")
@@ -357,11 +356,6 @@ def make_row(run: Run, out: Path, diverged: bool) -> Row:
         row |= {key: result[key] for key in ("dev_loss", "best_step", "share", "seconds")}
         row["scores"] = {name: read_json(out / f"{name}.json")["scores"] for name in run.samples}
     return row
-
-
-def write_rows(folder: Path, rows: dict[str, Row]) -> None:
-    with atomic_write(folder / "rows.jsonl") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows.values())
 
 
 def read_rows(folder: Path, runs: list[Run]) -> dict[str, Row]:

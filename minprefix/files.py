@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -133,3 +133,9 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         if isinstance(error, OSError):
             raise WriteError(f"cannot write {path}: {error.strerror}") from error
         raise
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Rows as a JSONL file, whole or not at all."""
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)

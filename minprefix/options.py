@@ -46,9 +46,10 @@ def check_above_zero(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
 def check_not_negative(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
     """InputError if one of these options is given and below 0, or too large for a seed of torch's."""
     for key in keys:
-        value = getattr(args, key)
-        if value is not None and not 0 <= value < 2**63:
-            raise InputError(f"{flag(key)} is {value}: it must be at least 0, and less than 2 ** 63")
+        given = getattr(args, key)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not 0 <= value < 2**63:
+                raise InputError(f"{flag(key)} is {value}: it must be at least 0, and less than 2 ** 63")
 
 
 def check_needed(args: argparse.Namespace, needs: dict[str, str]) -> None:

@@ -1,6 +1,5 @@
 """A run's state on disk: written whole, and read back with a clear word where it is damaged or of another run."""
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,6 @@ from minprefix.errors import InputError, MemoryShort, out_of_memory
 from minprefix.files import atomic_write
 
 Log = list[dict[str, float]]  # rows: see `training.train`
-
-
-def write_log(out: Path, log: Log) -> None:
-    with atomic_write(out / "log.jsonl") as file:
-        file.writelines(json.dumps(row) + "\n" for row in log)
 
 
 def save_checkpoint(out: Path, state: dict[str, Any]) -> None:

@@ -33,11 +33,16 @@ def has_checkpoint(folder: Path) -> bool:
 @contextlib.contextmanager
 def run_folder(out: Path | None, resume: bool, task: str, model: Path) -> Iterator[Path]:
     """A run's folder while the block runs, in which no other process may train: --out; by default runs/TASK-MODEL."""
-    if out and out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: give a folder")
+    check_out(out)
     name = Path(model_name(model) or model.resolve()).name
     with contextlib.ExitStack() as locks:
         yield distributed.from_first(lambda: take_folder(out, resume, f"{Path(task).stem}-{name}", locks))
+
+
+def check_out(out: Path | None) -> None:
+    """InputError if --out is given, and is a file."""
+    if out and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give a folder")
 
 
 def take_folder(out: Path | None, resume: bool, name: str, locks: contextlib.ExitStack) -> Path:

@@ -21,12 +21,13 @@ from minprefix import distributed, signals
 from minprefix.baselines import Tuned
 from minprefix.batches import Batch, Pair, batches_per_epoch, bucket_batches, collate, pair_lengths, sorted_batches
 from minprefix.errors import InputError, out_of_memory
+from minprefix.files import write_jsonl
 from minprefix.linear import packed_weights
 from minprefix.load import Model
 from minprefix.loss import target_loss
 from minprefix.muon import Muon
 from minprefix.prefix import Prefix, fingerprint
-from minprefix.resume import Log, read_checkpoint, same_form, save_checkpoint, too_little_memory, write_log
+from minprefix.resume import Log, read_checkpoint, same_form, save_checkpoint, too_little_memory
 from minprefix.tokenizer import Tokenizer
 
 DIVERGED = "the loss became"  # by which experiments.py knows a run whose learning rate was too large
@@ -199,7 +200,7 @@ class Run:
 
     def save(self) -> None:
         if distributed.rank() == 0:
-            write_log(self.out, self.log)
+            write_jsonl(self.out / "log.jsonl", self.log)
             save_checkpoint(self.out, self.state())
 
     def state(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from minprefix import bart, gpt2
 from minprefix.attention import real_tokens
 from minprefix.batches import pad
 from minprefix.errors import InputError, run_main
-from minprefix.files import atomic_write, read_json
+from minprefix.files import atomic_write, read_json, write_jsonl
 from minprefix.load import Model, check_state, load_model, save_model
 from minprefix.machine import keep_freed_memory
 from minprefix.options import Parser, check_above_zero, check_not_negative, fill
@@ -418,8 +418,7 @@ def export(args: argparse.Namespace, model: Model, masters: dict[str, Tensor], l
     half = type(model)(model.config).half()
     half.load_state_dict({**half.state_dict(), **masters})
     save_model(half, args.out)
-    with atomic_write(args.out / "pretraining.jsonl") as file:
-        file.writelines(json.dumps(row) + "\n" for row in log)
+    write_jsonl(args.out / "pretraining.jsonl", log)
 
 
 def parse_args() -> argparse.Namespace:
