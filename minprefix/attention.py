@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from minprefix.errors import InputError
 
@@ -66,6 +67,8 @@ def attend(q: Tensor, segments: list[Segment]) -> Tensor:
     (b, 1, 1 or T, S) to be added to the scores, 0 where a query may look and -inf where not.
     """
     k, v, mask = join(segments, len(q))
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.size(-1) ** -0.5) @ k.mT
     return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
 

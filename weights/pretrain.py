@@ -3,11 +3,12 @@
     python weights/pretrain.py bpe  --corpus corpus/ --out weights/gpt2-mini --vocab-size 4096
     python weights/pretrain.py gpt2 --corpus corpus/ --out weights/gpt2-mini --tokens 60e6     (again: resumes)
     python weights/pretrain.py bart --corpus corpus/ --out weights/bart-mini --bpe weights/gpt2-mini --tokens 60e6
+    python weights/pretrain.py gpt2 --corpus corpus/ --out weights/gpt2-mini --seconds 240                (on a GPU)
 
 The BPE is trained by HuggingFace's `tokenizers` (pip install -e ".[pretrain]"). The corpus folder holds
 `pretrain.txt.xz` and `heldout.txt.xz`, documents separated by <|endoftext|>. Runs on CPU or one GPU. Learning rate:
-warm-up, constant, linear decay over the last `--decay` of the tokens; so `--tokens` may be changed on resume until the
-decay begins. Hidden matrices are trained by Muon, everything else by AdamW, all in bf16 with float32 master weights.
+warm-up, constant, linear decay over the last `--decay` of the run; so `--tokens` may be changed on resume until the
+decay begins. With `--seconds` the run is as long as that, whatever the machine's speed. Hidden matrices are trained by Muon, everything else by AdamW, all in bf16 with float32 master weights.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from minprefix import bart, gpt2
@@ -119,15 +121,22 @@ def corpus_ids(args: argparse.Namespace, split: str) -> np.ndarray:
 def language_modelling(args: argparse.Namespace, ids: np.ndarray, seed: int) -> Callable[[int], Rows]:
     """step -> (model inputs, labels, start): rows of --length tokens, each once an epoch, the labels one further on.
 
-    Rows begin at a random position, so that all positions are trained and a prefix of any length shifts nothing.
+    Rows begin at a random position, so that all positions are trained and a prefix of any length shifts nothing. A
+    share of --copies has its first half repeated in the second, every other one with the tokens of that half in random
+    order: a model learns to copy what it reads, also what it would not have expected.
     """
     B, T = args.batch_size, args.length
     order = np.random.default_rng(seed).permutation((len(ids) - 1) // T)
+    copies, half = round(args.copies * B), (T + 1) // 2
 
     def batch(step: int) -> Rows:
+        rng = np.random.default_rng([seed, step])
         picked = order[np.arange(step * B, (step + 1) * B) % len(order)]
-        rows = torch.from_numpy(np.stack([ids[i * T : i * T + T + 1] for i in picked]).astype(np.int64))
-        return (rows[:, :-1],), rows[:, 1:], int(np.random.default_rng([seed, step]).integers(args.positions - T + 1))
+        rows = np.stack([ids[i * T : i * T + T + 1] for i in picked]).astype(np.int64)
+        rows[: copies // 2, :half] = rng.permuted(rows[: copies // 2, :half], axis=1)
+        rows[:copies, half : 2 * half] = rows[:copies, :half]
+        rows = torch.from_numpy(rows)
+        return (rows[:, :-1],), rows[:, 1:], int(rng.integers(args.positions - T + 1))
 
     return batch
 
@@ -157,13 +166,19 @@ def denoising(args: argparse.Namespace, ids: np.ndarray, seed: int) -> Callable[
             noised = infill(np.concatenate([sentences[i] for i in order]), mask, rng)
             sources.append([start_id, *noised, end_id])
             targets.append([start_id, *np.concatenate(sentences), end_id])
-        source, labels = pad(sources, tokenizer.pad_id), pad(targets, IGNORE)
+        source, labels = pad_to_16(sources, tokenizer.pad_id), pad_to_16(targets, IGNORE)
         inputs = torch.full_like(labels, end_id)  # BART's decoder starts from </s>
         inputs[:, 1:] = labels[:, :-1].where(labels[:, :-1] != IGNORE, tokenizer.pad_id)
         real = real_tokens(torch.tensor([len(row) for row in sources]), source.size(1))
         return (source, inputs, real), labels, int(rng.integers(min(64, args.positions - T + 1)))
 
     return batch
+
+
+def pad_to_16(rows: list[list[int]], value: int) -> Tensor:
+    """As `pad`, to a multiple of 16 tokens: a GPU's attention kernels need masks of even widths."""
+    padded = pad(rows, value)
+    return F.pad(padded, (0, -padded.size(1) % 16), value=value)
 
 
 def sentence_starts(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -233,12 +248,13 @@ def head_loss(model: Model, states: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model.logits(states).float(), labels, reduction="sum")
 
 
-def loss_of(model: Model, batch: Rows, device: str, backward: bool = False, chunk: int = 1024) -> Tensor:
+def loss_of(model: Model, batch: Rows, device: str, backward: bool = False) -> Tensor:
     """Mean nats per token of a batch; with `backward`, the gradients too.
 
     The head goes chunk by chunk: logits that stay in the cache made it about twice as fast on CPU.
     """
     inputs, labels, start = batch
+    chunk = 1024 if device == "cpu" else 16384
     states = model.hidden(*(x.to(device) for x in inputs), start=start).flatten(0, 1)
     real = labels.flatten() != IGNORE
     states, labels = states[real.nonzero()[:, 0].to(device)], labels.flatten()[real].to(device)
@@ -264,15 +280,15 @@ def make_optimizers(masters: dict[str, Tensor], args: argparse.Namespace) -> lis
     return [muon, adamw]
 
 
-def learning_rate(args: argparse.Namespace, seen: int) -> float:
-    """Warm-up over 1% of the tokens, constant, linear decay to zero over the last `decay` share."""
-    return args.lr * min(1.0, (seen + 1) / (0.01 * args.tokens), (args.tokens - seen) / (args.decay * args.tokens))
+def learning_rate(args: argparse.Namespace, done: float) -> float:
+    """Warm-up over 1% of the run, constant, linear decay to zero over the last `decay` share; done: 0 to 1."""
+    return args.lr * min(1.0, max(done, 1e-4) / 0.01, (1 - done) / args.decay)
 
 
 @torch.no_grad()
-def held_out_loss(model: Model, batches: Callable[[int], Rows], device: str, count: int = 24) -> float:
-    """Nats per token over some batches of the held-out text, the same at every call."""
-    return torch.stack([loss_of(model, batches(i), device) for i in range(count)]).mean().item()
+def held_out_loss(model: Model, batches: list[Rows], device: str) -> float:
+    """Nats per token over some batches of the held-out text."""
+    return torch.stack([loss_of(model, batch, device) for batch in batches]).mean().item()
 
 
 @torch.no_grad()
@@ -319,30 +335,55 @@ def train(args: argparse.Namespace) -> None:
 
     tokens_per_step = args.batch_size * args.length
     steps = int(args.tokens) // tokens_per_step
+    heldout_batches = [heldout_batches(i) for i in range(max(1, 24 * 24 // args.batch_size))]
+    before = log[-1]["seconds"] if log else 0.0  # of the runs that this one goes on from
     started = saved_at = time.time()
-    bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
-    while step < steps:
-        lr = learning_rate(args, step * tokens_per_step)
+    done, first = step / steps, step
+    bar = tqdm(initial=step, total=None if args.seconds else steps, unit="step", dynamic_ncols=True)
+    loader = DataLoader(Steps(train_batches, step), batch_size=None, num_workers=args.workers, pin_memory=device == "cuda")
+    batches = iter(loader)
+    while done < 1:
+        lr = learning_rate(args, done)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        loss = loss_of(model, train_batches(step), device, backward=True)
+        loss = loss_of(model, next(batches), device, backward=True)
         update(model, masters, optimizers)
         step += 1
-        bar.update()
+        if step == first + 4:  # the first steps compile: that is not training time
+            started = time.time()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", tokens=f"{step * tokens_per_step / 1e6:.1f}M")
-        if step % args.eval_every == 0 or step == steps:
+        bar.update()
+        seconds = before + time.time() - started
+        if not args.seconds:
+            done = step / steps
+        elif step >= first + 4:
+            done = min(1.0, seconds / args.seconds)
+        if step % args.eval_every == 0 or done == 1:
             held_out = held_out_loss(model, heldout_batches, device)
             log.append({"tokens": step * tokens_per_step, "loss": loss.item(), "heldout": held_out, "lr": lr,
-                        "hours": round((time.time() - started) / 3600, 3)})  # fmt: skip
+                        "seconds": round(before + time.time() - started, 1)})  # fmt: skip
             if not model.encoder_decoder:
                 log[-1]["copying"] = copying_loss(model, heldout_ids, device)
             bar.write(json.dumps(log[-1]))
-        if time.time() - saved_at > args.save_every or step == steps:
+        if time.time() - saved_at > args.save_every or done == 1:
             save_state(args, step, log, masters, optimizers)
             export(args, model, masters, log)
             saved_at = time.time()
+
+
+class Steps(Dataset[Rows]):
+    """The batches of a run from step `first` on, for a DataLoader's workers to prepare."""
+
+    def __init__(self, batches: Callable[[int], Rows], first: int):
+        self.batches, self.first = batches, first
+
+    def __len__(self) -> int:
+        return 2**31 - self.first
+
+    def __getitem__(self, i: int) -> Rows:
+        return self.batches(self.first + i)
 
 
 def longest_row(args: argparse.Namespace) -> int:
@@ -373,8 +414,7 @@ def update(model: Model, masters: dict[str, Tensor], optimizers: list[torch.opti
 
 @torch.no_grad()
 def copy_weights(model: Model, masters: dict[str, Tensor]) -> None:
-    for name, p in model.named_parameters():
-        p.copy_(masters[name])
+    torch._foreach_copy_(list(model.parameters()), list(masters.values()))
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -443,6 +483,9 @@ def parse_args() -> argparse.Namespace:
 
     add = parser.add_argument_group("how it is trained").add_argument
     add("--tokens", type=float, metavar="N", default=60e6, help="how many in all, then it ends (%(default)g)")
+    add("--seconds", type=float, metavar="X", help="train this long instead, all starts together, whatever the tokens")
+    add("--copies", type=float, metavar="X", default=0.1, help="gpt2: share of rows that say their half twice (%(default)s)")
+    add("--workers", type=int, metavar="N", default=0, help="processes that prepare batches (%(default)s)")
     add("--length", type=int, metavar="N", default=256, help="tokens in a row (%(default)s)")
     add("--batch-size", type=int, metavar="N", default=24, help="rows in a step (%(default)s)")
     add("--lr", type=float, metavar="X", default=3e-3, help="learning rate between warm-up and decay (%(default)s)")

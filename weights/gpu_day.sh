@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# One run on a borrowed GPU, most valuable part first: pre-training, a prefix on E2E, speed beside transformers + PEFT.
+#   OUT=results CORPUS=corpus/ DATA=data/ VOCAB=folder [GPT2="..." BART="..." STEPS=1500] bash weights/gpu_day.sh
+# VOCAB holds vocab.json and merges.txt; DATA holds e2e/ and gpt2_tokenizer/. Each part writes to OUT as it ends.
+set -u
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+STEPS=${STEPS:-1500} BENCH_MODELS=${BENCH_MODELS:-gpt2-medium} BENCH=${BENCH:---steps 4 --rounds 3} WORK=${WORK:-/tmp/gpu_day}
+GPT2=${GPT2:---layers 6 --width 384 --heads 6 --batch-size 192 --seconds 145 --workers 4 --eval-every 400 --save-every 10000}
+BART=${BART:---layers 4 --width 320 --heads 5 --batch-size 192 --seconds 110 --workers 12 --eval-every 400 --save-every 10000}
+mkdir -p "$OUT" "$WORK/gpt2" && cp "$VOCAB"/vocab.json "$VOCAB"/merges.txt "$WORK/gpt2"
+say() { echo "== $(date +%T) $*" | tee -a "$OUT/log.txt"; }
+pack() { tar -C "$WORK" --exclude=state.pt -cf - "$@" | split -b 15M - "$OUT/$1.tar."; }  # parts under 16 MiB
+
+say "$(python3 -c 'import torch; print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name())')"
+say pre-train gpt2
+python3 weights/pretrain.py gpt2 --corpus "$CORPUS" --out "$WORK/gpt2" --state "$WORK/state-gpt2" $GPT2 2>&1 | tr '\r' '\n' | grep -v "step/s\|s/step" | tail -60 >>"$OUT/log.txt"
+pack gpt2
+say prefix on E2E, and its run resumed, with the new gpt2
+(
+    python3 train.py --model "$WORK/gpt2" --data "$DATA/e2e" --steps $((STEPS / 2)) --eval-inputs 8 --out "$WORK/e2e" &&
+    python3 train.py --model "$WORK/gpt2" --data "$DATA/e2e" --steps $STEPS --eval-inputs 60 --out "$WORK/e2e-long" &&
+    python3 sample.py --prefix "$WORK/e2e-long/prefix.safetensors" --beams 5 \
+        --input "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
+) 2>&1 | tr '\r' '\n' | grep -v "step/s\|s/step" | tail -80 >"$OUT/e2e.txt" &
+say pre-train bart
+python3 weights/pretrain.py bart --corpus "$CORPUS" --out "$WORK/bart" --bpe "$WORK/gpt2" --state "$WORK/state-bart" $BART 2>&1 | tr '\r' '\n' | grep -v "step/s\|s/step" | tail -60 >>"$OUT/log.txt"
+pack bart
+wait
+say speed
+python3 - "$WORK" "$DATA" $BENCH_MODELS <<'PY'
+import shutil, sys, torch
+from pathlib import Path
+from minprefix.gpt2 import GPT2
+from minprefix.load import save_model
+shapes = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "tiny": (2, 64, 2)}
+for name in sys.argv[3:]:
+    L, C, H = shapes[name]
+    torch.manual_seed(0)
+    model = GPT2({"vocab_size": 50257, "n_positions": 1024, "n_embd": C, "n_layer": L, "n_head": H,
+                  "bos_token_id": 50256, "eos_token_id": 50256, "architectures": ["GPT2LMHeadModel"]})
+    save_model(model, Path(sys.argv[1], name))
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(f"{sys.argv[2]}/gpt2_tokenizer/{file}", f"{sys.argv[1]}/{name}/{file}")
+PY
+for model in $BENCH_MODELS; do
+    for work in "train --batch-size 10" "train --batch-size 128" "generate --batch-size 16 --beams 5"; do
+        say "bench $work $model"
+        timeout 45 python3 -m minprefix.bench $work --model "$WORK/$model" --data "$DATA/e2e" --dtype bfloat16 --peer $BENCH >>"$OUT/bench.txt" 2>&1
+    done
+done
+say done
