@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from minprefix.errors import InputError, run_main
+from minprefix.system.errors import InputError, run_main
 
 ROWS = [{"source": f"item {i} of the list", "target": f"This is item number {i}."} for i in range(40)]
 MR = "name[The Golden Lantern], eatType[pub], food[Thai]"

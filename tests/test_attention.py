@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from minprefix import attention
-from minprefix.attention import (
+from minprefix.core import attention
+from minprefix.core.attention import (
     FoldedPrefix,
     attend,
     causal_mask,
@@ -15,7 +15,7 @@ from minprefix.attention import (
     prefix_segments,
     real_tokens,
 )
-from minprefix.gpt2 import GPT2
+from minprefix.core.gpt2 import GPT2
 
 B, H, T, D, P, S = 6, 2, 4, 3, 5, 7
 INF = float("inf")

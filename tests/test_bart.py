@@ -12,14 +12,14 @@ import torch
 from torch.nn import functional as F
 
 from minprefix import Prefix, load_model, load_tokenizer
-from minprefix.attention import FoldedPrefix, real_tokens
-from minprefix.bart import BART, from_huggingface, to_huggingface
-from minprefix.batches import collate
-from minprefix.checkpoint import read_safetensors, read_tensors, write_safetensors
-from minprefix.errors import InputError
-from minprefix.load import check_vocabulary
-from minprefix.prefix import word_activations
-from minprefix.training import target_loss
+from minprefix.core.attention import FoldedPrefix, real_tokens
+from minprefix.core.bart import BART, from_huggingface, to_huggingface
+from minprefix.core.batches import collate
+from minprefix.core.prefix import word_activations
+from minprefix.core.training import target_loss
+from minprefix.formats.load import check_vocabulary
+from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
+from minprefix.system.errors import InputError
 from tests.tiny import ROOT, write_tiny_bart
 
 GOLDEN = ROOT / "tests" / "golden"

@@ -8,10 +8,10 @@ import torch
 import sample
 import train
 from minprefix import load_model
-from minprefix.baselines import Finetune
-from minprefix.checkpoint import read_safetensors
-from minprefix.errors import InputError
-from minprefix.load import save_model
+from minprefix.formats.load import save_model
+from minprefix.formats.safetensors import read_safetensors
+from minprefix.methods.baselines import Finetune
+from minprefix.system.errors import InputError
 from tests.helpers import assert_one_clear_line, call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
@@ -79,7 +79,7 @@ def test_resumed_it_gives_the_same_weights(world, tmp_path, capsys, monkeypatch)
     real, calls = train.train, []
 
     def stopped(*args, **options):  # as if killed after the second evaluation
-        from minprefix import training
+        from minprefix.core import training
 
         save = training.save_checkpoint
 

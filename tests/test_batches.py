@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from minprefix import load_tokenizer
-from minprefix.attention import real_tokens
-from minprefix.batches import (
+from minprefix.core.attention import real_tokens
+from minprefix.core.batches import (
     Batch,
     bucket_batches,
     check_lengths,
@@ -23,8 +23,8 @@ from minprefix.batches import (
     sorted_batches,
     start_id,
 )
-from minprefix.data import Example, load_e2e
-from minprefix.tokenizer import Tokenizer, byte_alphabet
+from minprefix.data.tasks import Example, load_e2e
+from minprefix.formats.tokenizer import Tokenizer, byte_alphabet
 from tests.helpers import complaint
 from tests.tiny import ROOT
 

@@ -1,4 +1,4 @@
-"""python -m minprefix.bench: that it measures the work it names, prints what it promises, and refuses nonsense."""
+"""python -m minprefix bench: that it measures the work it names, prints what it promises, and refuses nonsense."""
 
 import json
 import subprocess
@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from minprefix import bench, load_model, load_tokenizer
-from minprefix.errors import InputError
-from minprefix.linear import packs_bfloat16
+from minprefix import load_model, load_tokenizer
+from minprefix.core.linear import packs_bfloat16
+from minprefix.studies import bench
+from minprefix.system.errors import InputError
 from tests.helpers import call
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
@@ -29,7 +30,7 @@ def world(tmp_path_factory):
 
 
 def run(world, *options):
-    command = [sys.executable, "-m", "minprefix.bench", "--data", str(world), *QUICK, *options]
+    command = [sys.executable, "-m", "minprefix", "bench", "--data", str(world), *QUICK, *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
 
 

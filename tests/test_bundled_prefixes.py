@@ -8,11 +8,11 @@ import torch
 
 import sample
 from minprefix import generate, load_model, load_prefix, load_tokenizer
-from minprefix.batches import encode_pairs
-from minprefix.data import format_source
-from minprefix.examples import Example
-from minprefix.sample_e2e import sample_rows
-from minprefix.training import dev_loss
+from minprefix.core.batches import encode_pairs
+from minprefix.core.training import dev_loss
+from minprefix.data.examples import Example
+from minprefix.data.sample_e2e import sample_rows
+from minprefix.data.tasks import format_source
 from tests.helpers import call
 from tests.tiny import ROOT
 

@@ -12,14 +12,14 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from minprefix.checkpoint import (
+from minprefix.formats.safetensors import (
     DTYPES,
     read_config,
     read_safetensors,
     read_tensors,
     write_safetensors,
 )
-from minprefix.errors import InputError
+from minprefix.system.errors import InputError
 
 
 def sample_tensors():

@@ -2,7 +2,7 @@
 
 import torch
 
-from minprefix import compiled as module
+from minprefix.core import compiled as module
 
 
 def double(x):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from minprefix.curve import plot_curve, text_curve
+from minprefix.cli.curve import plot_curve, text_curve
 
 LOG = [
     {"step": 0, "dev_loss": 8.0},

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from minprefix import data
-from minprefix.data import Example, find_e2e, format_source, linearise_e2e, load_examples, load_on_topics
-from minprefix.sample_e2e import sample_rows
+from minprefix.data import tasks
+from minprefix.data.sample_e2e import sample_rows
+from minprefix.data.tasks import Example, find_e2e, format_source, linearise_e2e, load_examples, load_on_topics
 from tests.helpers import complaint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,11 +30,11 @@ def elsewhere(tmp_path, monkeypatch):
     """Each test has an empty current directory, no network but its own, and a fresh try at the download."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    monkeypatch.setattr(data, "E2E_URL", f"http://127.0.0.1:{closed_port()}/e2e.zip")
+    monkeypatch.setattr(tasks, "E2E_URL", f"http://127.0.0.1:{closed_port()}/e2e.zip")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    data.download_e2e.cache_clear()
+    tasks.download_e2e.cache_clear()
     yield
-    data.download_e2e.cache_clear()
+    tasks.download_e2e.cache_clear()
 
 
 def closed_port():
@@ -114,19 +114,19 @@ def test_real_e2e(split):
     for example in examples:
         slots = [pair.split(" : ") for pair in example.source.split(" | ")]
         mrs.add(", ".join(f"{back.get(slot, slot)}[{value}]" for slot, value in slots))
-    with open(E2E / data.E2E_FILES[split], encoding="utf-8", newline="") as file:
+    with open(E2E / tasks.E2E_FILES[split], encoding="utf-8", newline="") as file:
         assert mrs == {row["mr"] for row in csv.DictReader(file)}
 
 
 @needs_e2e
 def test_real_e2e_is_the_official_release():
-    for name, digest in data.E2E_SHA256.items():
+    for name, digest in tasks.E2E_SHA256.items():
         assert hashlib.sha256((E2E / name).read_bytes()).hexdigest() == digest
 
 
 def write_e2e(folder, text, split="train"):
     folder.mkdir(exist_ok=True)
-    path = folder / data.E2E_FILES[split]
+    path = folder / tasks.E2E_FILES[split]
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     return path
 
@@ -214,9 +214,9 @@ def zip_of(contents, folder="e2e-dataset/"):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(answer) -> the list of requests; answer(handler) replies to each, at the address that data.py now uses."""
+    """serve(answer) -> the list of requests; answer(handler) replies to each, at the address that tasks.py now uses."""
     for name, text in CONTENTS.items():
-        monkeypatch.setitem(data.E2E_SHA256, name, hashlib.sha256(text.encode()).hexdigest())
+        monkeypatch.setitem(tasks.E2E_SHA256, name, hashlib.sha256(text.encode()).hexdigest())
     servers, stop = [], threading.Event()
 
     def start(answer):
@@ -234,7 +234,7 @@ def serve(monkeypatch):
         server.daemon_threads, server.handle_error = True, lambda *arguments: None
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setattr(data, "E2E_URL", f"http://127.0.0.1:{server.server_port}/e2e.zip")
+        monkeypatch.setattr(tasks, "E2E_URL", f"http://127.0.0.1:{server.server_port}/e2e.zip")
         return requests
 
     yield start
@@ -308,8 +308,8 @@ def test_download(serve, capsys, monkeypatch, answer):
     assert files == CONTENTS  # nothing else from the zip, no temporary file
     assert len(requests) == 1 and lines_of(capsys) == []
 
-    data.download_e2e.cache_clear()  # a later process, without a network
-    monkeypatch.setattr(data, "E2E_URL", f"http://127.0.0.1:{closed_port()}/e2e.zip")
+    tasks.download_e2e.cache_clear()  # a later process, without a network
+    monkeypatch.setattr(tasks, "E2E_URL", f"http://127.0.0.1:{closed_port()}/e2e.zip")
     assert len(load_examples("e2e", "train")) == 500 and lines_of(capsys) == []
 
 
@@ -347,8 +347,8 @@ SLOW = {
 def test_download_fails(serve, capsys, monkeypatch, name):
     answer, reason = (FAILURES | SLOW)[name]
     if name in SLOW:  # only there: elsewhere a busy machine might need the time
-        monkeypatch.setattr(data, "TIMEOUT", 0.3)
-        monkeypatch.setattr(data, "DEADLINE", 0.5)
+        monkeypatch.setattr(tasks, "TIMEOUT", 0.3)
+        monkeypatch.setattr(tasks, "DEADLINE", 0.5)
     begin = time.monotonic()
     requests = serve(answer)
     assert_sample(capsys, reason)
@@ -356,7 +356,7 @@ def test_download_fails(serve, capsys, monkeypatch, name):
 
 
 def test_download_too_large(serve, capsys, monkeypatch):
-    monkeypatch.setattr(data, "MAX_BYTES", len(GOOD_ZIP) - 1)
+    monkeypatch.setattr(tasks, "MAX_BYTES", len(GOOD_ZIP) - 1)
     serve(send(GOOD_ZIP))
     assert_sample(capsys, "too large")
 

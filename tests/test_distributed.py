@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import sample
-from minprefix import Prefix, distributed, load_model, load_tokenizer
-from minprefix.distributed import each_rank, use_own_gpu
-from minprefix.errors import InputError, run_main
-from minprefix.runs import run_folder
-from minprefix.training import train
+from minprefix import Prefix, load_model, load_tokenizer
+from minprefix.cli.runs import run_folder
+from minprefix.core.training import train
+from minprefix.system import distributed
+from minprefix.system.distributed import each_rank, use_own_gpu
+from minprefix.system.errors import InputError, run_main
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 # Batches of 4, 4, 4 and 1: no two shares have as many tokens, and one is empty.

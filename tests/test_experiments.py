@@ -1,4 +1,4 @@
-"""python -m minprefix.experiments: the plans, that a study goes on where it was stopped, the table, the error lines.
+"""python -m minprefix study: the plans, that a study goes on where it was stopped, the table, the error lines.
 
 But for one study with a real run, train.py and sample.py are stand-ins that note how they were called.
 """
@@ -20,10 +20,11 @@ import torch
 
 import sample
 import train
-from minprefix import experiments, report, settings, studies
-from minprefix.data import json_rows
-from minprefix.files import locked
-from minprefix.training import DIVERGED
+from minprefix.cli import settings
+from minprefix.core.training import DIVERGED
+from minprefix.data.tasks import json_rows
+from minprefix.studies import experiments, report, studies
+from minprefix.system.files import locked
 from tests.helpers import call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
@@ -245,7 +246,7 @@ def test_the_scripts_must_be_there(scripts, capsys):
         ("full --model model --data e2e --steps 0", "--steps is 0"),
         ("full --model model --data e2e --seeds 1 -1", "--seeds is -1"),
         ("full --model model --data e2e --out model/config.json", "model/config.json is a file"),
-        ("ful", "python -m minprefix.experiments --help lists the options"),
+        ("ful", "python -m minprefix study --help lists the options"),
     ],
 )
 def test_bad_input_is_one_clear_line(line, message, scripts, capsys):

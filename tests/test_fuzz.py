@@ -8,10 +8,10 @@ import zipfile
 import pytest
 import torch
 
-from minprefix.baselines import load_trained, save_trained
-from minprefix.checkpoint import read_tensors
-from minprefix.errors import InputError
-from minprefix.prefix import fingerprint
+from minprefix.core.prefix import fingerprint
+from minprefix.formats.safetensors import read_tensors
+from minprefix.methods.baselines import load_trained, save_trained
+from minprefix.system.errors import InputError
 from tests import fuzz
 from tests.tiny import ROOT
 

@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 import torch
 
-from minprefix.attention import Cache, FoldedInfix, FoldedPrefix
-from minprefix.errors import InputError
-from minprefix.generate import generate, generate_ids
-from minprefix.gpt2 import GPT2, to_huggingface
+from minprefix.core.attention import Cache, FoldedInfix, FoldedPrefix
+from minprefix.core.generate import generate, generate_ids
+from minprefix.core.gpt2 import GPT2, to_huggingface
+from minprefix.system.errors import InputError
 from tests.test_methods import reference_infix
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,11 +9,11 @@ from collections import Counter
 import pytest
 import torch
 
-from minprefix.attention import Cache, FoldedPrefix
-from minprefix.bart import BART, to_huggingface
-from minprefix.errors import InputError
-from minprefix.generate import generate, generate_ids, recipe
-from minprefix.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_alphabet
+from minprefix.core.attention import Cache, FoldedPrefix
+from minprefix.core.bart import BART, to_huggingface
+from minprefix.core.generate import generate, generate_ids, recipe
+from minprefix.formats.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_alphabet
+from minprefix.system.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 V, L, H, D, ROOM = 30, 2, 2, 16, 64

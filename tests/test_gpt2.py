@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from minprefix import load_model
-from minprefix.attention import FoldedPrefix
-from minprefix.checkpoint import read_safetensors, read_tensors, write_safetensors
-from minprefix.errors import InputError
-from minprefix.gpt2 import GPT2, from_huggingface, to_huggingface
+from minprefix.core.attention import FoldedPrefix
+from minprefix.core.gpt2 import GPT2, from_huggingface, to_huggingface
+from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
+from minprefix.system.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = json.loads((GOLDEN / "tiny-gpt2" / "config.json").read_text())

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from minprefix import download, hub, load
-from minprefix.checkpoint import read_tensors, write_safetensors
-from minprefix.errors import InputError
-from minprefix.hub import find_model, hub_cache, is_hub_name, model_name, resolve_model
-from minprefix.tokenizer import load_tokenizer
+from minprefix.formats import download, hub, load
+from minprefix.formats.hub import find_model, hub_cache, is_hub_name, model_name, resolve_model
+from minprefix.formats.safetensors import read_tensors, write_safetensors
+from minprefix.formats.tokenizer import load_tokenizer
+from minprefix.system.errors import InputError
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -584,7 +584,7 @@ def test_resolve_model(weights, tmp_path, monkeypatch):
 
 def test_weights_folder_is_the_repositorys():
     assert hub.WEIGHTS.name == "weights"
-    assert (hub.WEIGHTS.parent / "minprefix" / "hub.py").samefile(hub.__file__)
+    assert (hub.WEIGHTS.parent / "minprefix" / "formats" / "hub.py").samefile(hub.__file__)
 
 
 def write_snapshot(repository, files, commit=COMMIT):

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import minprefix
-from minprefix.prefix import save_prefix
+from minprefix.core.prefix import save_prefix
 from tests.tiny import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,7 +17,7 @@ def test_each_file_imports_only_files_above_it():
     assert sorted(order) == sorted(p.stem for p in (ROOT / "minprefix").glob("*.py") if p.stem != "__init__")
     for place, name in enumerate(order):
         source = (ROOT / "minprefix" / f"{name}.py").read_text(encoding="utf-8")
-        if name == "prefix":  # the one exception: `python -m minprefix.prefix` is prefix_tool.py
+        if name == "prefix":  # the one exception: `python -m minprefix` is prefix_tool.py
             source = source[: source.index("if __name__")]
         found = re.findall(r"^\s*from minprefix(?:\.(\w+))? import (.+)", source, re.M)
         imported = {part for module, parts in found for part in ([module] if module else parts.split(", "))}

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from minprefix import load_model, load_tokenizer
-from minprefix.checkpoint import read_safetensors, read_tensors, write_safetensors
-from minprefix.errors import InputError
-from minprefix.load import check_vocabulary, pick_writing_dtype
-from minprefix.machine import pick_device, pick_dtype
+from minprefix.formats.load import check_vocabulary, pick_writing_dtype
+from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
+from minprefix.system.device import pick_device, pick_dtype
+from minprefix.system.errors import InputError
 from tests.tiny import write_tiny_bart
 
 TINY = Path(__file__).parent / "golden" / "tiny-gpt2"

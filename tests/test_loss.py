@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from minprefix import load_model
-from minprefix.batches import Batch
-from minprefix.loss import LOGIT_ROWS, target_loss
+from minprefix.core.batches import Batch
+from minprefix.core.loss import LOGIT_ROWS, target_loss
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 

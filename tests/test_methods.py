@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from minprefix import Prefix, load_model, load_prefix, load_tokenizer, training
-from minprefix.baselines import (
+from minprefix import Prefix, load_model, load_prefix, load_tokenizer
+from minprefix.core import training
+from minprefix.core.batches import collate
+from minprefix.core.generate import generate_ids
+from minprefix.core.gpt2 import GPT2
+from minprefix.core.prefix import count_numbers, fingerprint, save_prefix
+from minprefix.formats.load import save_model
+from minprefix.formats.safetensors import write_safetensors
+from minprefix.methods.baselines import (
     Adapters,
     Embedding,
     Finetune,
@@ -17,13 +24,7 @@ from minprefix.baselines import (
     top_layers,
     trained_file,
 )
-from minprefix.batches import collate
-from minprefix.checkpoint import write_safetensors
-from minprefix.errors import InputError
-from minprefix.generate import generate_ids
-from minprefix.gpt2 import GPT2
-from minprefix.load import save_model
-from minprefix.prefix import count_numbers, fingerprint, save_prefix
+from minprefix.system.errors import InputError
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -325,7 +326,7 @@ def test_files_of_other_models_and_damaged_ones(folders, tmp_path):
         refused("x.safetensors", {**good, "other": torch.ones(3)})
         refused("x.safetensors", {k: v for k, v in good.items() if k != name})
     write_safetensors(path, good, {**info, "method": "adapter"})
-    with pytest.raises(InputError, match="is of --method adapter: minprefix.baselines.load_trained"):
+    with pytest.raises(InputError, match="is of --method adapter: minprefix.methods.baselines.load_trained"):
         load_prefix(path)
     for nothing in (tmp_path, folders["gpt2"]):  # a model that was not trained by minprefix is none
         with pytest.raises(InputError, match="nothing at .* that train.py saved"):

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from minprefix import metrics
-from minprefix.errors import InputError
-from minprefix.ptb import ptb_tokens
+from minprefix.metrics import scores as metrics
+from minprefix.metrics.ptb import ptb_tokens
+from minprefix.system.errors import InputError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text(encoding="utf-8"))
 SCORES = {"BLEU": metrics.bleu, "NIST": metrics.nist, "ROUGE-L": metrics.rouge_l, "CIDEr": metrics.cider}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from minprefix.muon import Muon, orthogonal
+from minprefix.core.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (100, 64), (3, 2, 20, 64), (2, 2, 7, 7)])

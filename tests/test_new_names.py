@@ -2,8 +2,8 @@
 
 import sys
 
-from minprefix.errors import run_main
-from minprefix.examples import Example
+from minprefix.data.examples import Example
+from minprefix.system.errors import run_main
 from tests.tiny import ROOT, write_tiny_model
 
 sys.path.insert(0, str(ROOT / "weights"))

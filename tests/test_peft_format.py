@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import sample
-from minprefix import Prefix, hub, load_model, load_prefix, prefix_tool
-from minprefix.checkpoint import read_safetensors, write_safetensors
-from minprefix.errors import InputError
-from minprefix.prefix import save_prefix
+from minprefix import Prefix, load_model, load_prefix
+from minprefix.cli import prefix_tool
+from minprefix.core.prefix import save_prefix
+from minprefix.formats import hub
+from minprefix.formats.safetensors import read_safetensors, write_safetensors
+from minprefix.system.errors import InputError
 from tests.helpers import call
 from tests.tiny import write_tiny_bart, write_tiny_model
 

@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional as F
 
 from minprefix import Prefix, load_model, load_prefix, load_tokenizer
-from minprefix.attention import FoldedPrefix
-from minprefix.bart import BART
-from minprefix.checkpoint import read_safetensors, write_safetensors
-from minprefix.errors import InputError
-from minprefix.gpt2 import GPT2
-from minprefix.prefix import check_fits, save_prefix, word_activations
+from minprefix.core.attention import FoldedPrefix
+from minprefix.core.bart import BART
+from minprefix.core.gpt2 import GPT2
+from minprefix.core.prefix import check_fits, save_prefix, word_activations
+from minprefix.formats.safetensors import read_safetensors, write_safetensors
+from minprefix.system.errors import InputError
 from tests.tiny import write_tiny_model
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])

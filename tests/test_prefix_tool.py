@@ -1,4 +1,4 @@
-"""python -m minprefix.prefix show: what it says of each kind of file, and the attention it reports against NumPy's."""
+"""python -m minprefix show: what it says of each kind of file, and the attention it reports against NumPy's."""
 
 import os
 import shutil
@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from minprefix import Prefix, load_model, prefix_tool
-from minprefix.attention import FoldedInfix
-from minprefix.baselines import Adapters, Infix, load_trained, save_trained
-from minprefix.batches import collate
-from minprefix.errors import InputError
-from minprefix.load import save_model
-from minprefix.prefix import fingerprint, save_prefix
-from minprefix.tokenizer import load_tokenizer
+from minprefix import Prefix, load_model
+from minprefix.cli import prefix_tool
+from minprefix.core.attention import FoldedInfix
+from minprefix.core.batches import collate
+from minprefix.core.prefix import fingerprint, save_prefix
+from minprefix.formats.load import save_model
+from minprefix.formats.tokenizer import load_tokenizer
+from minprefix.methods.baselines import Adapters, Infix, load_trained, save_trained
+from minprefix.system.errors import InputError
 from tests.helpers import call
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
@@ -187,8 +188,8 @@ def test_runs_of_other_methods_and_unfinished_ones_are_told(world, capsys, tmp_p
         load_trained(tmp_path / "finetuned" / "model", load_model("gpt2"))
 
 
-def test_the_command_bears_the_name_of_the_library_file(world):
-    command = [sys.executable, "-m", "minprefix.prefix", "show", "gpt2.safetensors"]
+def test_the_package_is_the_command(world):
+    command = [sys.executable, "-m", "minprefix", "show", "gpt2.safetensors"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stderr) == (0, "") and "length" in done.stdout
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from minprefix import generate, load_model, load_tokenizer
-from minprefix.errors import run_main
+from minprefix.system.errors import run_main
 from tests.tiny import ROOT
 
 sys.path.insert(0, str(ROOT / "weights"))

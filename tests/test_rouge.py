@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minprefix import metrics
-from minprefix.errors import InputError
+from minprefix.system.errors import InputError
 
 needs_rouge_score = pytest.mark.skipif(
     importlib.util.find_spec("rouge_score") is None,

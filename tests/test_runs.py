@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import sample
-from minprefix.errors import InputError
-from minprefix.examples import Example
-from minprefix.files import locked
-from minprefix.runs import disk_size, remove_half_written, run_folder, sample_command, texts_file
+from minprefix.cli.runs import disk_size, remove_half_written, run_folder, sample_command, texts_file
+from minprefix.data.examples import Example
+from minprefix.system.errors import InputError
+from minprefix.system.files import locked
 from tests.tiny import ROOT
 
 SHORT, LONG = [Example("item 3", ["It is three."])], [Example("word " * 99, ["Words."])]
@@ -115,7 +115,7 @@ def test_without_locks_a_new_run_has_a_folder_of_its_own_too(tmp_path, monkeypat
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    program = ("import sys, time; from pathlib import Path; from minprefix.files import locked\n"
+    program = ("import sys, time; from pathlib import Path; from minprefix.system.files import locked\n"
                "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)")  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", program, tmp_path / "run"], stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout.readline() == b"locked\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minprefix.sample_e2e import AREAS, NAMES, NEARS, VALUES, WORDINGS, sample_rows
+from minprefix.data.sample_e2e import AREAS, NAMES, NEARS, VALUES, WORDINGS, sample_rows
 
 SPLITS = ("train", "dev", "test")
 ROWS = {split: sample_rows(split) for split in SPLITS}

@@ -18,21 +18,15 @@ import torch
 
 import sample
 import train
-from minprefix import (
-    data,
-    evaluation,
-    experiments,
-    load_model,
-    load_prefix,
-    load_tokenizer,
-    metrics,
-    prefix_tool,
-    runs,
-    training,
-)
-from minprefix.checkpoint import read_safetensors
-from minprefix.files import atomic_write, locked
-from minprefix.training import train as train_loop
+from minprefix import load_model, load_prefix, load_tokenizer
+from minprefix.cli import evaluation, prefix_tool, runs
+from minprefix.core import training
+from minprefix.core.training import train as train_loop
+from minprefix.data import tasks
+from minprefix.formats.safetensors import read_safetensors
+from minprefix.metrics import scores
+from minprefix.studies import experiments
+from minprefix.system.files import atomic_write, locked
 from tests.helpers import ROWS, assert_one_clear_line, call
 from tests.test_triples import entry, write_xml
 from tests.tiny import write_tiny_model
@@ -99,7 +93,7 @@ def test_sample_evaluates(prefix_file, world, capsys):
 
 
 def test_scores_on_the_bundled_sample_are_not_called_e2e(prefix_file, world, capsys, monkeypatch):
-    monkeypatch.setattr(data, "find_e2e", lambda folder=None: None)
+    monkeypatch.setattr(tasks, "find_e2e", lambda folder=None: None)
     monkeypatch.setattr(evaluation, "find_e2e", lambda folder=None: None)
     code, out, _ = call(sample, capsys, "--prefix", prefix_file, "--task", "e2e", "--limit", 1, "--max-new-tokens", 2,
                         "--evaluate", "--output", world / "sample.txt")  # fmt: skip
@@ -189,7 +183,7 @@ def test_webnlg_by_topic_from_training_to_scores(world, capsys, monkeypatch):
 
     prefix = ("--prefix", "topics-a/prefix.safetensors")
     options = ("--beams", 1, "--max-new-tokens", 4, "--evaluate", "--output", "topics.txt")
-    monkeypatch.setattr(metrics, "meteor", metrics.bleu)  # Java takes its time
+    monkeypatch.setattr(scores, "meteor", scores.bleu)  # Java takes its time
     for topics, split, n in ((("Artist",), "dev", 20), (("Food", "Artist"), "test", 40), ((), "test_unseen", 20)):
         chosen = ("--topics", *topics) if topics else ()
         code, _, err = call(sample, capsys, *prefix, *common, "--split", split, *chosen, *options)
@@ -568,9 +562,9 @@ def test_scoring_own_rows_says_which(prefix_file, world, capsys, tmp_path):
 
 
 def test_a_misspelt_slot_is_told(capsys):
-    data.tell_unknown_slot.cache_clear()
+    tasks.tell_unknown_slot.cache_clear()
     for text in ("eattype[pub], food[Thai]", "eattype[restaurant]", "Type[pub], customer rating[low]"):
-        data.format_source("e2e", text)
+        tasks.format_source("e2e", text)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("'eattype' is no slot of E2E's") and "eatType" in err
 

@@ -11,7 +11,7 @@ import pytest
 import sample
 import train
 from minprefix import load_prefix
-from minprefix.checkpoint import read_safetensors
+from minprefix.formats.safetensors import read_safetensors
 from tests.helpers import assert_one_clear_line, call
 from tests.tiny import write_tiny_bart, write_tiny_model
 

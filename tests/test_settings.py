@@ -6,11 +6,11 @@ from argparse import Namespace
 import pytest
 
 import train
-from minprefix.baselines import Adapters
-from minprefix.hub import resolve_model
-from minprefix.load import empty_model
-from minprefix.settings import BUNDLED, LR, OPTIONS, default_settings, learning_rate, settings_table
-from minprefix.studies import tuning
+from minprefix.cli.settings import BUNDLED, LR, OPTIONS, default_settings, learning_rate, settings_table
+from minprefix.formats.hub import resolve_model
+from minprefix.formats.load import empty_model
+from minprefix.methods.baselines import Adapters
+from minprefix.studies.studies import tuning
 from tests.helpers import assert_one_clear_line
 from tests.tiny import write_tiny_bart, write_tiny_model
 

@@ -9,9 +9,9 @@ import threading
 import pytest
 import torch
 
-from minprefix import signals
-from minprefix.errors import InputError, WriteError, run_main
-from minprefix.files import atomic_write, read_text
+from minprefix.system import signals
+from minprefix.system.errors import InputError, WriteError, run_main
+from minprefix.system.files import atomic_write, read_text
 from tests.tiny import ROOT
 
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
@@ -92,8 +92,8 @@ def test_a_device_without_room_is_named():
 @pytest.mark.parametrize("streams, said", [(">/dev/full", True), ("2>/dev/full", False), (">&- 2>&-", False)])
 def test_a_process_whose_output_cannot_be_written_ends_with_its_code(streams, said):
     """To the very end of Python, which flushes what is left."""
-    code = "from minprefix.errors import run_main; from minprefix.files import read_text; from tqdm import tqdm; "
-    code += "run_main(lambda: ([*tqdm([1])], print('text'), read_text('/nowhere')))"
+    code = "from minprefix.system.errors import run_main; from minprefix.system.files import read_text; "
+    code += "from tqdm import tqdm; run_main(lambda: ([*tqdm([1])], print('text'), read_text('/nowhere')))"
     done = subprocess.run(["bash", "-c", f"exec {sys.executable} -c \"{code}\" {streams}"], capture_output=True,
                           text=True, cwd=ROOT)  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr

@@ -2,8 +2,8 @@
 
 import pytest
 
-from minprefix.data import load_examples
-from minprefix.slots import slot_accuracy, slots_told
+from minprefix.data.tasks import load_examples
+from minprefix.metrics.slots import slot_accuracy, slots_told
 from tests.test_data import E2E, needs_e2e
 
 SOURCE = "name : Café Rouge | Type : coffee shop | food : Indian | price : cheap | near : Raja Indian Cuisine"

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import sample
-from minprefix import Prefix, load_model, requests, stack_prefixes
-from minprefix.attention import FoldedInfix, FoldedPrefix, beside, causal_mask
-from minprefix.bart import BART
-from minprefix.baselines import load_trained, save_trained
-from minprefix.errors import InputError
-from minprefix.generate import generate_ids
-from minprefix.gpt2 import GPT2
-from minprefix.prefix import fingerprint, save_prefix
+from minprefix import Prefix, load_model, stack_prefixes
+from minprefix.cli import requests
+from minprefix.core.attention import FoldedInfix, FoldedPrefix, beside, causal_mask
+from minprefix.core.bart import BART
+from minprefix.core.generate import generate_ids
+from minprefix.core.gpt2 import GPT2
+from minprefix.core.prefix import fingerprint, save_prefix
+from minprefix.methods.baselines import load_trained, save_trained
+from minprefix.system.errors import InputError
 from tests.helpers import call
 from tests.tiny import write_tiny_bart, write_tiny_model
 

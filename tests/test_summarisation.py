@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from minprefix.data import Example, format_source, load_examples
+from minprefix.data.tasks import Example, format_source, load_examples
 from tests.helpers import complaint
 from tests.tiny import ROOT
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from minprefix import load_tokenizer
-from minprefix.errors import InputError
-from minprefix.tokenizer import byte_alphabet
+from minprefix.formats.tokenizer import byte_alphabet
+from minprefix.system.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 MINI = ROOT / "weights" / "gpt2-mini"

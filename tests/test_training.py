@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minprefix import Prefix, load_model, load_tokenizer, training
-from minprefix.batches import collate, encode_pairs
-from minprefix.data import Example
-from minprefix.errors import InputError, MemoryShort
-from minprefix.loss import target_loss
-from minprefix.muon import Muon
-from minprefix.resume import read_checkpoint
-from minprefix.training import batch_stream, dev_loss, linear_schedule, make_optimizer, train
+from minprefix import Prefix, load_model, load_tokenizer
+from minprefix.core import training
+from minprefix.core.batches import collate, encode_pairs
+from minprefix.core.checkpointing import read_checkpoint
+from minprefix.core.loss import target_loss
+from minprefix.core.muon import Muon
+from minprefix.core.training import batch_stream, dev_loss, linear_schedule, make_optimizer, train
+from minprefix.data.tasks import Example
+from minprefix.system.errors import InputError, MemoryShort
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 PAIRS = [([5 + i, 6, 7 + i], [40 + i, 50, 60, 4095]) for i in range(12)] + [([9], [8, 4095])]

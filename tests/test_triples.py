@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from minprefix import triples
-from minprefix.data import format_source, load_examples
-from minprefix.examples import Example, draw_pairs, on_topics
+from minprefix.data import triples
+from minprefix.data.examples import Example, draw_pairs, on_topics
+from minprefix.data.tasks import format_source, load_examples
 from tests.helpers import complaint
 from tests.tiny import ROOT
 
