@@ -25,6 +25,7 @@ from minprefix.methods.baselines import (
     trained_file,
 )
 from minprefix.system.errors import InputError
+from tests.helpers import numpy_inputs, numpy_logits, reference_infix
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,57 +189,11 @@ def test_a_run_is_not_resumed_by_another_method(folders, tmp_path):
 # ---- what embedding-only and infix compute ----
 
 
-def reference(model, x, start=0, infix=None):
-    """GPT-2's logits in NumPy, token by token, in float64: x (T, C) -> (T, V).
-
-    x: embeddings with their positions'. infix (L, 2, H, P, D): seen by the tokens from number `start` on.
-    """
-    w = {name: p.double().numpy() for name, p in model.state_dict().items()}
-    heads = model.h[0].attn.n_head
-
-    def norm(x, name):
-        centred = x - x.mean(-1, keepdims=True)
-        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + model.config["layer_norm_epsilon"])
-        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def linear(x, name):
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-    for layer in range(len(model.h)):
-        at = f"h.{layer}"
-        q, k, v = np.split(linear(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn"), 3, axis=-1)
-        q, k, v = (part.reshape(len(x), heads, -1) for part in (q, k, v))
-        y = np.zeros_like(q)
-        for t in range(len(x)):
-            for head in range(heads):
-                keys, values = k[: t + 1, head], v[: t + 1, head]
-                if infix is not None and t >= start:
-                    keys = np.concatenate([infix[layer, 0, head], keys])
-                    values = np.concatenate([infix[layer, 1, head], values])
-                scores = np.exp(keys @ q[t, head] / np.sqrt(q.shape[-1]))
-                y[t, head] = scores / scores.sum() @ values
-        x = x + linear(y.reshape(len(x), -1), f"{at}.attn.c_proj")
-        h = linear(norm(x, f"{at}.ln_2"), f"{at}.mlp.c_fc")
-        h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
-        x = x + linear(h, f"{at}.mlp.c_proj")
-    return norm(x, "ln_f") @ w["wte.weight"].T
-
-
-def inputs(model, ids, positions):
-    return (model.wte.weight[ids] + model.wpe.weight[positions]).double().numpy()
-
-
-def reference_infix(model, source, target, kv):
-    """Logits of [x; INFIX; y] -> (S + N, V): the target's positions come after the infix's."""
-    positions = [*range(len(source)), *range(len(source) + P, len(source) + P + len(target))]
-    return reference(model, inputs(model, [*source, *target], positions), len(source), kv.numpy())
-
-
 def reference_embedding(model, ids, embedding):
     """Logits of [EMB; ids] at ids -> (T, V)."""
     virtual = embedding.double().numpy() + model.wpe.weight[:P].double().numpy()
-    x = np.concatenate([virtual, inputs(model, ids, range(P, P + len(ids)))])
-    return reference(model, x)[P:]
+    x = np.concatenate([virtual, numpy_inputs(model, ids, range(P, P + len(ids)))])
+    return numpy_logits(model, x)[P:]
 
 
 @pytest.fixture(scope="module")

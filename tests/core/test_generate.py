@@ -10,7 +10,7 @@ from minprefix.core.attention import Cache, FoldedInfix, FoldedPrefix
 from minprefix.core.generate import generate, generate_ids
 from minprefix.core.gpt2 import GPT2, to_huggingface
 from minprefix.system.errors import InputError
-from tests.test_methods import reference_infix
+from tests.helpers import reference_infix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 V, END, P, L, H, D = 100, 7, 3, 2, 2, 16

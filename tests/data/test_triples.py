@@ -9,27 +9,13 @@ import pytest
 from minprefix.data import triples
 from minprefix.data.examples import Example, draw_pairs, on_topics
 from minprefix.data.tasks import format_source, load_examples
-from tests.helpers import complaint
+from tests.helpers import complaint, entry, write_xml
 from tests.tiny import ROOT
 
 DATA = ROOT.parent / "shared" / "data"
 needs_webnlg = pytest.mark.skipif(not (DATA / "webnlg").is_dir(), reason="WebNLG is not at ../shared/data/webnlg")
 needs_dart = pytest.mark.skipif(not (DATA / "dart").is_dir(), reason="DART is not at ../shared/data/dart")
 PILOT = "Alan_Bean : occupation : Test_pilot | Alan_Bean : nationality : United_States"
-
-
-def entry(category, *triples, good=(), bad=()):
-    parts = ["<originaltripleset><otriple>no | no | no</otriple></originaltripleset><modifiedtripleset>"]
-    parts += [f"<mtriple>{triple}</mtriple>" for triple in triples] + ["</modifiedtripleset>"]
-    parts += [f'<lex comment="good" lid="Id1">{text}</lex>' for text in good]
-    parts += [f'<lex comment="toFix" lid="Id1">{text}</lex>' for text in bad]
-    return f'<entry category="{category}" eid="Id1" size="{len(triples)}">{"".join(parts)}</entry>'
-
-
-def write_xml(path, *entries, head='<?xml version="1.0" encoding="UTF-8"?>\n'):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head}<benchmark>\n<entries>\n{''.join(entries)}</entries>\n</benchmark>\n", encoding="utf-8")
-    return path
 
 
 # ---- WebNLG ----

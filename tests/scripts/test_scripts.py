@@ -27,8 +27,7 @@ from minprefix.formats.safetensors import read_safetensors
 from minprefix.metrics import scores
 from minprefix.studies import experiments
 from minprefix.system.files import atomic_write, locked
-from tests.helpers import ROWS, assert_one_clear_line, call
-from tests.test_triples import entry, write_xml
+from tests.helpers import ROWS, assert_one_clear_line, call, entry, write_xml
 from tests.tiny import write_tiny_model
 
 

@@ -6,15 +6,14 @@ import random
 import shutil
 import time
 import unicodedata
-from pathlib import Path
 
 import pytest
 
 from minprefix import load_tokenizer
 from minprefix.formats.tokenizer import byte_alphabet
 from minprefix.system.errors import InputError
+from tests.tiny import ROOT
 
-ROOT = Path(__file__).parent.parent
 MINI = ROOT / "weights" / "gpt2-mini"
 DATA = ROOT.parent / "shared" / "data"
 FOLDERS = {"mini": MINI, "gpt2": DATA / "gpt2_tokenizer", "bart": DATA / "bart_tokenizer"}

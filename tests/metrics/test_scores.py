@@ -11,7 +11,6 @@ import shutil
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +18,9 @@ import pytest
 from minprefix.metrics import scores as metrics
 from minprefix.metrics.ptb import ptb_tokens
 from minprefix.system.errors import InputError
+from tests.tiny import ROOT
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "metrics.json").read_text(encoding="utf-8"))
 SCORES = {"BLEU": metrics.bleu, "NIST": metrics.nist, "ROUGE-L": metrics.rouge_l, "CIDEr": metrics.cider}
 HYPOTHESES = ["The Mill is a cheap pub near the river.", "Zizzi serves Thai food, and it's family friendly.", "No."]
 REFERENCES = [

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from minprefix.core.attention import FoldedPrefix
 from minprefix.core.gpt2 import GPT2, from_huggingface, to_huggingface
 from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
 from minprefix.system.errors import InputError
+from tests.tiny import ROOT
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 CONFIG = json.loads((GOLDEN / "tiny-gpt2" / "config.json").read_text())
 
 

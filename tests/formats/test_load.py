@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ from minprefix.formats.load import check_vocabulary, pick_writing_dtype
 from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
 from minprefix.system.device import pick_device, pick_dtype
 from minprefix.system.errors import InputError
-from tests.tiny import write_tiny_bart
+from tests.tiny import ROOT, write_tiny_bart
 
-TINY = Path(__file__).parent / "golden" / "tiny-gpt2"
+TINY = ROOT / "tests" / "golden" / "tiny-gpt2"
 CONFIG = json.loads((TINY / "config.json").read_text())
 TENSORS = read_tensors(TINY)
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9]])

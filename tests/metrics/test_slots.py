@@ -4,7 +4,7 @@ import pytest
 
 from minprefix.data.tasks import load_examples
 from minprefix.metrics.slots import slot_accuracy, slots_told
-from tests.test_data import E2E, needs_e2e
+from tests.helpers import E2E, needs_e2e
 
 SOURCE = "name : Café Rouge | Type : coffee shop | food : Indian | price : cheap | near : Raja Indian Cuisine"
 

@@ -2,17 +2,16 @@
 import csv
 import hashlib
 import re
-from pathlib import Path
 
 import pytest
 
 from minprefix.data.sample_e2e import AREAS, NAMES, NEARS, VALUES, WORDINGS, sample_rows
+from tests.helpers import E2E
 
 SPLITS = ("train", "dev", "test")
 ROWS = {split: sample_rows(split) for split in SPLITS}
 ALL_ROWS = [row for split in SPLITS for row in ROWS[split]]
 SLOT_ORDER = ["name", "eatType", "food", "priceRange", "customer rating", "area", "familyFriendly", "near"]
-E2E = Path(__file__).parent.parent.parent / "shared" / "data" / "e2e"
 TRAIN_SHA256 = "ba35f0328cab41d2c93792cd4f75c4f478df0c610355f161d0e8a9c4fdde18c4"
 
 

@@ -16,13 +16,10 @@ import pytest
 from minprefix.data import tasks
 from minprefix.data.sample_e2e import sample_rows
 from minprefix.data.tasks import Example, find_e2e, format_source, linearise_e2e, load_examples, load_on_topics
-from tests.helpers import complaint
+from tests.helpers import E2E, complaint, needs_e2e
 
-ROOT = Path(__file__).resolve().parent.parent
-E2E = ROOT.parent / "shared" / "data" / "e2e"
 SIZES = {"train": (4862, 42061), "dev": (547, 4672), "test": (630, 4693)}
 OFFICIAL_URL = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
-needs_e2e = pytest.mark.skipif(not E2E.is_dir(), reason="the E2E files are not at ../shared/data/e2e")
 
 
 @pytest.fixture(autouse=True)
