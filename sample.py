@@ -21,8 +21,16 @@ from pathlib import Path
 
 import torch
 
-from minprefix import distributed, generate, load_model, load_tokenizer
-from minprefix.baselines import (
+from minprefix import generate, load_model, load_tokenizer
+from minprefix.cli.evaluation import check_scorable, evaluate
+from minprefix.cli.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, fill
+from minprefix.cli.requests import load_prefixes, prefix_name, read_requests, write_requests
+from minprefix.cli.runs import is_run, texts_file
+from minprefix.core.generate import search_options
+from minprefix.data.examples import Example
+from minprefix.data.tasks import WEBNLG_SPLITS, check_place, format_source, load_on_topics
+from minprefix.formats.load import check_vocabulary, pick_writing_dtype
+from minprefix.methods.baselines import (
     base_folder,
     load_trained,
     read_trained,
@@ -30,17 +38,10 @@ from minprefix.baselines import (
     trained_file,
     trained_max_source,
 )
-from minprefix.data import WEBNLG_SPLITS, check_place, format_source, load_on_topics
-from minprefix.errors import InputError, run_main
-from minprefix.evaluation import check_scorable, evaluate
-from minprefix.examples import Example
-from minprefix.files import atomic_write, is_stream, read_text
-from minprefix.generate import search_options
-from minprefix.load import check_vocabulary, pick_writing_dtype
-from minprefix.machine import keep_freed_memory, pick_device
-from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, fill
-from minprefix.requests import load_prefixes, prefix_name, read_requests, write_requests
-from minprefix.runs import is_run, texts_file
+from minprefix.system import distributed
+from minprefix.system.device import keep_freed_memory, pick_device
+from minprefix.system.errors import InputError, run_main
+from minprefix.system.files import atomic_write, is_stream, read_text
 
 SPLITS = (*WEBNLG_SPLITS, "all")
 

@@ -18,25 +18,26 @@ from pathlib import Path
 
 import torch
 
-from minprefix import distributed, load_model, load_tokenizer
-from minprefix.baselines import make_tuned, save_tuned
-from minprefix.batches import Pair, batches_per_epoch, load_inputs, load_pairs, sequence_form
-from minprefix.curve import plot_curve, text_curve
-from minprefix.data import TRIPLES, check_place
-from minprefix.errors import InputError, run_main
-from minprefix.evaluation import compare, load_writers
-from minprefix.examples import Example, spread
-from minprefix.files import atomic_write
-from minprefix.generate import Search, recipe
-from minprefix.hub import resolve_model
-from minprefix.load import Model, check_vocabulary, pick_writing_dtype
-from minprefix.machine import keep_freed_memory, pick_device, pick_dtype
-from minprefix.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, flag
-from minprefix.prefix import Prefix, count_numbers, fingerprint
-from minprefix.runs import disk_size, has_checkpoint, remove_half_written, resumable, run_folder, sample_command
-from minprefix.settings import OPTIONS, fill_settings, other_options, settings_table
-from minprefix.tokenizer import Tokenizer
-from minprefix.training import train
+from minprefix import load_model, load_tokenizer
+from minprefix.cli.curve import plot_curve, text_curve
+from minprefix.cli.evaluation import compare, load_writers
+from minprefix.cli.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, flag
+from minprefix.cli.runs import disk_size, has_checkpoint, remove_half_written, resumable, run_folder, sample_command
+from minprefix.cli.settings import OPTIONS, fill_settings, other_options, settings_table
+from minprefix.core.batches import Pair, batches_per_epoch, load_inputs, load_pairs, sequence_form
+from minprefix.core.generate import Search, recipe
+from minprefix.core.prefix import Prefix, count_numbers, fingerprint
+from minprefix.core.training import train
+from minprefix.data.examples import Example, spread
+from minprefix.data.tasks import TRIPLES, check_place
+from minprefix.formats.hub import resolve_model
+from minprefix.formats.load import Model, check_vocabulary, pick_writing_dtype
+from minprefix.formats.tokenizer import Tokenizer
+from minprefix.methods.baselines import make_tuned, save_tuned
+from minprefix.system import distributed
+from minprefix.system.device import keep_freed_memory, pick_device, pick_dtype
+from minprefix.system.errors import InputError, run_main
+from minprefix.system.files import atomic_write
 
 # What may change when a run is resumed; train() itself compares the data, the model and its dtype, and the steps.
 MAY_CHANGE = ("model", "task", "data", "epochs", "steps", "eval_inputs", "beams", "dtype", "device", "out", "resume")

@@ -32,7 +32,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minprefix import Prefix, generate, load_model, load_prefix, load_tokenizer
-from minprefix.baselines import (
+from minprefix.core.prefix import fingerprint, save_prefix
+from minprefix.core.training import train
+from minprefix.data.tasks import format_source, load_examples
+from minprefix.data.triples import read_webnlg
+from minprefix.formats.hub import is_complete
+from minprefix.formats.peft import write_adapter
+from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
+from minprefix.formats.tokenizer import byte_alphabet
+from minprefix.methods.baselines import (
     Adapters,
     Embedding,
     Finetune,
@@ -42,16 +50,8 @@ from minprefix.baselines import (
     top_layers,
     trained_file,
 )
-from minprefix.checkpoint import read_safetensors, read_tensors, write_safetensors
-from minprefix.data import format_source, load_examples
-from minprefix.errors import InputError
-from minprefix.files import read_text
-from minprefix.hub import is_complete
-from minprefix.peft_format import write_adapter
-from minprefix.prefix import fingerprint, save_prefix
-from minprefix.tokenizer import byte_alphabet
-from minprefix.training import train
-from minprefix.triples import read_webnlg
+from minprefix.system.errors import InputError
+from minprefix.system.files import read_text
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 SECONDS, MEMORY = 5, 2**30

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from minprefix.sample_e2e import sample_rows
+from minprefix.data.sample_e2e import sample_rows
 from tests.tiny import ROOT
 
 TIMES = ("seconds", "examples_per_s")  # what no two runs share

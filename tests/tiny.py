@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from minprefix import bart
-from minprefix.checkpoint import write_safetensors
-from minprefix.gpt2 import GPT2, to_huggingface
+from minprefix.core import bart
+from minprefix.core.gpt2 import GPT2, to_huggingface
+from minprefix.formats.safetensors import write_safetensors
 
 ROOT = Path(__file__).parent.parent
 

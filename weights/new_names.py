@@ -11,13 +11,13 @@ from argparse import Namespace
 from pathlib import Path
 
 from minprefix import generate, load_model, load_tokenizer, metrics
-from minprefix.baselines import load_trained, trained_file
-from minprefix.data import load_examples
-from minprefix.errors import run_main
-from minprefix.examples import Example, spread
-from minprefix.machine import keep_freed_memory
-from minprefix.options import Parser, check_above_zero
-from minprefix.slots import slot_accuracy
+from minprefix.cli.options import Parser, check_above_zero
+from minprefix.data.examples import Example, spread
+from minprefix.data.tasks import load_examples
+from minprefix.methods.baselines import load_trained, trained_file
+from minprefix.metrics.slots import slot_accuracy
+from minprefix.system.device import keep_freed_memory
+from minprefix.system.errors import run_main
 
 NAMES = (
     "The Golden Lantern", "Green Dragon", "Harbour Kitchen", "Old Forge", "Luna", "Saffron House", "The Blue Door",

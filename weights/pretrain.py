@@ -28,16 +28,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from minprefix import bart, gpt2
-from minprefix.attention import real_tokens
-from minprefix.batches import pad
-from minprefix.errors import InputError, run_main
-from minprefix.files import atomic_write, read_json, write_jsonl
-from minprefix.load import Model, check_state, load_model, save_model
-from minprefix.machine import keep_freed_memory
-from minprefix.options import Parser, check_above_zero, check_not_negative, fill
-from minprefix.resume import read_checkpoint
-from minprefix.tokenizer import Tokenizer, load_tokenizer
+from minprefix.cli.options import Parser, check_above_zero, check_not_negative, fill
+from minprefix.core import bart, gpt2
+from minprefix.core.attention import real_tokens
+from minprefix.core.batches import pad
+from minprefix.core.checkpointing import read_checkpoint
+from minprefix.formats.load import Model, check_state, load_model, save_model
+from minprefix.formats.tokenizer import Tokenizer, load_tokenizer
+from minprefix.system.device import keep_freed_memory
+from minprefix.system.errors import InputError, run_main
+from minprefix.system.files import atomic_write, read_json, write_jsonl
 
 IGNORE = -100  # the label of padding
 END = "<|endoftext|>"

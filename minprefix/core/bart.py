@@ -1,0 +1,279 @@
+"""BART (Lewis et al. 2020), its layers taking prefix keys and values at all three attention sites as arguments.
+
+Shapes: B rows, S source tokens, T target tokens, C model dimension, H heads, D head dimension, V vocabulary,
+L layers, P prefix length.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from minprefix.core.attention import (
+    KV,
+    Cache,
+    Look,
+    PrefixDict,
+    Segment,
+    attend,
+    beside,
+    causal_mask,
+    check_prefix,
+    first_position,
+    padding_mask,
+    position_ids,
+    prefix_segments,
+    real_tokens,
+)
+from minprefix.core.linear import Linear, linear
+from minprefix.formats.config import check_activation, check_booleans, check_heads, check_sizes, check_switches
+from minprefix.formats.safetensors import bare_names
+from minprefix.system.errors import InputError
+
+POSITION_OFFSET = 2  # position p is row p + 2 of the table: fairseq counted positions from its padding id on
+TIED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+
+
+class Attention(nn.Module):
+    def __init__(self, C: int, H: int):
+        super().__init__()
+        self.n_head = H
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(C, C) for _ in range(4))
+
+    def kv(self, states: Tensor) -> KV:
+        """Keys and values (B, H, S, D) of states (B, S, C), to be looked at by `forward`."""
+        return self.heads(self.k_proj(states)), self.heads(self.v_proj(states))
+
+    def forward(self, x: Tensor, segments: list[Segment]) -> Tensor:
+        """x (B, T, C) looks at the segments -> (B, T, C)."""
+        return self.out_proj(attend(self.heads(self.q_proj(x)), segments).transpose(1, 2).flatten(2))
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, C: int, H: int, inner: int, activation: str):
+        super().__init__()
+        self.self_attn = Attention(C, H)
+        self.self_attn_layer_norm = nn.LayerNorm(C)
+        self.fc1 = Linear(C, inner)
+        self.fc2 = Linear(inner, C)
+        self.final_layer_norm = nn.LayerNorm(C)
+        self.activation = activation
+
+    def forward(self, x: Tensor, look: Look) -> tuple[Tensor, KV]:
+        """x (B, S, C); look: see `beside` -> x (B, S, C), the tokens' (k, v) (B, H, S, D)."""
+        kv = self.self_attn.kv(x)
+        x = self.self_attn_layer_norm(x + self.self_attn(x, look(*kv)))
+        return self.final_layer_norm(x + self.fc2(self.fc1(x, self.activation))), kv
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, C: int, H: int, inner: int, activation: str):
+        super().__init__()
+        self.self_attn = Attention(C, H)
+        self.self_attn_layer_norm = nn.LayerNorm(C)
+        self.encoder_attn = Attention(C, H)
+        self.encoder_attn_layer_norm = nn.LayerNorm(C)
+        self.fc1 = Linear(C, inner)
+        self.fc2 = Linear(inner, C)
+        self.final_layer_norm = nn.LayerNorm(C)
+        self.activation = activation
+
+    def forward(self, x: Tensor, look: Look, cross: list[Segment]) -> tuple[Tensor, KV]:
+        """As the encoder's, the (k, v) being self-attention's; cross: what cross-attention sees, the source last."""
+        kv = self.self_attn.kv(x)
+        x = self.self_attn_layer_norm(x + self.self_attn(x, look(*kv)))
+        x = self.encoder_attn_layer_norm(x + self.encoder_attn(x, cross))
+        return self.final_layer_norm(x + self.fc2(self.fc1(x, self.activation))), kv
+
+
+class Stack(nn.Module):
+    """The encoder or the decoder: its position table, its layers; its word embeddings if they are not shared."""
+
+    def __init__(self, layer: type[EncoderLayer] | type[DecoderLayer], config: dict[str, Any], side: str):
+        super().__init__()
+        C, activation = config["d_model"], config["activation_function"]
+        H, inner = config[f"{side}_attention_heads"], config[f"{side}_ffn_dim"]
+        if not config["tie_word_embeddings"]:
+            self.embed_tokens = nn.Embedding(config["vocab_size"], C)
+        self.embed_positions = nn.Embedding(config["max_position_embeddings"] + POSITION_OFFSET, C)
+        self.layernorm_embedding = nn.LayerNorm(C)
+        self.layers = nn.ModuleList(layer(C, H, inner, activation) for _ in range(config[f"{side}_layers"]))
+
+
+class BART(nn.Module):
+    """config: the dict of a HuggingFace BART `config.json`. Parameter names are HuggingFace's."""
+
+    encoder_decoder: Literal[True] = True
+    folder: Path | None = None  # that the weights are from
+    final_logits_bias: Tensor
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        self.config = config = check_config(config)
+        C, V = config["d_model"], config["vocab_size"]
+        self.n_positions = config["max_position_embeddings"]
+        self.scale = C**0.5 if config["scale_embedding"] else 1.0
+        if config["tie_word_embeddings"]:
+            self.shared = nn.Embedding(V, C)
+        else:
+            self.lm_head = Linear(C, V, bias=False)
+        self.encoder = Stack(EncoderLayer, config, "encoder")
+        self.decoder = Stack(DecoderLayer, config, "decoder")
+        self.register_buffer("final_logits_bias", torch.zeros(1, V))
+        encoder, decoder = (
+            (config[f"{side}_layers"], config[f"{side}_attention_heads"], C // config[f"{side}_attention_heads"])
+            for side in ("encoder", "decoder")
+        )
+        self.prefix_sites = {"encoder": encoder, "decoder": decoder, "cross": decoder}  # site -> (L, H, D)
+
+    def forward(
+        self, source_ids: Tensor, target_ids: Tensor, source_mask: Tensor | None = None,
+        prefix: PrefixDict | None = None,
+    ) -> Tensor:  # fmt: skip
+        """source_ids (B, S), target_ids (B, T): the decoder's inputs -> logits (B, T, V).
+
+        source_mask (B, S): true or 1 at tokens (one in a row at least), false or 0 at padding; None: no padding.
+        prefix: {site: (L, 2, [B,] H, P, D)}, any of the sites "encoder", "decoder", "cross"; or None.
+        """
+        return self.logits(self.hidden(source_ids, target_ids, source_mask, prefix))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Decoder states (..., C) -> logits (..., V)."""
+        return linear(states, self.head.weight, self.final_logits_bias[0])
+
+    @property
+    def head(self) -> nn.Embedding | Linear:
+        """The layer whose weight (V, C) makes logits of states."""
+        return self.shared if self.config["tie_word_embeddings"] else self.lm_head
+
+    def hidden(
+        self, source_ids: Tensor, target_ids: Tensor, source_mask: Tensor | None = None,
+        prefix: PrefixDict | None = None, start: int | Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `forward`, but the decoder's states (B, T, C) before `logits`: the loss needs few of those.
+
+        start: position id of the decoder's first token, if it is not the one that the prefix sets.
+        """
+        cross = self._cross(source_ids, source_mask, prefix)
+        return self._decode(target_ids, cross, prefix, first_position(prefix) if start is None else start)[0]
+
+    def encode(
+        self, source_ids: Tensor, source_mask: Tensor | None = None, prefix: PrefixDict | None = None
+    ) -> tuple[Tensor, list[KV]]:
+        """source_ids (B, S) -> the encoder's states (B, S, C), and the tokens' (k, v) of each of its layers."""
+        check_prefix(prefix, self.prefix_sites, len(source_ids))
+        positions = position_ids(source_ids, 0, self.n_positions)  # no prefix shifts these
+        x = self._embed(self.encoder, source_ids, positions)
+        mask = None if source_mask is None else padding_mask(source_mask, x)
+        kept = []
+        for layer, context in zip(self.encoder.layers, self._prefix(prefix, "encoder"), strict=True):
+            x, kv = layer(x, beside(context, mask))
+            kept.append(kv)
+        return x, kept
+
+    def prefill(self, source_ids: Tensor, lengths: Tensor, prefix: PrefixDict | None = None) -> Cache:
+        """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`: the encoder runs once."""
+        source_mask = real_tokens(lengths, source_ids.size(1))
+        cross = self._cross(source_ids, source_mask, prefix)
+        position = torch.as_tensor(first_position(prefix)).to(lengths).expand_as(lengths)
+        return Cache(self._prefix(prefix, "decoder"), cross, position, self.decoder.embed_positions.weight.dtype)
+
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
+        """One more token for each row (R,) -> states (R, C) for `logits`; the cache takes it in."""
+        x = self._embed(self.decoder, ids, cache.position).unflatten(0, (len(cache.mask), -1))  # (B, R/B, C)
+        cache.open()
+        for n, layer in enumerate(self.decoder.layers):
+            x, _ = layer(x, cache.look(n), cache.cross[n])
+        cache.close()
+        return x.flatten(0, 1)
+
+    def activations(self, ids: Tensor) -> dict[str, list[KV]]:
+        """Keys and values that the model computes for tokens ids (1, T), as source and target -> {site: [(k, v)]}."""
+        states, encoder = self.encode(ids)
+        cross = [layer.encoder_attn.kv(states) for layer in self.decoder.layers]
+        decoder = self._decode(ids, [[(*kv, None)] for kv in cross], None, 0)[1]
+        return {"encoder": encoder, "decoder": decoder, "cross": cross}
+
+    def _decode(
+        self, target_ids: Tensor, cross: list[list[Segment]], prefix: PrefixDict | None, start: int | Tensor
+    ) -> tuple[Tensor, list[KV]]:
+        """target_ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each decoder layer."""
+        x = self._embed(self.decoder, target_ids, position_ids(target_ids, start, self.n_positions))
+        mask = causal_mask(target_ids.size(1), x)
+        kept = []
+        for layer, context, source in zip(self.decoder.layers, self._prefix(prefix, "decoder"), cross, strict=True):
+            x, kv = layer(x, beside(context, mask), source)
+            kept.append(kv)
+        return x, kept
+
+    def _cross(self, source_ids: Tensor, source_mask: Tensor | None, prefix: PrefixDict | None) -> list[list[Segment]]:
+        """What each decoder layer's cross-attention looks at: its prefix and the encoder's view of the source."""
+        states, _ = self.encode(source_ids, source_mask, prefix)
+        mask = None if source_mask is None else padding_mask(source_mask, states)
+        contexts = self._prefix(prefix, "cross")
+        return [
+            [*context, (*layer.encoder_attn.kv(states), mask)]
+            for layer, context in zip(self.decoder.layers, contexts, strict=True)
+        ]
+
+    def _embed(self, stack: Stack, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids (B, T), positions (T,) or (B, T) -> (B, T, C)."""
+        words = self.shared if self.config["tie_word_embeddings"] else stack.embed_tokens
+        return stack.layernorm_embedding(words(ids) * self.scale + stack.embed_positions(positions + POSITION_OFFSET))
+
+    def _prefix(self, prefix: PrefixDict | None, site: str) -> list[list[Segment]]:
+        return prefix_segments(prefix, site, self.prefix_sites[site][0], self.decoder.embed_positions.weight)
+
+
+def check_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A BART config.json as the model needs it, defaults filled in; InputError where this model cannot follow it."""
+    sides = ("encoder", "decoder")
+    keys = ["vocab_size", "max_position_embeddings", "d_model"]
+    keys += [f"{side}_{what}" for side in sides for what in ("layers", "attention_heads", "ffn_dim")]
+    sizes = check_sizes(config, keys, "BART")
+    for side in sides:
+        check_heads(sizes, "d_model", f"{side}_attention_heads")
+    check_switches(config, {"normalize_before": False, "add_final_layer_norm": False, "normalize_embedding": True,
+                            "static_position_embeddings": False})  # fmt: skip
+    defaults = {"activation_function": "gelu", "scale_embedding": False, "tie_word_embeddings": True,
+                "decoder_start_token_id": 2, "forced_bos_token_id": None, "forced_eos_token_id": 2}  # fmt: skip
+    config = {"model_type": "bart", **defaults, **config}
+    check_activation(config["activation_function"])
+    check_booleans(config, ["scale_embedding", "tie_word_embeddings"])
+    for key in (key for key in defaults if key.endswith("_id")):
+        i, may_lack = config[key], key.startswith("forced")
+        if not (may_lack and i is None) and not (type(i) is int and 0 <= i < sizes["vocab_size"]):
+            raise InputError(f"config.json: {key} is {i!r}, an id of the {sizes['vocab_size']} tokens is needed")
+    return config
+
+
+def from_huggingface(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """HuggingFace's tensors under this model's names; of a tied embedding one, however many copies are stored."""
+    tensors = bare_names(tensors, "model.")
+    state = {name: tensor for name, tensor in tensors.items() if not name.endswith(".version")}  # fairseq's marks
+    state.setdefault("final_logits_bias", torch.zeros(1, config["vocab_size"]))
+    if config["tie_word_embeddings"]:
+        first, *copies = [name for name in TIED if name in state] or [None]  # any of them may stand for `shared`
+        for name in copies:
+            if not torch.equal(state[name], state[first]):
+                raise InputError(f"tensors {first!r} and {name!r} differ, but config.json has tie_word_embeddings true")
+            del state[name]
+        return {"shared.weight": state.pop(first), **state} if first else state
+    shared = state.pop("shared.weight", None)
+    for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        if shared is not None and name not in state:
+            state[name] = shared.clone()  # each its own: in one memory, fine-tuning would step it twice
+    return state
+
+
+def to_huggingface(model: BART) -> dict[str, Tensor]:
+    """The inverse of `from_huggingface`: tensors for a `model.safetensors` that HuggingFace loads as it is."""
+    state = model.state_dict()
+    if "shared.weight" not in state:  # untied: HuggingFace has a tensor of that name all the same, and does not use it
+        state["shared.weight"] = state["encoder.embed_tokens.weight"]
+    bare = ("final_logits_bias", "lm_head.weight")
+    return {name if name in bare else "model." + name: tensor for name, tensor in state.items()}

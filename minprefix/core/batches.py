@@ -1,0 +1,235 @@
+"""Examples as token ids, ids as batches, for both kinds of model.
+
+GPT-2 reads `" {x} <|endoftext|> {y} <|endoftext|>"` in one sequence, as in the paper; BART's encoder reads
+`<s>{x}</s>`, its decoder `</s><s>{y}` and writes `<s>{y}</s>`, as HuggingFace's. Only the target's tokens are in the
+loss. Shapes: B rows, S source tokens, T tokens, N target tokens of a batch.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minprefix.core.attention import real_tokens
+from minprefix.data.examples import Example, draw_pairs, spread
+from minprefix.data.tasks import load_on_topics
+from minprefix.formats.load import Model
+from minprefix.formats.tokenizer import Tokenizer
+from minprefix.system.errors import InputError
+
+Pair = tuple[list[int], list[int]]  # the ids of a source, those of a target
+MAX_SOURCE = 512  # tokens of a source that an encoder reads (the paper's XSum articles are cut there, too)
+
+
+# ---- examples -> token ids ----
+
+
+def sequence_form(model: Model) -> str:
+    """What the model reads and writes for a source x and a target y, as it stands in a prefix file."""
+    return "<s>{x}</s> -> <s>{y}</s>" if model.encoder_decoder else " {x} <|endoftext|> {y} <|endoftext|>"
+
+
+def start_id(model: Model, tokenizer: Tokenizer) -> int:
+    """The token that a target's first one follows: what BART's decoder starts from, or GPT-2's separator."""
+    return model.config["decoder_start_token_id"] if model.encoder_decoder else tokenizer.end_id
+
+
+def encode_sources(
+    texts: list[str], tokenizer: Tokenizer, model: Model, max_source: int | None = None, what: str | None = "sources"
+) -> list[list[int]]:
+    """The source ids of each text, cut to max_source tokens; one line on stderr says how many were cut.
+
+    max_source: by default 512 for BART, and never more than the encoder has positions for; GPT-2's sources are cut only
+    if it is given. what: what that line calls the sources, None for no line.
+    """
+    if model.encoder_decoder and "<s>" not in tokenizer.special:
+        raise InputError("the tokeniser lacks <s>: it is not BART's")
+    around = 2 if model.encoder_decoder else 0  # <s> and </s>
+    if model.encoder_decoder:
+        max_source = min(MAX_SOURCE if max_source is None else max_source, model.n_positions)
+    if max_source is not None and max_source <= around:
+        room = f"no room for text{' beside <s> and </s>' if around else ''}"
+        remedy = f"raise --max-source to {around + 1} or more"
+        raise InputError(f"sources of at most {max_source} tokens have {room}: {remedy}")
+    sources = [tokenizer.encode(text if model.encoder_decoder else f" {text} ") for text in texts]
+    if max_source is not None:
+        most = max_source - around
+        long = sum(len(source) > most for source in sources)
+        if long and what:
+            print(f"cut {long:,} of {len(texts):,} {what} to their first {max_source} tokens", file=sys.stderr)
+        sources = [source[:most] for source in sources]
+    if model.encoder_decoder:
+        sources = [[tokenizer.special["<s>"], *source, tokenizer.end_id] for source in sources]
+    return sources
+
+
+def encode_target(text: str, tokenizer: Tokenizer, model: Model) -> list[int]:
+    """The ids that the model is to write for a text y, the end token last."""
+    if model.encoder_decoder:
+        return [tokenizer.special["<s>"], *tokenizer.encode(text), tokenizer.end_id]
+    return [*tokenizer.encode(f" {text} "), tokenizer.end_id]
+
+
+def encode_pairs(
+    examples: list[Example], tokenizer: Tokenizer, model: Model, max_source: int | None = None,
+    what: str | None = "sources",
+) -> list[Pair]:  # fmt: skip
+    """One (source ids, target ids) for each reference of each example, in order; see `encode_sources`."""
+    sources = encode_sources([example.source for example in examples], tokenizer, model, max_source, what)
+    return [
+        (source, encode_target(y, tokenizer, model))
+        for example, source in zip(examples, sources, strict=True)
+        for y in example.references
+    ]
+
+
+def pair_lengths(pairs: list[Pair]) -> list[int]:
+    """How many tokens the model reads of each pair: the source, then the token before each token of the target."""
+    return [len(source) + len(target) for source, target in pairs]
+
+
+def check_lengths(pairs: list[Pair], model: Model, start: int, what: str) -> None:
+    """InputError if a pair has more tokens than the model has positions for. what: what the message calls the pairs.
+
+    start: position of the first token after the prefix. The prefix takes positions from GPT-2's sequence of source and
+    target, but for BART from the target alone.
+    """
+    room = model.n_positions - start
+    kind = "target" if model.encoder_decoder else "pair"
+    lengths = [len(target) for _, target in pairs] if model.encoder_decoder else pair_lengths(pairs)
+    longest = max(lengths, default=0)
+    if longest > room:
+        remedy = "lower --offset" if model.encoder_decoder else "cut sources (--max-source)"
+        raise InputError(
+            f"{what}: {kind} {lengths.index(longest) + 1} of {len(pairs)} (one source with one reference) has "
+            f"{longest} tokens, but the model has room for {max(room, 0)} from position {start} on: shorten that text "
+            f"or the prefix, or {remedy}"
+        )
+
+
+# ---- tasks -> what fits the model ----
+
+
+def load_pairs(
+    task: str, split: str, tokenizer: Tokenizer, model: Model, start: int, max_source: int | None = None, *,
+    data: str | None = None, topics: Sequence[str] | None = None, topic_field: str = "topic", limit: int | None = None,
+    low_data: int | None = None, seed: int = 0,
+) -> list[Pair]:  # fmt: skip
+    """The (source ids, target ids) of a task's split, all of which fit the model; InputError if one does not.
+
+    start: position of the first token after the prefix. data, topic_field: see `load_examples`. topics: only pairs on
+    these. limit: only the first so many pairs. low_data: only so many pairs (for "dev" 30% of that, as in the paper,
+    or all if there are fewer), drawn at random from the seed.
+    """
+    where = f"{task}, {split} split"
+    examples = load_on_topics(task, split, data, topics, topic_field)
+    if low_data:
+        count = math.ceil(3 * low_data / 10) if split == "dev" else low_data
+        there = sum(len(example.references) for example in examples)
+        if split == "dev" and there < count:
+            asked = f"the {count} of --low-data {low_data}"
+            print(f"{where} has {there} pairs, not {asked}: all are taken", file=sys.stderr)
+            count = there
+        examples = draw_pairs(examples, count, seed, where)
+    pairs = encode_pairs(examples[:limit], tokenizer, model, max_source, f"{split} sources")[:limit]
+    check_lengths(pairs, model, start, where)
+    return pairs
+
+
+def load_inputs(
+    task: str, split: str, count: int, tokenizer: Tokenizer, model: Model, start: int,
+    max_source: int | None = None, *, data: str | None = None, topics: Sequence[str] | None = None,
+    topic_field: str = "topic", new_tokens: int,
+) -> list[Example]:  # fmt: skip
+    """At most `count` Examples of a task's split, on these topics, evenly spaced; new_tokens fit behind each."""
+    if count == 0:
+        return []  # there need not be such a split
+    examples = spread(load_on_topics(task, split, data, topics, topic_field), count)
+    sources = encode_sources([example.source for example in examples], tokenizer, model, max_source, what=None)
+    longest = [(source, [0] * new_tokens) for source in sources]
+    check_lengths(longest, model, start, f"{task}, {split} split with {new_tokens} new tokens")
+    return examples
+
+
+# ---- ids -> batches ----
+
+
+@dataclass
+class Batch:
+    inputs: tuple[Any, ...]  # what model.hidden takes: GPT-2's (ids,), BART's (source_ids, target_ids, source_mask)
+    index: Tensor  # (N,) int64, places b * T + t of the states (of model.hidden) whose next token is in the target
+    labels: Tensor  # (N,) int64, those next tokens
+    source_lengths: Tensor  # (B,) int64
+
+    def to(self, device: str | torch.device) -> "Batch":
+        inputs = tuple(x.to(device) for x in self.inputs)
+        index, labels, lengths = (x.to(device) for x in (self.index, self.labels, self.source_lengths))
+        return Batch(inputs, index, labels, lengths)
+
+
+def collate(pairs: list[Pair], tokenizer: Tokenizer, model: Model) -> Batch:
+    """A list of B (source ids, target ids) -> Batch, rows padded on the right."""
+    start, pad_id = start_id(model, tokenizer), tokenizer.pad_id
+    sources, targets = [source for source, _ in pairs], [[start, *target[:-1]] for _, target in pairs]
+    lengths = torch.tensor([len(source) for source in sources])
+    if model.encoder_decoder:
+        source_ids, read, first = pad(sources, pad_id), targets, [0] * len(pairs)
+        inputs = (source_ids, pad(read, pad_id), real_tokens(lengths, source_ids.size(1)))
+    else:
+        read, first = [s + t for s, t in zip(sources, targets, strict=True)], [len(source) for source in sources]
+        inputs = (pad(read, pad_id),)
+    T = max(len(row) for row in read)
+    index = [b * T + t for b, row in enumerate(read) for t in range(first[b], len(row))]
+    labels = [token for _, target in pairs for token in target]
+    return Batch(inputs, torch.tensor(index), torch.tensor(labels), lengths)
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    """Lists of ids -> (B, T) int64, filled up on the right."""
+    T = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (T - len(row))] for row in rows])
+
+
+def batches_per_epoch(rows: Sequence[Any], batch_size: int) -> int:
+    """How many `bucket_batches` are made of rows: all full but one."""
+    return math.ceil(len(rows) / batch_size)
+
+
+def bucket_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """One epoch's batches as lists of indices: each index once, rows of like lengths together, all full but one.
+
+    lengths: (N,), those of the rows; or (N, 2), those of both parts of each row, where the parts are padded apart.
+    The rows are shuffled, cut into windows of up to 50 batches, sorted by length inside each, and the batches are
+    shuffled. There are at least four windows if there are enough rows: with a single one, sorted as a whole, the same
+    rows would nearly always share a batch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    window = batch_size * min(max(len(lengths) // batch_size // 4, 1), 50)
+    batches = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        part = part[by_length(lengths[part], batch_size)]
+        batches += [part[i : i + batch_size].tolist() for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def by_length(lengths: np.ndarray, batch_size: int) -> np.ndarray:
+    """The order (N,) in which neighbouring rows have like lengths. lengths: as in `bucket_batches`."""
+    if lengths.ndim == 1:
+        return np.argsort(lengths, kind="stable")
+    order = np.argsort(lengths[:, 0], kind="stable")
+    group = batch_size * max(1, round(math.sqrt(len(order) / batch_size)))  # rows alike in the first part
+    groups = [order[i : i + group] for i in range(0, len(order), group)]
+    return np.concatenate([rows[np.argsort(lengths[rows, 1], kind="stable")] for rows in groups])
+
+
+def sorted_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Batches for evaluation: each index once, the longest rows first, so that too little memory shows at once."""
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,0 +1,53 @@
+"""A run's state on disk: written whole, and read back with a clear word where it is damaged or of another run."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minprefix.system.errors import InputError, MemoryShort, out_of_memory
+from minprefix.system.files import atomic_write
+
+Log = list[dict[str, float]]  # rows: see `training.train`
+
+
+def save_checkpoint(out: Path, state: dict[str, Any]) -> None:
+    with atomic_write(out / "checkpoint.pt", "wb") as file:
+        torch.save(state, file)
+
+
+def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The dict that a run saved; InputError if it is damaged, or its "settings" are not these."""
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+            if damaged := file.testzip():
+                raise zipfile.BadZipFile(damaged)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = dict(state["settings"])
+        differing = [key for key in {**settings, **saved} if saved.get(key) != settings.get(key)]
+    except Exception as error:  # torch.load documents no closed list of errors for a damaged file
+        if out_of_memory(error):
+            raise too_little_memory(path) from error
+        raise InputError(f"{path} cannot be resumed from, it is damaged: delete it to start again") from error
+    for key in differing:
+        hidden = key in ("model", "training data", "dev data")  # known by their digests only
+        was = f"another {key}" if hidden else f"{key} = {saved.get(key)}, not {settings.get(key)}"
+        raise InputError(f"{path} is of a run with {was}: resume with the same settings")
+    return state
+
+
+def too_little_memory(path: Path) -> MemoryShort:
+    return MemoryShort(f"there is too little memory to resume from {path}, unless it is damaged: free some, try again")
+
+
+def same_form(saved: object, own: object) -> bool:
+    """Whether a saved value equals another in keys, lengths, types and shapes, and in all but numbers and tensors."""
+    if isinstance(own, torch.Tensor):
+        form = own.shape, own.dtype, torch.strided, "cpu"
+        return isinstance(saved, torch.Tensor) and (saved.shape, saved.dtype, saved.layout, saved.device.type) == form
+    if isinstance(own, dict):
+        return isinstance(saved, dict) and saved.keys() == own.keys() and all(same_form(saved[k], own[k]) for k in own)
+    if isinstance(own, (list, tuple)):
+        return type(saved) is type(own) and len(saved) == len(own) and all(map(same_form, saved, own))
+    return type(saved) is type(own) and (type(own) in (int, float) or saved == own)

@@ -1,0 +1,313 @@
+"""Greedy decoding, sampling and beam search over a cache that holds the prefix and each source once.
+
+A model offers `prefill`, `step` and `logits` (see gpt2.py); `generate_ids` does not know which model it is.
+Shapes: B examples, K beams, R = B or B * K rows, S source tokens, N new tokens at most, V vocabulary.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minprefix.cli.options import flag
+from minprefix.core.attention import Cache, PrefixDict, PrefixStack, row_count
+from minprefix.core.batches import encode_sources, start_id
+from minprefix.core.linear import packed_weights
+from minprefix.data.tasks import SUMMARISATION, TASKS, TRIPLES
+from minprefix.formats.load import Model, check_vocabulary
+from minprefix.formats.tokenizer import Tokenizer
+from minprefix.system.errors import InputError
+
+LEAVE = 0.75  # finished texts leave a batch as soon as no more than this share of it is unfinished
+Constrain = Callable[[Tensor, Tensor], None]  # scores (R, V), past (R, t): sets what may not follow to -inf
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a text is searched for, or with `sample` drawn at random: the options of `generate` and `generate_ids`."""
+
+    beams: int = 5  # of beam search; 1: greedy decoding, the likeliest token at each step
+    max_new_tokens: int = 64  # at most so many tokens, the end token among them
+    min_new_tokens: int = 0  # at least so many tokens before the end token
+    length_penalty: float = 1.0  # the search is for the highest log-probability / length ** length_penalty
+    no_repeat_ngram: int = 0  # no sequence of so many tokens occurs twice in a text (0: any may)
+    sample: bool = False  # draw each token from the model's distribution; needs beams=1
+    temperature: float = 1.0  # sample: the logits are divided by it first
+    top_k: int = 0  # sample: only from the k likeliest tokens (0: from all)
+    top_p: float = 1.0  # sample: then only from the fewest likeliest tokens whose probabilities add up to p
+
+    def check(self, model: Model, forbidden: Iterable[int] = ()) -> None:
+        """InputError where an option makes no sense, by its name on the command line. forbidden: ids never written."""
+        allowed, most = model.config["vocab_size"] - len(set(forbidden)), self.max_new_tokens
+        for key, fine, needed in (
+            ("beams", self.beams >= 1, "at least 1"),
+            ("beams", 2 * self.beams <= allowed, f"at most {allowed // 2}, half of the tokens that may be written"),
+            ("max_new_tokens", most >= 1, "at least 1"),
+            ("min_new_tokens", 0 <= self.min_new_tokens <= most, f"from 0 to {most}, the most new tokens"),
+            ("length_penalty", -20 < self.length_penalty < 20, "between -20 and 20"),
+            ("no_repeat_ngram", self.no_repeat_ngram >= 0, "0 (any tokens may be repeated) or more"),
+            ("temperature", 1e-6 <= self.temperature < 1e6, "between 1e-6 and 1e6"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not fine:
+                raise InputError(f"{flag(key)} is {getattr(self, key)}: it must be {needed}")
+        if self.sample and self.beams > 1:
+            raise InputError(f"--sample with {self.beams} beams is not supported: use --beams 1, or leave out --sample")
+
+
+def recipe(task: str) -> dict[str, Any]:
+    """How a task's texts are usually searched for: options of `Search`, and `one_line` of `generate`.
+
+    Summaries: as BART's authors decode XSum (Lewis et al. 2020), with the length penalty of the paper's runs. All else:
+    the beam search of the paper's table-to-text; 3% of WebNLG's texts have more than 64 GPT-2 tokens, hence the 100.
+    """
+    if task in SUMMARISATION:
+        return {"beams": 6, "length_penalty": 0.8, "no_repeat_ngram": 3, "min_new_tokens": 10, "max_new_tokens": 60,
+                "one_line": True}  # fmt: skip
+    return {"beams": 5, "length_penalty": 1.0, "no_repeat_ngram": 0, "min_new_tokens": 0,
+            "max_new_tokens": 100 if task in TRIPLES else 64, "one_line": task in TASKS}  # fmt: skip
+
+
+def search_options(task: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The task's `recipe` with those of its options replaced that are given (not None).
+
+    Two defaults depend on what is given: with "sample" there is 1 beam, and where fewer new tokens are allowed than the
+    recipe's minimum, that minimum is lowered to them.
+    """
+    options = {**recipe(task), **({"beams": 1} if given.get("sample") else {})}
+    given = {key: given[key] for key in options if given.get(key) is not None}
+    options["min_new_tokens"] = min(options["min_new_tokens"], given.get("max_new_tokens", math.inf))
+    return {**options, **given}
+
+
+def generate(
+    model: Model, tokenizer: Tokenizer, sources: list[str], prefix: PrefixDict | None = None, *,
+    max_source: int | None = None, what: str | None = "sources", one_line: bool = True, **options: Any,
+) -> list[str]:  # fmt: skip
+    """The text that the model writes for each source text: list of str -> list of str, without white space around.
+
+    max_source, what: longer sources are cut, and that is said, see `encode_sources`. one_line: line breaks are
+    forbidden, as in the paper. options: those of `Search` (beams=5, max_new_tokens=64, ...) and of `generate_ids`;
+    BART's first and last token are by default those of its config.json.
+    InputError as in `generate_ids`.
+    """
+    if isinstance(sources, str):
+        raise InputError("sources is a single text: give a list of texts")
+    check_vocabulary(tokenizer, model)
+    options.setdefault("forbidden", tokenizer.newline_ids if one_line else ())
+    if model.encoder_decoder:
+        options.setdefault("forced_first", model.config["forced_bos_token_id"])
+        options.setdefault("forced_last", model.config["forced_eos_token_id"])
+    ids = encode_sources(sources, tokenizer, model, max_source, what)
+    first, end = start_id(model, tokenizer), tokenizer.end_id
+    with packed_weights(model):
+        targets = generate_ids(model, ids, first, end, prefix, **options)
+    special = set(tokenizer.special.values())
+    return [tokenizer.decode(i for i in target if i not in special).strip() for target in targets]
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Model, sources: list[list[int]], first_id: int, end_id: int, prefix: PrefixDict | None = None, *,
+    generator: torch.Generator | None = None, forbidden: Iterable[int] = (), forced_first: int | None = None,
+    forced_last: int | None = None, batch_size: int = 16, progress: bool = False, **options: Any,
+) -> list[list[int]]:  # fmt: skip
+    """What the model makes of each source: list of token ids -> list of token ids, without first_id and end_id.
+
+    first_id: the token that the first new one follows, see `start_id`.
+    prefix: as the model takes it; a tensor with a row dimension has one row for each source (or one for all).
+    options: those of `Search`, which says what they mean.
+    generator: for `sample`, a torch.Generator on the model's device. Only a draw depends on batch_size.
+    forbidden: ids that are never generated. forced_first: the id of the first token; forced_last: that of the token
+    number max_new_tokens, if a text gets so long. progress: show a bar.
+    InputError: an option makes no sense, or a source is too long for the model.
+    """
+    search, forbidden = Search(**options), list(forbidden)
+    search.check(model, forbidden)
+    if batch_size < 1:
+        raise InputError(f"--batch-size is {batch_size}: it must be at least 1")
+    rows = {row_count(prefix, kv) for kv in (prefix or {}).values()}
+    if wrong := rows - {1, len(sources)}:
+        count = f"{min(wrong)} rows for {len(sources)} sources"
+        raise InputError(f"the prefix has {count}: give one for each, or one for all")
+    device = next(model.parameters()).device
+    forbidden_ids = torch.tensor(forbidden, dtype=torch.long, device=device)
+
+    def constrain(scores: Tensor, past: Tensor) -> None:
+        """Set the scores (R, V) of tokens that may not follow the generated ones, past (R, t), to -inf."""
+        t = past.size(1)
+        scores[:, forbidden_ids] = float("-inf")
+        if t < search.min_new_tokens:
+            scores[:, end_id] = float("-inf")
+        if search.no_repeat_ngram:
+            bar_repeats(scores, past, search.no_repeat_ngram)
+        forced = forced_last if t + 1 == search.max_new_tokens else None
+        forced = forced_first if t == 0 and forced is None else forced
+        if forced is not None:
+            scores.fill_(float("-inf"))[:, forced] = 0.0
+
+    def choose(logits: Tensor) -> Tensor:
+        return draw(logits, search, generator) if search.sample else logits.argmax(dim=-1)
+
+    # The longest first: batches of like lengths, and what does not fit (model or memory) fails at once.
+    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
+    targets: list[Any] = [None] * len(sources)
+    with tqdm(total=len(sources), unit="source", disable=not progress) as bar:
+        for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+            cache = prefill(model, sources, batch, prefix, search.max_new_tokens, device)
+            start = torch.full((len(batch),), first_id, device=device)
+            if search.beams > 1:
+                tokens = beam_search(model, cache, start, end_id, search, constrain)
+            else:
+                tokens = one_by_one(model, cache, start, end_id, search.max_new_tokens, constrain, choose)
+            for i, row in zip(batch, tokens.tolist(), strict=True):
+                targets[i] = row[: row.index(end_id)] if end_id in row else row
+            bar.update(len(batch))
+    return targets
+
+
+def one_by_one(
+    model: Model, cache: Cache, ids: Tensor, end_id: int, max_new_tokens: int, constrain: Constrain,
+    choose: Callable[[Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """After the start tokens ids (B,), at each step the token that `choose` picks -> (B, N), filled up with end_id."""
+    tokens = torch.full((len(ids), max_new_tokens), end_id, device=ids.device)
+    place = torch.arange(len(ids), device=ids.device)  # of the rows that have not left the batch, in `tokens`
+    unfinished = torch.ones_like(ids, dtype=torch.bool)
+    for t in range(max_new_tokens):
+        logits = model.logits(model.step(ids, cache)).float()
+        constrain(logits, tokens[place, :t])
+        ids = tokens[place, t] = choose(logits).where(unfinished, end_id)
+        unfinished = ids != end_id
+        running = unfinished.nonzero()[:, 0]
+        if len(running) == 0:
+            break
+        if len(running) <= LEAVE * len(ids):
+            ids, place, unfinished = ids[running], place[running], unfinished[running]
+            cache.keep(running)
+    return tokens
+
+
+def bar_repeats(scores: Tensor, past: Tensor, n: int) -> None:
+    """Set those scores (R, V) to -inf whose token would complete an n-gram that is in past (R, t) already."""
+    if past.size(1) < n:
+        return
+    ngrams = past.unfold(1, n, 1)  # (R, t - n + 1, n)
+    repeats = (ngrams[:, :, :-1] == past[:, None, past.size(1) - n + 1 :]).all(dim=-1)
+    # Added, not set: a token may end several n-grams, of which only some are repeats.
+    scores.scatter_add_(1, ngrams[:, :, -1], scores.new_zeros(repeats.shape).masked_fill(repeats, -torch.inf))
+
+
+def draw(logits: Tensor, search: Search, generator: torch.Generator | None) -> Tensor:
+    """Logits (B, V) -> a sampled token id for each row (B,)."""
+    logits = logits / search.temperature
+    if search.top_k:
+        least = logits.topk(min(search.top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if search.top_p < 1:
+        ascending, index = logits.sort(dim=-1)
+        drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - search.top_p
+        drop[:, -1] = False  # the likeliest stays
+        logits = logits.masked_fill(drop.scatter(1, index, drop), float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def beam_search(
+    model: Model, cache: Cache, ids: Tensor, end_id: int, search: Search, constrain: Constrain
+) -> Tensor:
+    """After the start tokens ids (B,), the best sequence of each example -> (B, N), filled up with end_id.
+
+    The search of HuggingFace's generate with early_stopping=False. At each step the 2K best continuations of all beams
+    are looked at. The K best of those that do not end are the running beams of the next step; those that end, if they
+    are among the K best of all, compete for the K places of the finished. An example is over when its best running
+    beam, scored at its present length, is no better than its worst finished one.
+    """
+    K, B, max_new_tokens, inf = search.beams, len(ids), search.max_new_tokens, float("inf")
+    result = torch.full((B, max_new_tokens), end_id, device=ids.device)
+    place = torch.arange(B, device=ids.device)  # of the examples that are not over, in `result`
+    scores = torch.zeros((B, 1), device=ids.device)  # log-probabilities of the running beams, of which one is there
+    tokens = result[:, None]  # (B, 1, N): what they have written, nothing yet
+    finished_scores = scores.new_full((B, K), -inf)  # best first
+    finished = tokens.repeat(1, K, 1)
+    improvable = torch.ones_like(ids, dtype=torch.bool)
+    for t in range(max_new_tokens):
+        log_probs = model.logits(model.step(ids, cache)).float().log_softmax(dim=-1)  # (R, V)
+        constrain(log_probs, tokens[:, :, :t].flatten(0, 1))
+        log_probs += scores.view(-1, 1)
+        V, rows_each = log_probs.size(-1), scores.size(1)  # rows_each: 1 at the first step, then K
+        candidate_scores, index = log_probs.view(-1, rows_each * V).topk(2 * K)  # (B, 2K): K of them may end
+        parent, token = index // V, index % V
+        example = torch.arange(len(scores), device=ids.device)[:, None]  # (B, 1), indexes what is (B, K, ...)
+        candidates = tokens[example, parent]
+        candidates[:, :, t] = token
+        ends = token == end_id if t + 1 < max_new_tokens else torch.ones_like(token, dtype=torch.bool)
+
+        length = (t + 1) ** search.length_penalty  # of the new tokens, the end token among them
+        barred = ~(ends & improvable[:, None])
+        ended_scores = (candidate_scores / length).masked_fill(barred, -inf)[:, :K]
+        finished_scores, best = torch.cat([finished_scores, ended_scores], dim=1).topk(K)
+        finished = torch.cat([finished, candidates[:, :K]], dim=1)[example, best]
+
+        scores, best = candidate_scores.masked_fill(ends, -inf).topk(K)
+        tokens = candidates[example, best]
+        improvable &= scores[:, 0] / length > finished_scores[:, -1]
+        running = improvable.nonzero()[:, 0]
+        if len(running) == 0:  # so it is after the last step: nothing runs on
+            break
+        cache.select((example * rows_each + parent.gather(1, best)).flatten())
+        if len(running) <= LEAVE * len(scores):
+            result[place], place = finished[:, 0], place[running]
+            cache.keep(running)
+            scores, tokens, finished_scores, finished, improvable = (
+                x[running] for x in (scores, tokens, finished_scores, finished, improvable)
+            )
+        ids = tokens[:, :, t].flatten()
+    result[place] = finished[:, 0]
+    return result
+
+
+def prefill(
+    model: Model, sources: list[list[int]], batch: list[int], prefix: PrefixDict | None, max_new_tokens: int,
+    device: torch.device,
+) -> Cache:  # fmt: skip
+    """The Cache of the sources whose numbers are `batch`, longest first; InputError if the longest is too long."""
+    lengths = [len(sources[i]) for i in batch]
+    # Nothing looks at padding, so any id will do; at least one column, since a model may not take empty rows.
+    ids = torch.zeros((len(batch), max(1, lengths[0])), dtype=torch.long)
+    for row, i in zip(ids, batch, strict=True):
+        row[: len(sources[i])] = torch.tensor(sources[i], dtype=torch.long)
+    if model.encoder_decoder and lengths[-1] == 0:
+        raise InputError(f"source {batch[-1] + 1} of {len(sources)} has no token: BART's encoder needs at least one")
+    longest = f"source {batch[0] + 1} of {len(sources)}, the longest with {lengths[0]} tokens"
+    try:
+        cache = model.prefill(ids.to(device), torch.tensor(lengths, device=device), rows_of(prefix, batch))
+    except InputError as error:
+        raise InputError(f"{longest}: {error}") from error
+    # The start token comes at cache.position; the last new token is never fed back and needs no position.
+    need, room = int(cache.position.max()) + max_new_tokens, model.n_positions
+    if need > room:
+        raise InputError(
+            f"{longest}, needs {need} positions with its prefix and {max_new_tokens} new tokens, "
+            f"but the model has {room}: lower --max-new-tokens, or shorten the source or the prefix"
+        )
+    return cache
+
+
+def rows_of(prefix: PrefixDict | None, batch: list[int]) -> PrefixDict | None:
+    """The prefix for the sources whose numbers are `batch`: their rows of it, or all of it if it has but one row."""
+    if prefix is None or all(row_count(prefix, kv) == 1 for kv in prefix.values()):
+        return prefix
+    part = copy.copy(prefix)  # keeps what else a prefix may carry: position_offset
+    if isinstance(part, PrefixStack):
+        part.rows = part.rows[batch]
+        return part
+    for site, kv in prefix.items():
+        if kv.dim() == 6 and kv.size(2) > 1:
+            part[site] = kv[:, :, batch]
+    return part

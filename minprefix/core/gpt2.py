@@ -1,0 +1,204 @@
+"""GPT-2 (Radford et al. 2019), its layers taking their prefix keys and values as arguments.
+
+Shapes: B rows, T tokens, C model dimension, H heads, D head dimension, V vocabulary, L layers, P prefix length.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from minprefix.core.attention import (
+    KV,
+    Cache,
+    FoldedInfix,
+    Look,
+    PrefixDict,
+    Segment,
+    attend,
+    beside,
+    causal_mask,
+    check_prefix,
+    first_position,
+    padding_mask,
+    position_ids,
+    prefix_length,
+    prefix_segments,
+    real_tokens,
+)
+from minprefix.core.linear import Linear, linear
+from minprefix.formats.config import check_activation, check_booleans, check_heads, check_sizes, check_switches
+from minprefix.formats.safetensors import bare_names
+from minprefix.system.errors import InputError
+
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # HuggingFace stores these (in, out)
+
+
+class Attention(nn.Module):
+    def __init__(self, C: int, H: int):
+        super().__init__()
+        self.n_head = H
+        self.c_attn = Linear(C, 3 * C)
+        self.c_proj = Linear(C, C)
+
+    def forward(self, x: Tensor, look: Look) -> tuple[Tensor, KV]:
+        q, k, v = self.qkv(x)
+        y = attend(q, look(k, v))
+        return self.c_proj(y.transpose(1, 2).flatten(2)), (k, v)
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> queries, keys and values, each (B, H, T, D)."""
+        return self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+
+
+class MLP(nn.Module):
+    def __init__(self, C: int, inner: int, activation: str):
+        super().__init__()
+        self.c_fc = Linear(C, inner)
+        self.c_proj = Linear(inner, C)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.c_fc(x, self.activation))
+
+
+class Block(nn.Module):
+    def __init__(self, C: int, H: int, inner: int, eps: float, activation: str):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(C, eps=eps)
+        self.attn = Attention(C, H)
+        self.ln_2 = nn.LayerNorm(C, eps=eps)
+        self.mlp = MLP(C, inner, activation)
+
+    def forward(self, x: Tensor, look: Look) -> tuple[Tensor, KV]:
+        """x (B, T, C); look: see `beside` -> x (B, T, C), the tokens' (k, v) (B, H, T, D)."""
+        y, kv = self.attn(self.ln_1(x), look)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), kv
+
+
+class GPT2(nn.Module):
+    """config: the dict of a HuggingFace GPT-2 `config.json`. Parameter names are HuggingFace's."""
+
+    encoder_decoder: Literal[False] = False
+    folder: Path | None = None  # that the weights are from
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        self.config = config = check_config(config)
+        C, H, L, V = config["n_embd"], config["n_head"], config["n_layer"], config["vocab_size"]
+        self.n_positions = config["n_positions"]
+        self.wte = nn.Embedding(V, C)
+        self.wpe = nn.Embedding(self.n_positions, C)
+        eps, activation = config["layer_norm_epsilon"], config["activation_function"]
+        self.h = nn.ModuleList(Block(C, H, config["n_inner"], eps, activation) for _ in range(L))
+        self.ln_f = nn.LayerNorm(C, eps=config["layer_norm_epsilon"])
+        if not config["tie_word_embeddings"]:
+            self.lm_head = Linear(C, V, bias=False)
+        self.prefix_sites = {"decoder": (L, H, C // H)}  # site -> (L, H, D)
+
+    def forward(self, ids: Tensor, prefix: PrefixDict | None = None) -> Tensor:
+        """ids (B, T), prefix {"decoder": (L, 2, [B,] H, P, D)} or None -> logits (B, T, V)."""
+        return self.logits(self.hidden(ids, prefix))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """States (..., C) -> logits (..., V)."""
+        return linear(states, self.head.weight)
+
+    @property
+    def head(self) -> nn.Embedding | Linear:
+        """The layer whose weight (V, C) makes logits of states."""
+        return self.wte if self.config["tie_word_embeddings"] else self.lm_head
+
+    def hidden(self, ids: Tensor, prefix: PrefixDict | None = None, start: int | Tensor | None = None) -> Tensor:
+        """As `forward`, but the states (B, T, C) before `logits`: the loss needs few of those.
+
+        start: position id of the first token, if it is not the one that the prefix sets.
+        """
+        return self._run(ids, prefix, first_position(prefix) if start is None else start)[0]
+
+    def prefill(self, ids: Tensor, lengths: Tensor, prefix: PrefixDict | None = None) -> Cache:
+        """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`."""
+        start = first_position(prefix)
+        prefix = prefix.at(lengths) if isinstance(prefix, FoldedInfix) else prefix
+        _, source = self._run(ids, prefix, start, lengths)
+        mask = padding_mask(real_tokens(lengths, ids.size(1)), self.wte.weight)
+        fixed = [[*context, (*kv, mask)] for context, kv in zip(self._prefix(prefix), source, strict=True)]
+        return Cache(fixed, None, lengths + torch.as_tensor(start).to(lengths), self.wte.weight.dtype)
+
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
+        """One more token for each row (R,) -> states (R, C) for `logits`; the cache takes it in."""
+        x = (self.wte(ids) + self.wpe(cache.position)).unflatten(0, (len(cache.mask), -1))  # (B, R/B, C)
+        cache.open()
+        for layer, block in enumerate(self.h):
+            x, _ = block(x, cache.look(layer))
+        cache.close()
+        return self.ln_f(x).flatten(0, 1)
+
+    def activations(self, ids: Tensor) -> dict[str, list[KV]]:
+        """Keys and values that the model computes for tokens ids (1, T) -> {site: [(k, v) of each layer]}."""
+        return {"decoder": self._run(ids, None, 0)[1]}
+
+    def _run(
+        self, ids: Tensor, prefix: PrefixDict | None, start: int | Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[KV]]:
+        """ids (B, T), of which `lengths` (B,) are tokens -> states (B, T, C), and the tokens' (k, v) of each layer."""
+        check_prefix(prefix, self.prefix_sites, len(ids))
+        positions = position_ids(ids, start, self.n_positions, lengths)
+        contexts: list[list[Segment]] = self._prefix(prefix)
+        if isinstance(prefix, FoldedInfix):
+            source = real_tokens(prefix.source_lengths, ids.size(1))
+            positions = positions - start * source  # the source does not know of the infix
+            mask = padding_mask(~source, self.wte.weight).mT.expand(-1, -1, -1, prefix_length(prefix, "decoder"))
+            contexts = [[(k, v, mask) for k, v, _ in context] for context in contexts]
+        x = self.wte(ids) + self.wpe(positions)
+        mask = causal_mask(ids.size(1), x)
+        kept = []
+        for block, context in zip(self.h, contexts, strict=True):
+            x, kv = block(x, beside(context, mask))
+            kept.append(kv)
+        return self.ln_f(x), kept
+
+    def _prefix(self, prefix: PrefixDict | None) -> list[list[Segment]]:
+        return prefix_segments(prefix, "decoder", len(self.h), self.wte.weight)
+
+
+def check_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A GPT-2 config.json as the model needs it, defaults filled in; InputError where this model cannot follow it."""
+    defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
+    keys = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
+    shape = check_sizes(config, keys if config.get("n_inner") is None else [*keys, "n_inner"], "GPT-2")
+    check_heads(shape, "n_embd", "n_head")
+    check_switches(config, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                            "add_cross_attention": False})  # fmt: skip
+    config = {"model_type": "gpt2", **defaults, **config, "n_inner": 4 * shape["n_embd"], **shape}
+    check_activation(config["activation_function"])
+    check_booleans(config, ["tie_word_embeddings"])
+    eps = config["layer_norm_epsilon"]
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise InputError(f"config.json: layer_norm_epsilon is {eps!r}, a small positive number is needed")
+    return config
+
+
+def from_huggingface(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """HuggingFace's tensors under this model's names; mask buffers and the second copy of a tied head are dropped."""
+    state = {}
+    for name, tensor in bare_names(tensors, "transformer.").items():
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+            state[name] = tensor.T if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+    if config["tie_word_embeddings"] and "wte.weight" in state:
+        head = state.pop("lm_head.weight", state["wte.weight"])
+        if not torch.equal(head, state["wte.weight"]):
+            tied = "config.json has tie_word_embeddings true, GPT-2's default: set it to false"
+            raise InputError(f"tensors 'lm_head.weight' and 'wte.weight' differ, but {tied}")
+    return state
+
+
+def to_huggingface(model: GPT2) -> dict[str, Tensor]:
+    """The inverse of `from_huggingface`: tensors for a `model.safetensors` that HuggingFace loads as it is."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        name = name if name == "lm_head.weight" else "transformer." + name
+        tensors[name] = tensor.T if name.endswith(TRANSPOSED) else tensor
+    return tensors

@@ -1,0 +1,142 @@
+"""Products with weight matrices, and the activation after one: as torch makes them, or fast with frozen weights on CPU.
+
+`packed_weights` has oneDNN hold frozen bfloat16 weights in a layout of its own, which it reads about twice as fast:
+generation multiplies few rows at a time, so that most of its time goes into reading weights, and training gains too.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minprefix.core.compiled import compiled
+
+POST_OPS = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        return linear(x, self.weight, self.bias, activation)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """x (..., C) times weight (N, C), plus bias (N,) or None, through one of `ACTIVATIONS` or none -> (..., N)."""
+    packed = getattr(weight, "packed", None)
+    if packed is not None and not (torch.is_grad_enabled() and x.requires_grad):
+        return packed_product(x, packed, bias, len(weight), activation)
+    product = F.linear if packed is None else FrozenProduct.apply
+    y = product(x, weight, bias)
+    return ACTIVATIONS[activation](y) if activation else y
+
+
+def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, N: int, activation: str | None = None) -> Tensor:
+    """x (..., C) times a packed matrix (N, C), likewise -> (..., N)."""
+    post_op, algorithm = POST_OPS[activation]
+    C, rows = x.size(-1), x.reshape(-1, x.size(-1))
+    # Measured: with more rows than these, a product that does not widen takes oneDNN twice as long for each.
+    most = len(rows) if N > C else 300 if N == C else 448
+    if len(rows) <= most:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, post_op, [], algorithm)
+    parts = rows.chunk(-(-len(rows) // most))
+    parts = [torch.ops.mkldnn._linear_pointwise(part, packed, bias, post_op, [], algorithm) for part in parts]
+    return torch.cat(parts).view(*x.shape[:-1], N)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """A packed product in training: the gradient of x is a product with the packed transpose; there is no other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return packed_product(x, weight.packed, bias, len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        transposed = getattr(ctx.weight, "packed_transposed", None)
+        if transposed is None:  # packed for generation, or the head, of which loss.py takes the gradient
+            return gradient @ ctx.weight, None, None
+        return packed_product(gradient, transposed, None, ctx.weight.size(1)), None, None
+
+
+def pack_weights(model: Any, training: bool = False) -> list[Tensor]:  # a GPT2 or BART, which import this file
+    """From now on the model's products go through its frozen weights in packed form, which must not change.
+
+    training: with gradients for what is multiplied, too; to save memory the weights themselves are then empty (but for
+    the head's, which may be the embeddings). In bfloat16 on a CPU that multiplies it; for any other model nothing
+    changes. -> the weights that were not packed before.
+    """
+    weights = {model.head.weight, *(layer.weight for layer in model.modules() if isinstance(layer, Linear))}
+    weights = [w for w in weights if packs(w) and not hasattr(w, "packed")]
+    for weight in weights:
+        weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        if training and weight is not model.head.weight:
+            weight.packed_transposed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().T.contiguous())
+            weight.data = weight.new_full((), torch.nan).expand(weight.shape)  # one number, in the weight's shape
+    return weights
+
+
+@contextmanager
+def packed_weights(model: Any, training: bool = False) -> Iterator[None]:
+    """`pack_weights` within the context."""
+    weights = pack_weights(model, training)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            if hasattr(weight, "packed_transposed"):
+                weight.data = weight.packed.to_dense()
+                del weight.packed_transposed
+            del weight.packed
+
+
+def packs(weight: Tensor) -> bool:
+    return (weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.requires_grad
+            and packs_bfloat16())  # fmt: skip
+
+
+def packs_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+# ---- GPT-2's activation, of which torch's own is slow on CPU ----
+
+CUBIC, RATE = 0.044715, 2 * math.sqrt(2 / math.pi)  # GELU is about x * sigmoid(RATE * (x + CUBIC * x ** 3))
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """GPT-2's GELU, by the tanh approximation."""
+    if torch.compiler.is_compiling():
+        return gelu_by_sigmoid(x)
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled() and x.requires_grad:
+        return GeluNew.apply(x)
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_by_sigmoid(x: Tensor) -> Tensor:
+    """The same by tanh(u) = 2 sigmoid(2u) - 1, which inductor's CPU code computes twice as fast."""
+    return x * torch.sigmoid(RATE * x * (1 + CUBIC * x * x))
+
+
+def gelu_gradient(x: Tensor, gradient: Tensor) -> Tensor:
+    """Of the loss by x, from that by gelu_new(x)."""
+    s = torch.sigmoid(RATE * x * (1 + CUBIC * x * x))
+    return gradient * (s + x * s * (1 - s) * RATE * (1 + 3 * CUBIC * x * x))
+
+
+class GeluNew(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return compiled(gelu_by_sigmoid)(x.reshape(-1)).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return compiled(gelu_gradient)(x.reshape(-1), gradient.reshape(-1)).view(x.shape)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_new, "relu": F.relu}

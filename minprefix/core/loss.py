@@ -1,0 +1,60 @@
+"""The loss of both models: the negative log-likelihood of the target's tokens, its logits computed some rows at a time.
+
+Shapes: N target tokens of a batch, C model dimension, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minprefix.core.attention import FoldedInfix, PrefixDict
+from minprefix.core.batches import Batch
+from minprefix.core.compiled import compiled
+from minprefix.formats.load import Model
+
+LOGIT_ROWS = 320  # that the head computes at a time, at most
+
+
+def target_loss(model: Model, batch: Batch, prefix: PrefixDict | None) -> Tensor:
+    """Negative log-likelihood of all target tokens of a batch, summed (nats)."""
+    if isinstance(prefix, FoldedInfix):
+        prefix = prefix.at(batch.source_lengths)
+    states = model.hidden(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.index]
+    if model.head.weight.requires_grad or states.device.type == "meta":  # meta: bench.py counts operations by shapes
+        return F.cross_entropy(model.logits(states).float(), batch.labels, reduction="sum")
+    return HeadLoss.apply(states, model, batch.labels)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy of a frozen head's logits, summed, its gradient taken on the way, some rows at a time.
+
+    So the logits of a batch, far larger than all else with a vocabulary of 50,000, never stand in memory together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, model: Model, labels: Tensor) -> Tensor:
+        total, gradients, parts = torch.zeros((), device=states.device), [], -(-len(labels) // LOGIT_ROWS)
+        for x, y in zip(states.chunk(parts), labels.chunk(parts), strict=True):
+            if ctx.needs_input_grad[0]:
+                loss, gradient = compiled(loss_and_gradient)(model.logits(x), y)
+                gradients.append(gradient @ model.head.weight)
+            else:
+                loss = F.cross_entropy(model.logits(x).float(), y, reduction="sum")
+            total = total + loss
+        ctx.gradients = gradients
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return torch.cat(ctx.gradients).mul_(gradient), None, None
+
+
+def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (N, V), labels (N,) -> their cross-entropy, summed, and its gradient (N, V) by the logits."""
+    total = logits.float().logsumexp(dim=-1, keepdim=True)
+    target = logits.gather(1, labels[:, None]).float() - total
+    gradient = (logits.float() - total).exp().to(logits.dtype)
+    at_label = target.expm1().to(logits.dtype)  # p - 1, exact where p is near 1
+    return -target.sum(), gradient.scatter_(1, labels[:, None], at_label)

@@ -1,0 +1,276 @@
+"""The trainable prefix (Li & Liang 2021, section 4): keys and values of P virtual tokens for every attention layer.
+
+Shapes: P prefix length, L layers, H heads, D head dimension, C = H * D model dimension.
+"""
+
+import json
+import os
+from importlib import metadata
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minprefix.core.attention import FoldedInfix, FoldedPrefix, PrefixStack, first_position
+from minprefix.formats.hub import find_model, is_hub_name
+from minprefix.formats.load import Model, load_model
+from minprefix.formats.peft import read_adapter
+from minprefix.formats.safetensors import read_safetensors, write_safetensors
+from minprefix.formats.tokenizer import Tokenizer
+from minprefix.system.errors import InputError
+
+FORMS = {form.method: form for form in (FoldedPrefix, FoldedInfix)}
+
+
+def stack_prefixes(prefixes: list[FoldedPrefix], rows: list[int]) -> PrefixStack:
+    """Several prefixes for one batch, row i taking prefixes[rows[i]]: what `model` and `generate` take (section 8).
+
+    They may have different lengths, sites and position offsets. Each is stored once, (L, 2, N, H, P, D) for N prefixes
+    at each site, P being the longest one's length; no row sees the columns that a shorter one is filled up with.
+    """
+    if not prefixes or not all(0 <= row < len(prefixes) for row in rows):
+        raise InputError(f"the rows name prefixes {sorted(set(rows))}, there are {len(prefixes)}, the first is 0")
+    if any(isinstance(prefix, FoldedInfix) for prefix in prefixes):
+        raise InputError("an infix cannot be stacked: it stands behind the source of each row, a prefix before it")
+    stack, stacked_lengths = {}, {}
+    for site in {site: None for prefix in prefixes for site in prefix}:
+        parts = [prefix.get(site) for prefix in prefixes]
+        some = next(kv for kv in parts if kv is not None)
+        parts = [some[:, :, :, :0] if kv is None else kv.to(some.device) for kv in parts]
+        shapes = {(*kv.shape[:3], *kv.shape[4:]) for kv in parts}
+        if len(shapes) > 1:
+            raise InputError(f"the prefixes' {site!r} parts are of different models: {' and '.join(map(str, shapes))}")
+        lengths = [kv.size(3) for kv in parts]
+        stack[site] = torch.stack([F.pad(kv, (0, 0, 0, max(lengths) - kv.size(3))) for kv in parts], dim=2)
+        stacked_lengths[site] = torch.tensor(lengths)
+    offsets = torch.tensor([first_position(prefix) for prefix in prefixes])
+    return PrefixStack(stack, stacked_lengths, offsets, torch.tensor(rows, dtype=torch.long))
+
+
+class Prefix(nn.Module):
+    """A prefix under training, one part for each site of the model; calling it gives what the model takes.
+
+    hidden: width of the MLP that reparametrises it (paper section 4.3: 512 for table-to-text, 800 for summarisation);
+    0 makes the keys and values themselves the parameters, which train.py steps by Muon. position_offset: position id of
+    the (decoder's) first token, by default the length of the prefix before it. sites: some of the model's, by default
+    all.
+    Parameters are float32 whatever the model's dtype.
+    """
+
+    form: type[FoldedPrefix] = FoldedPrefix  # of what calling it gives
+
+    def __init__(
+        self, model: Model, length: int, hidden: int = 512, position_offset: int | None = None,
+        sites: str | list[str] | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        sites = list(model.prefix_sites) if sites is None else [sites] if isinstance(sites, str) else sites
+        if not sites:
+            raise InputError(f"a prefix needs at least one of the model's sites: {', '.join(model.prefix_sites)}")
+        if unknown := set(sites) - set(model.prefix_sites):
+            raise InputError(f"the model has no prefix site {min(unknown)!r}, only {', '.join(model.prefix_sites)}")
+        if length < 1 or hidden < 0:
+            raise InputError(f"prefix length {length} must be at least 1, hidden width {hidden} at least 0")
+        self.length, self.hidden = length, hidden
+        default = length if "decoder" in sites else 0  # nothing stands before the decoder's tokens then
+        self.position_offset = default if position_offset is None else position_offset
+        self.parts = nn.ModuleDict(
+            {
+                site: MLPPart(*shape, length, hidden) if hidden else DirectPart(*shape, length)
+                for site, shape in model.prefix_sites.items()
+                if site in sites
+            }
+        )
+
+    def forward(self) -> FoldedPrefix:
+        return self.form({site: part() for site, part in self.parts.items()}, self.position_offset)
+
+    @torch.no_grad()
+    def fold(self, info: dict[str, str] | None = None) -> FoldedPrefix:
+        """The keys and values alone, the MLP dropped: what is saved, and all that inference needs."""
+        return self.form({site: part().clone() for site, part in self.parts.items()}, self.position_offset, info)
+
+    def init_from_words(self, model: Model, tokenizer: Tokenizer, words: str) -> None:
+        """Start from the activations of real words (paper section 7.4), repeated or cut to the prefix length."""
+        ids = tokenizer.encode(words)
+        if not ids:
+            raise InputError(f"the words {words!r} to start the prefix from hold no token")
+        activations = word_activations(model, list(islice(cycle(ids), self.length)))
+        for site, part in self.parts.items():
+            part.fit(activations[site].float())
+
+
+class DirectPart(nn.Module):
+    """One site, its keys and values trained as they are."""
+
+    def __init__(self, L: int, H: int, D: int, length: int):
+        super().__init__()
+        self.kv = nn.Parameter(torch.randn(L, 2, H, length, D))
+
+    def forward(self) -> Tensor:
+        return self.kv
+
+    @torch.no_grad()
+    def fit(self, kv: Tensor) -> None:
+        self.kv.copy_(kv)
+
+
+class MLPPart(nn.Module):
+    """One site, its keys and values computed from a smaller embedding: P' (P, C) -> MLP -> (L, 2, H, P, D)."""
+
+    def __init__(self, L: int, H: int, D: int, length: int, hidden: int):
+        super().__init__()
+        self.shape = (length, L, 2, H, D)
+        self.embedding = nn.Parameter(torch.randn(length, H * D))
+        self.mlp = nn.Sequential(nn.Linear(H * D, hidden), nn.Tanh(), nn.Linear(hidden, L * 2 * H * D))
+
+    def forward(self) -> Tensor:
+        return self.mlp(self.embedding).view(self.shape).permute(1, 2, 3, 0, 4)
+
+    def fit(self, kv: Tensor) -> None:
+        """Train the MLP's output towards kv (L, 2, H, P, D) by mean squared error, as the authors do."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-4)
+        for _ in range(500):
+            F.mse_loss(self(), kv).backward()
+            optimizer.step()
+            optimizer.zero_grad()  # last, so that no gradient is left for the training that follows
+
+
+@torch.no_grad()
+def word_activations(model: Model, ids: list[int]) -> dict[str, Tensor]:
+    """Keys and values that the frozen model computes for tokens: site -> (L, 2, H, len(ids), D)."""
+    ids = torch.tensor([ids], device=next(model.parameters()).device)
+    return {
+        site: torch.stack([torch.cat([k, v]) for k, v in layers]) for site, layers in model.activations(ids).items()
+    }
+
+
+def count_numbers(tuned: nn.Module, model: nn.Module) -> list[int]:
+    """How many numbers of a prefix (or a comparator of baselines.py) are trained, how many saved, the model's own."""
+    counted = tuned.parameters(), tuned.fold().values(), model.parameters()
+    return [sum(tensor.numel() for tensor in tensors) for tensors in counted]
+
+
+def fingerprint(model: nn.Module) -> list[float]:
+    """A norm of each parameter (of its first eight rows): all but the same in any dtype, different in other weights."""
+    return [float(f"{p[:8].float().norm().item():.4g}") for p in model.parameters()]
+
+
+def save_prefix(path: str | Path, folded: FoldedPrefix, model: Model, info: dict[str, str]) -> None:
+    """Write a folded prefix as one safetensors file; info: base_model (name or folder), task, ... (strings)."""
+    info = {
+        **info,
+        "format": "minprefix",
+        "version": version(),
+        "prefix_length": str(next(iter(folded.values())).size(-2)),
+        "position_offset": str(folded.position_offset),
+        "base_shape": json.dumps(model.prefix_sites),  # site -> layers, heads, head dimension
+        "base_fingerprint": json.dumps(fingerprint(model)),
+    }
+    write_safetensors(path, {site: kv.float().contiguous() for site, kv in folded.items()}, info)
+
+
+def load_prefix(path: str | Path, model: Model | None = None) -> FoldedPrefix:
+    """A FoldedPrefix from a file of `save_prefix`, the folder of the run that wrote it, or a PEFT folder.
+
+    A FoldedInfix from the file of an infix.
+    InputError if it is no such file, or made for another model than the one that is given.
+    """
+    if (Path(path) / "prefix.safetensors").is_file():
+        path = Path(path) / "prefix.safetensors"
+    adapter = (Path(path) / "adapter_config.json").is_file()
+    tensors, offset, info = read_adapter(path) if adapter else read_prefix_file(path)
+    form = FORMS.get(info.get("method", "prefix"))
+    if form is None:
+        raise InputError(f"{path} is of --method {info['method']}: minprefix.methods.baselines.load_trained loads it")
+    if not tensors:
+        raise InputError(f"{path} holds no prefix: there is no tensor in it")
+    for site, kv in tensors.items():
+        if kv.dim() != 5 or kv.size(1) != 2 or 0 in kv.shape or not kv.is_floating_point():
+            what = f"{tuple(kv.shape)} {kv.dtype}"
+            raise InputError(f"{path}: {site!r} is {what}, a prefix is (layers, 2, heads, length, dim) of real numbers")
+        if not kv.isfinite().all():
+            raise InputError(f"{path}: {site!r} holds numbers that are not finite")
+    # Copies, not views of the file: aligned as any tensor is, so that products come out the same to the last bit.
+    prefix = form({site: kv.clone() for site, kv in tensors.items()}, offset, info)
+    if model is not None:
+        if adapter and model.encoder_decoder and len(prefix["decoder"]) == model.prefix_sites["encoder"][0]:
+            # PEFT makes as many layers as the encoder has; a decoder of fewer takes the first.
+            prefix["decoder"] = prefix["decoder"][: model.prefix_sites["decoder"][0]]
+        check_fits(prefix, model, path)
+    return prefix
+
+
+def read_prefix_file(path: str | Path) -> tuple[dict[str, Tensor], int, dict[str, str]]:
+    """A file of `save_prefix` as (tensors, position offset, metadata)."""
+    if not Path(path).is_file():
+        raise InputError(f"no prefix file at {path}: train one with train.py, or check the path")
+    tensors, info = read_safetensors(path)
+    offset = info.get("position_offset", "")
+    if info.get("format") != "minprefix" or not (offset.isascii() and offset.isdigit() and len(offset) < 8):
+        raise InputError(f"{path} is not a minprefix prefix: its metadata does not say so")
+    return tensors, int(offset), info
+
+
+def check_fits(prefix: FoldedPrefix, model: Model, path: str | Path) -> None:
+    """InputError if a loaded prefix was made for another model than this one."""
+    base, sites = prefix.info.get("base_model", "another model"), model.prefix_sites
+    for site, kv in prefix.items():
+        if site not in sites:
+            takes = ", ".join(sites)
+            raise InputError(f"{path} was made for {base}: it has a prefix for {site!r}, this model takes {takes}")
+        L, _, H, _, D = kv.shape
+        if sites[site] != (L, H, D):
+            shapes = f"{(L, H, D)}, this model {sites[site]}"
+            raise InputError(f"{path} was made for {base}: its {site} prefix has (layers, heads, dim) {shapes}")
+    peft = prefix.info.get("format") == "peft"
+    if peft and (prefix.info["task_type"] == "SEQ_2_SEQ_LM") != model.encoder_decoder:
+        needed = "SEQ_2_SEQ_LM" if model.encoder_decoder else "CAUSAL_LM"
+        kinds = f"its task_type is {prefix.info['task_type']}, this model needs {needed}"
+        raise InputError(f"{path} was made for {base}, a model of another kind: {kinds}")
+    if peft and "base_fingerprint" not in prefix.info:
+        check_named_base(prefix.info.get("base_model", ""), model, path)
+    else:
+        check_fingerprint(prefix.info, model, path)
+
+
+def check_fingerprint(info: dict[str, str], model: Model, path: str | Path) -> None:
+    """InputError if a file's info names another model's weights than these."""
+    try:
+        norms = [float(norm) for norm in json.loads(info.get("base_fingerprint", ""))]
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path}: the base model's fingerprint in its metadata is not a list of numbers") from error
+    if not is_fingerprint(norms, model):
+        base = info.get("base_model", "another model")
+        raise InputError(f"{path} was made for {base}: this model has the same shape, but other weights")
+
+
+def is_fingerprint(norms: list[float], model: Model) -> bool:
+    own = fingerprint(model)
+    return len(norms) == len(own) and all(abs(a - b) <= 0.005 * b for a, b in zip(norms, own, strict=True))
+
+
+def check_named_base(base: str, model: Model, path: str | Path) -> None:
+    """InputError if the base model of an adapter that PEFT wrote is on this machine, and has other weights than this.
+
+    PEFT notes no more of it than a name: where there is no model of that name, any of the same shape is taken.
+    """
+    folder = Path(base) if os.path.isdir(base) else find_model(base) if is_hub_name(base) else None
+    if folder is None or folder.resolve() == model.folder:
+        return
+    try:
+        named = load_model(folder)
+    except InputError:  # that folder holds something else
+        return
+    if not is_fingerprint(fingerprint(named), model):
+        correct = "if it is for this one, correct base_model_name_or_path in its adapter_config.json"
+        raise InputError(f"{path} was made for {base}: this model has the same shape, but other weights; {correct}")
+
+
+def version() -> str:
+    try:
+        return metadata.version("minprefix")
+    except metadata.PackageNotFoundError:  # run from a checkout that was not installed
+        return "unknown"

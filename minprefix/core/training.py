@@ -1,0 +1,320 @@
+"""The optimisation loop: steps, dev loss, checkpoints that a killed run resumes from, a log."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from minprefix.core.batches import Batch, Pair, batches_per_epoch, bucket_batches, collate, pair_lengths, sorted_batches
+from minprefix.core.checkpointing import Log, read_checkpoint, same_form, save_checkpoint, too_little_memory
+from minprefix.core.linear import packed_weights
+from minprefix.core.loss import target_loss
+from minprefix.core.muon import Muon
+from minprefix.core.prefix import Prefix, fingerprint
+from minprefix.formats.load import Model
+from minprefix.formats.tokenizer import Tokenizer
+from minprefix.methods.baselines import Tuned
+from minprefix.system import distributed, signals
+from minprefix.system.errors import InputError, out_of_memory
+from minprefix.system.files import write_jsonl
+
+DIVERGED = "the loss became"  # by which experiments.py knows a run whose learning rate was too large
+NO_SUMS: dict[str, float] = {"loss": 0.0, "tokens": 0, "examples": 0, "seconds": 0.0}
+
+
+def make_optimizer(tuned: Tuned, lr: float) -> Optimizer:
+    """Muon for keys and values that are trained directly, AdamW, as the paper, for all else."""
+    if isinstance(tuned, Prefix) and tuned.hidden == 0:
+        return Muon(tuned.parameters(), lr)
+    return torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+
+def training_step(model: Model, tuned: Tuned, batch: Batch, optimizer: Optimizer, share: float = 1.0) -> Tensor:
+    """One step of the optimiser on a batch -> its `target_loss`, without a gradient.
+
+    share: what part of the whole batch this is (of its sentences, or for BART of its tokens), the rest being that of
+    other ranks; the loss returned is the whole batch's.
+    """
+    loss = target_loss(model, batch, tuned())
+    (loss / len(batch.labels if model.encoder_decoder else batch.source_lengths) * share).backward()
+    loss = loss.detach() if share else torch.zeros_like(loss)
+    distributed.add_up([*(p.grad for p in tuned.parameters() if p.grad is not None), loss])
+    torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+@torch.no_grad()
+def dev_loss(model: Model, tuned: Tuned, pairs: list[Pair], tokenizer: Tokenizer, batch_size: int) -> float:
+    """Nats per target token over (source, target) pairs."""
+    device = next(model.parameters()).device
+    prefix, total = tuned(), torch.zeros((), device=device)
+    for picked in distributed.share(sorted_batches(pair_lengths(pairs), batch_size)):
+        batch = collate([pairs[i] for i in picked], tokenizer, model).to(device)
+        total = total + target_loss(model, batch, prefix)
+    distributed.add_up([total])
+    return float(total) / target_tokens(pairs)
+
+
+def target_tokens(pairs: list[Pair]) -> int:
+    return sum(len(target) for _, target in pairs)
+
+
+def linear_schedule(step: int, steps: int, warmup: int) -> float:
+    """The share of the learning rate for a step: linear warm-up, then linear decay to zero."""
+    return min((step + 1) / (warmup + 1), (steps - step) / max(1, steps - warmup))
+
+
+def batch_stream(
+    pairs: list[Pair], batch_size: int, seed: int, start: int, encoder_decoder: bool = False
+) -> Iterator[list[Pair]]:
+    """Batches of pairs from step `start` on, epoch after epoch, the same for the same seed.
+
+    encoder_decoder: whether they are for a BART, which pads sources and targets apart.
+    """
+    apart = [(len(source), len(target)) for source, target in pairs]
+    lengths = np.array(apart if encoder_decoder else pair_lengths(pairs))
+    per_epoch = batches_per_epoch(pairs, batch_size)
+    for epoch in itertools.count(start // per_epoch):
+        for picked in bucket_batches(lengths, batch_size, seed, epoch)[start % per_epoch :]:
+            yield [pairs[i] for i in picked]
+        start = 0
+
+
+class Run:
+    """A run of `train`: what it trains on what, how far it has come, what it writes to OUT.
+
+    settings: what a resumed run must share. With `resume` it starts where OUT/checkpoint.pt has it.
+    """
+
+    def __init__(
+        self, model: Model, tuned: Tuned, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
+        out: Path, settings: dict[str, Any], resume: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.tuned, self.tokenizer, self.out, self.settings = model, tuned, tokenizer, out, settings
+        self.train_pairs, self.dev_pairs = train_pairs, dev_pairs
+        self.steps, self.batch_size, self.lr = (settings[key] for key in ("steps", "batch_size", "lr"))
+        self.optimizer = make_optimizer(tuned, self.lr)
+        self.schedule = LambdaLR(
+            self.optimizer, lambda step: linear_schedule(step, settings["steps"], settings["warmup"])
+        )
+        self.step = 0
+        self.log: Log = []
+        self.best: Any = None  # dev_loss, step and weights
+        self.sums = dict(NO_SUMS)  # since the last row of the log
+        if resume and (out / "checkpoint.pt").exists():
+            self.resume_from(out / "checkpoint.pt")
+        self.losses: list[Tensor] = []  # of the last steps, still on the device
+        self.since = time.perf_counter()  # when the first of them began
+        self.bar = tqdm(total=self.steps, initial=self.step, desc="training", unit="step", dynamic_ncols=True,
+                        disable=distributed.rank() > 0)  # fmt: skip
+
+    def is_due(self) -> bool:
+        """Whether the present step is one with a dev loss that is not taken yet."""
+        due = self.step % self.settings["eval_every"] == 0 or self.step == self.steps
+        return due and (not self.log or self.log[-1]["step"] < self.step)
+
+    def batches(self, start: int) -> Iterator[list[Pair]]:
+        """The batches from step `start` on."""
+        seed = self.settings["seed"]
+        return batch_stream(self.train_pairs, self.batch_size, seed, start, self.model.encoder_decoder)
+
+    def make_step(self, pairs: list[Pair]) -> None:
+        """One step on a batch of pairs, of which this rank takes its share."""
+        mine, device = distributed.share(pairs), next(self.model.parameters()).device
+        # A rank without a share takes one pair, of weight 0: `add_up` needs a gradient of every rank.
+        batch = collate(mine or pairs[:1], self.tokenizer, self.model).to(device)
+        share = target_tokens(mine) / target_tokens(pairs) if self.model.encoder_decoder else len(mine) / len(pairs)
+        with signals.put_off():  # a step is made whole or not at all
+            self.losses.append(training_step(self.model, self.tuned, batch, self.optimizer, share))
+            self.schedule.step()
+            self.step += 1
+            self.sums["tokens"] += target_tokens(pairs)
+            self.sums["examples"] += len(pairs)
+            self.bar.update()
+            if self.step % 10 == 0:
+                self.read_losses()
+                speed = (self.bar.format_dict["rate"] or 0.0) * self.batch_size
+                self.bar.set_postfix(
+                    loss=f"{self.sums['loss'] / self.sums['tokens']:.3f}",
+                    dev_loss=f"{self.log[-1]['dev_loss']:.3f}",
+                    examples_per_s=f"{speed:.0f}",
+                )
+
+    def read_losses(self) -> None:
+        """Put the losses of the last steps into the sums, which waits for the device: not at every step."""
+        losses = torch.stack(self.losses).tolist() if self.losses else []
+        for at, loss in enumerate(losses, self.step - len(losses) + 1):
+            if not math.isfinite(loss):
+                first = self.tokenizer.decode(next(self.batches(at - 1))[0][0]).strip()[:80]
+                remedy = f"lower the learning rate (--lr, now {self.lr}), or look at its batch, which begins with"
+                raise diverged(loss, f"at step {at}: {remedy} {first!r}", self.out)
+            self.sums["loss"] += loss
+        self.losses.clear()
+        self.sums["seconds"] += time.perf_counter() - self.since
+        self.since = time.perf_counter()
+
+    def evaluate(self) -> None:
+        """Take the dev loss, keep the best weights, and write everything down."""
+        with signals.put_off():
+            self.read_losses()
+        loss = dev_loss(self.model, self.tuned, self.dev_pairs, self.tokenizer, self.batch_size)
+        if not math.isfinite(loss) and self.step == 0:
+            raise InputError(f"the loss is {loss} before any training: look at the model's weights, or try --dtype")
+        if not math.isfinite(loss):
+            where = f"on the dev data after step {self.step}: lower the learning rate (--lr, now {self.lr})"
+            raise diverged(loss, where, self.out)
+        with signals.put_off():
+            self.log.append(self.new_row(loss))
+            if self.best is None or loss < self.best["dev_loss"]:
+                weights = {name: p.detach().clone() for name, p in self.tuned.state_dict().items()}
+                self.best = {"dev_loss": loss, "step": self.step, "weights": weights}
+            self.sums.update(NO_SUMS)
+            self.save()
+            if self.step:
+                tqdm.write(f"step {self.step:>6}  loss {self.log[-1]['loss']:.4f}  dev loss {loss:.4f}")
+            self.since = time.perf_counter()
+
+    def new_row(self, loss: float) -> dict[str, float]:
+        """The log's row for a dev loss: see `train`."""
+        epoch = round(self.step / batches_per_epoch(self.train_pairs, self.batch_size), 3)
+        row = {"step": self.step, "epoch": epoch, "dev_loss": loss}
+        if self.step:
+            row["loss"] = self.sums["loss"] / self.sums["tokens"]
+            row["lr"] = self.optimizer.param_groups[0]["lr"]
+            row["examples_per_s"] = round(self.sums["examples"] / self.sums["seconds"], 1)
+        return row
+
+    def save(self) -> None:
+        if distributed.rank() == 0:
+            write_jsonl(self.out / "log.jsonl", self.log)
+            save_checkpoint(self.out, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on."""
+        return {
+            "settings": self.settings, "step": self.step, "log": self.log, "best": self.best, "sums": self.sums,
+            "tuned": self.tuned.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }  # fmt: skip
+
+    def resume_from(self, path: Path) -> None:
+        """Take over the state in a checkpoint. InputError as in `read_checkpoint`."""
+        state = read_checkpoint(path, self.settings)
+        try:
+            if not self.could_have_saved(state):
+                raise ValueError("its contents have another form")
+            self.tuned.load_state_dict(state["tuned"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.step, self.log, self.best, self.sums = (state[key] for key in ("step", "log", "best", "sums"))
+        except Exception as error:  # whatever the contents of a damaged file lead to
+            if out_of_memory(error):  # of the device, say: nothing is wrong with the file
+                raise too_little_memory(path) from error
+            what = "is of a run that trained something else, or damaged"
+            raise InputError(f"{path} {what}: resume with the same settings, or delete it to start again") from error
+
+    def could_have_saved(self, state: dict[str, Any]) -> bool:
+        """Whether all that a run goes on from has the form in which this run would have saved it."""
+        own, first, adamw = self.state(), torch.zeros(()), not isinstance(self.optimizer, Muon)
+        own["best"] = {"dev_loss": 0.0, "step": 0, "weights": own["tuned"]}
+        moments = {i: {"step": first, "exp_avg": p, "exp_avg_sq": p} if adamw else {"momentum": p}
+                   for i, p in enumerate(self.tuned.parameters())}  # fmt: skip
+        own["optimizer"]["state"] = {i: moments[i] for i in state["optimizer"]["state"]}  # none before the first step
+        rows = [row for row in state["log"] if {"step", "dev_loss"} <= row.keys()]
+        numbers = [value for row in rows for value in row.values()]
+        return (
+            all(same_form(state[key], own[key]) for key in own.keys() - {"settings", "log"})
+            and 0 <= state["step"] == state["schedule"]["last_epoch"] <= self.steps
+            and isinstance(state["log"], list) and 0 < len(rows) == len(state["log"])
+            and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+            and all(0 <= number < 2**53 for number in state["sums"].values())
+        )  # fmt: skip
+
+    def save_present_step(self) -> None:
+        """What can be saved of a run that was stopped between two dev losses."""
+        self.read_losses()
+        if self.log and all(p.isfinite().all() for p in self.tuned.parameters()):  # before the first row all is to do
+            self.save()
+
+
+def train(
+    model: Model, tuned: Tuned, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
+    out: str | Path, *, steps: int, batch_size: int, lr: float, warmup: int = 0, eval_every: int = 100,
+    seed: int = 101, settings: dict[str, Any] | None = None, resume: bool = False,
+) -> tuple[Log, int]:  # fmt: skip
+    """Train for `steps` steps; leave the weights with the best dev loss in `tuned` -> (log, best step).
+
+    tuned: what is trained, a Prefix, or a comparator of baselines.py: calling it gives the prefix that the model takes.
+
+    As in the authors' runs the loss is averaged over the batch's sentences for GPT-2 (a sentence's being the sum over
+    its tokens), over its tokens for BART; and the gradient's norm is cut to 1.
+    At the start and every `eval_every` steps the dev loss is taken and OUT/checkpoint.pt and OUT/log.jsonl are written,
+    the former also when the run is stopped by a signal, or because its output cannot be written. With `resume` it goes
+    on from there, on the same CPU bit for bit as if it had not stopped.
+    Rows of the log: step, epoch, dev_loss (nats per target token); after the start also loss (likewise, over the steps
+    since the last row), lr, examples_per_s.
+    settings: what else a resumed run must share, name -> value. Of several ranks, rank 0 writes; all must see OUT.
+    InputError if a loss is not finite, or the run in OUT is of other settings. KeyboardInterrupt, RankLost and OSError
+    pass through, the present step being saved first.
+    """
+    if warmup >= steps:
+        raise InputError(f"--warmup is {warmup}: it must be less than the {steps} steps, or the rate never decays")
+    settings = {
+        **(settings or {}),
+        "dtype": str(dtype_of_products(model)), "model": fingerprint(model), "trained": type(tuned).__name__,
+        "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "eval_every": eval_every, "seed": seed,
+        "position_offset": tuned.position_offset,
+        "training data": digest(train_pairs), "dev data": digest(dev_pairs),
+    }  # fmt: skip
+    distributed.check_alike(settings)  # one rank may have fallen back to the bundled sample
+    run = Run(model, tuned, tokenizer, train_pairs, dev_pairs, Path(out), settings, resume)
+    # Rank 0 acts on signals, the others end when it does.
+    others = signals.put_off() if distributed.rank() else contextlib.nullcontext()
+    batches = run.batches(run.step)
+    with run.bar, others, packed_weights(model, training=True):
+        try:
+            while True:
+                if run.is_due():
+                    run.evaluate()
+                if run.step == steps:
+                    break
+                run.make_step(next(batches))
+        except (KeyboardInterrupt, distributed.RankLost, OSError):  # the last: the output finds no room
+            with contextlib.suppress(KeyboardInterrupt), signals.put_off():  # one is enough
+                run.save_present_step()
+            raise
+    tuned.load_state_dict(run.best["weights"])
+    return run.log, run.best["step"]
+
+
+def diverged(loss: float, where: str, out: Path) -> InputError:
+    return InputError(f"{DIVERGED} {loss} {where}; then begin anew, with another --out than {out}")
+
+
+def dtype_of_products(model: Model) -> torch.dtype:
+    """What the model multiplies in: autocast's dtype within such a context, else that of its weights."""
+    p = next(model.parameters())
+    on = torch.is_autocast_enabled(p.device.type)
+    return torch.get_autocast_dtype(p.device.type) if on else p.dtype
+
+
+def digest(pairs: list[Pair]) -> str:
+    """A short hash of (source, target) pairs: whether a run is resumed on the data that it began with."""
+    sha = hashlib.sha256()
+    for pair in pairs:  # one at a time: XSum's would make a text of hundreds of megabytes
+        sha.update(json.dumps(pair).encode())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,382 @@
+"""Tasks as examples: E2E, WebNLG, DART (both read in triples.py), XSum, SciTLDR, a user's own JSONL."""
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import re
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from minprefix.data.examples import EmptyText, Example, check_text, collapse, grouped, held_out, on_topics
+from minprefix.data.sample_e2e import sample_rows
+from minprefix.data.triples import DART_LAYOUT, WEBNLG_LAYOUT, linearise_triples, load_dart, load_webnlg, split_triples
+from minprefix.formats.download import fetch_bytes
+from minprefix.system.errors import InputError
+from minprefix.system.files import atomic_write, read_text
+
+E2E_URL = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
+E2E_FOLDER = Path("data/e2e")
+E2E_FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
+E2E_SHA256 = {
+    "trainset.csv": "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6",
+    "devset.csv": "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9",
+    "testset_w_refs.csv": "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd",
+}
+GET_E2E = f"give --data a folder with {', '.join(E2E_SHA256)} from {E2E_URL}"
+TIMEOUT = 5  # seconds that one network operation may take
+DEADLINE = 120  # seconds that the whole download may take
+MAX_BYTES = 32 * 2**20  # of the zip and of each file in it; the largest has 9 MiB
+
+SLOT_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}  # the others keep theirs
+SLOTS = ("name", "eatType", "food", "priceRange", "customer rating", "area", "familyFriendly", "near")
+SPLITS = ("train", "dev", "test")
+WEBNLG_SPLITS = (*SPLITS, "test_seen", "test_unseen")
+TRIPLES = ("webnlg", "dart")
+SUMMARISATION = ("xsum", "scitldr")  # decoded and scored otherwise than table-to-text
+TASKS = ("e2e", *TRIPLES, *SUMMARISATION)
+XSUM_NAMES = {"train": ["train"], "dev": ["val", "validation", "dev"], "test": ["test"]}  # their files' names
+XSUM_LAYOUT = (
+    "expected {train,val,test}.source with {train,val,test}.target, a document and its summary a line, or "
+    '{train,val,test}.jsonl of rows {"document": "...", "summary": "..."}; "validation" or "dev" will do for "val"'
+)
+SCITLDR_LAYOUT = 'expected {train,dev,test}.jsonl of rows {"source": [sentences], "target": [references]}'
+LAYOUTS = {"e2e": GET_E2E, "webnlg": WEBNLG_LAYOUT, "dart": DART_LAYOUT, "xsum": XSUM_LAYOUT, "scitldr": SCITLDR_LAYOUT}
+
+PAIR = r"([^\[\],:|]+)\[([^\[\]]+)\]\s*"  # no two neighbours match the same character: linear time
+
+
+# ---- tasks -> examples ----
+
+
+def load_examples(task: str, split: str, data: str | Path | None = None, topic_field: str = "topic") -> list[Example]:
+    """The list of Examples of a task's split; `data` is the folder to look in.
+
+    topic_field: the key of a JSONL row, of any task that is read from rows, whose value is the Example's topic.
+
+    "e2e": split train, dev or test, one Example for each distinct mr, in the file's order. Where the files come from:
+    see `find_e2e`.
+
+    "webnlg" and "dart": one Example for each distinct set of triples, WebNLG's with the category as topic. Splits,
+    files and what is left out: see `load_webnlg` and `load_dart`.
+
+    "xsum" and "scitldr": split train, dev or test, one Example for each row, in the file's order, white space
+    collapsed to single blanks; nothing is downloaded, so `data` is needed. XSum is either the line files NAME.source
+    and NAME.target (line n of one is the document, line n of the other its summary) or NAME.jsonl (or .json, one
+    object a line all the same) of rows {"document": x, "summary": y}, where NAME is train, test and, for dev, val,
+    validation or dev; rows whose document or summary is empty are left out, which is said on stderr. SciTLDR is
+    train.jsonl, dev.jsonl and test.jsonl of rows {"source": [sentence, ...], "target": [y, ...]}.
+
+    "FILE.jsonl", rows {"source": x, "target": y} or {"source": x, "references": [y, ...]}, or as in the two above (see
+    `parse_row`). Split "all" is every row, with or without references. For the other splits each row needs a reference,
+    and rows with the same source and topic become one Example. A tenth of the sources, from all over the file, is held
+    out (see `held_out`): "dev" is the Examples of these, "train" all others, "test" the same as "dev". But if the file
+    is called train.jsonl, a dev.jsonl beside it is used for "dev", and nothing is held out; so is a test.jsonl for
+    "test".
+    """
+    splits = WEBNLG_SPLITS if task == "webnlg" else SPLITS if task in TASKS else (*SPLITS, "all")
+    if split not in splits:
+        raise InputError(f"there is no split {split!r} of {task}: known are {', '.join(splits)}")
+    check_place(task, data)
+    if task == "e2e":
+        return load_e2e(split, find_e2e(data))
+    folder = Path(data or "")
+    if task == "webnlg":
+        return load_webnlg(split, folder)
+    if task == "dart":
+        return load_dart(split, folder)
+    if task == "xsum":
+        return load_xsum(split, folder, topic_field)
+    if task == "scitldr":
+        return load_scitldr(split, folder, topic_field)
+    return load_jsonl(folder / task, split, topic_field)
+
+
+def check_place(task: str, data: str | Path | None) -> None:
+    """InputError where a task's examples cannot be, which is known before they are read, and a model is loaded."""
+    if task not in TASKS:
+        if not task.endswith(".jsonl"):
+            raise InputError(f"there is no task {task!r}: known are {', '.join(TASKS)} and FILE.jsonl, your own rows")
+        path = Path(data or "", task)
+        if not path.is_file():
+            raise InputError(f'{path} is missing: expected a file of rows like {{"source": "...", "target": "..."}}')
+    elif data is None and task != "e2e":
+        raise InputError(f"{task} is not downloaded: give --data a folder with its files: {LAYOUTS[task]}")
+    elif data is not None and not Path(data).is_dir():
+        raise InputError(f"there is no folder {data}: {LAYOUTS[task]}")
+
+
+def load_on_topics(
+    task: str, split: str, data: str | Path | None = None, topics: Sequence[str] | None = None,
+    topic_field: str = "topic",
+) -> list[Example]:  # fmt: skip
+    """As `load_examples`, but only the Examples on these topics; without topics all."""
+    return on_topics(load_examples(task, split, data, topic_field), topics, f"{task}, {split} split")
+
+
+def format_source(task: str, text: str, where: str = "the input") -> str:
+    """A user's input as the text x that the task's examples have: E2E's mr or linearised text, else the text itself.
+
+    where: it stands, for errors.
+
+    WebNLG and DART: triples, `Alan_Bean : occupation : Test_pilot | Alan_Bean : nationality : United_States`.
+    The summarisation tasks' documents have all white space collapsed, a user's own JSONL keeps what is inside a text.
+    """
+    text = check_text(text, where)
+    if task == "e2e" and ("[" in text or " : " not in text):
+        for slot, _ in re.findall(PAIR, text):
+            tell_unknown_slot(slot.strip())
+        return linearise_e2e(text, where)
+    if task in TRIPLES:
+        return linearise_triples(split_triples(text, where))
+    return collapse(text) if task in SUMMARISATION else text
+
+
+@functools.cache  # once for each slot, however many inputs have it
+def tell_unknown_slot(slot: str) -> None:
+    """Say on stderr that E2E has no such slot; data in E2E's form, of a user's own, may have it."""
+    if slot not in SLOTS and slot not in SLOT_NAMES.values():
+        print(f"{slot!r:.80} is no slot of E2E's: it has {', '.join(SLOTS)}", file=sys.stderr)
+
+
+def linearise_e2e(mr: str, where: str = "the input") -> str:
+    """`name[Blue Spice], eatType[pub]` -> `name : Blue Spice | Type : pub`."""
+    pairs = re.findall(PAIR, mr) if re.fullmatch(f"{PAIR}(?:,{PAIR})*", mr) else []
+    pairs = [(slot.strip(), value.strip()) for slot, value in pairs]
+    if not pairs or not all(slot and value for slot, value in pairs):
+        raise InputError(
+            f"{where}: {mr!r:.200} is not an E2E meaning representation: expected slot[value] pairs, "
+            "as in `name[Blue Spice], eatType[coffee shop]`"
+        )
+    return " | ".join(f"{SLOT_NAMES.get(slot, slot)} : {value}" for slot, value in pairs)
+
+
+def load_e2e(split: str, folder: Path | None) -> list[Example]:
+    """The Examples of an E2E split in a folder, or of the bundled sample if that is None."""
+    if folder is None:
+        rows = [(f"bundled {split} sample", mr, ref) for mr, ref in sample_rows(split)]
+    else:
+        rows = read_e2e_csv(folder / E2E_FILES[split])
+    return grouped([Example(linearise_e2e(mr, where), [ref]) for where, mr, ref in rows])
+
+
+def read_e2e_csv(path: Path) -> list[tuple[str, str, str]]:
+    """The rows of a CSV file with the columns mr and ref as (where, mr, ref)."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {GET_E2E}")
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    header, rows = None, []
+    while True:
+        where = f"{path}:{reader.line_num + 1}"  # the line on which a row begins
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise InputError(f"{where}: not valid CSV from here on ({error})") from error
+        if row is None:
+            break
+        if not row:
+            continue  # a blank line
+        if header is None:
+            header = row
+            if not {"mr", "ref"} <= set(header):
+                raise InputError(f"{where}: the columns are {header!r:.200}, but mr and ref are needed: {GET_E2E}")
+            continue
+        if len(row) != len(header):
+            raise InputError(f"{where}: {len(row)} fields, but the header has {len(header)}")
+        mr, ref = (check_text(row[header.index(column)], f"{where}: {column}") for column in ("mr", "ref"))
+        rows.append((where, mr, ref))
+    if not rows:
+        raise InputError(f"{path} is empty: {GET_E2E}")
+    return rows
+
+
+# ---- where the E2E files come from ----
+
+
+def find_e2e(data: str | Path | None = None) -> Path | None:
+    """The folder of the E2E files: `data` if given, else data/e2e, downloaded if need be; None: the bundled sample."""
+    if data is not None:
+        return Path(data)
+    if all((E2E_FOLDER / name).is_file() for name in E2E_SHA256):
+        return E2E_FOLDER
+    return download_e2e()
+
+
+@functools.cache  # one try, one message
+def download_e2e() -> Path | None:
+    """Download the E2E files to data/e2e and return that; if anything fails, say so and return None."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(fetch_bytes(E2E_URL, "E2E data", TIMEOUT, DEADLINE, MAX_BYTES)))
+        contents = {name: archive.open(f"e2e-dataset/{name}").read(MAX_BYTES) for name in E2E_SHA256}
+        for name, content in contents.items():
+            if hashlib.sha256(content).hexdigest() != E2E_SHA256[name]:
+                raise InputError(f"{name} has a wrong checksum")
+        for name, content in contents.items():
+            if not (E2E_FOLDER / name).is_file():  # what the user put there stays
+                with atomic_write(E2E_FOLDER / name, "wb") as file:
+                    file.write(content)
+        return E2E_FOLDER
+    except Exception as error:  # no network, a damaged zip (nearly any exception), a read-only folder, ...
+        reason = " ".join(str(error).split()).strip("<>") or type(error).__name__
+        problem = f"no E2E data in {E2E_FOLDER}, and the download failed ({reason:.200})"
+        consequence = "using the small bundled sample, whose scores are not E2E scores"
+        print(f"{problem}: {consequence}; for the real data {GET_E2E}", file=sys.stderr)
+        return None
+
+
+# ---- own data ----
+
+
+def load_jsonl(path: Path, split: str, topic_field: str) -> list[Example]:
+    """The Examples of a split of a user's file: see `load_examples`."""
+    if split == "all":
+        return read_jsonl(path, topic_field)
+    dev, test = path.with_name("dev.jsonl"), path.with_name("test.jsonl")
+    has_dev, has_test = (path.name == "train.jsonl" and file.is_file() for file in (dev, test))
+    if split == "test" and has_test:
+        return grouped(read_jsonl(test, topic_field, labelled=True))
+    if split != "train" and has_dev:
+        return grouped(read_jsonl(dev, topic_field, labelled=True))
+    examples = grouped(read_jsonl(path, topic_field, labelled=True))
+    if has_dev:
+        return examples
+    sources = list(dict.fromkeys(example.source for example in examples))  # one may be there on several topics
+    if len(sources) < 2:
+        raise InputError(f"{path} has only one source, and one is held out for dev losses: add rows with other sources")
+    kept_back = held_out(sources)
+    return [example for example in examples if (example.source in kept_back) == (split != "train")]
+
+
+def read_jsonl(path: Path, topic_field: str, labelled: bool = False) -> list[Example]:
+    """The Examples of a JSONL file's rows, in order; InputError if `labelled` and one has no reference."""
+    examples = [parse_row(row, f"{path}:{number}", topic_field, labelled) for number, row in json_rows(path)]
+    if not examples:
+        raise InputError(f"{path} is empty: expected a JSON object on each line")
+    return examples
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) for each line of a JSONL file that is not blank."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split at U+2028
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise InputError(f"{where}: not valid JSON ({reason}), a .jsonl file has one object a line") from error
+        if not isinstance(row, dict):
+            raise InputError(f'{where}: {line!r:.50} is not an object like {{"source": "...", "target": "..."}}')
+        yield number, row
+
+
+def parse_row(row: dict[str, Any], where: str, topic_field: str, labelled: bool = False) -> Example:
+    """A row of a JSONL file, of whatever task, as an Example; `labelled`: InputError if it has no reference.
+
+    The source is the value of "source" or "document": a string, or a list of sentences, which are joined by blanks. The
+    references are the value of "target" or "summary", a string or a list of strings, or the list "references". The
+    topic is the value of topic_field, if that is a string or a number. Other keys are ignored.
+    """
+    x = next((key for key in ("source", "document") if key in row), None)
+    y = next((key for key in ("target", "references", "summary") if key in row), "target")
+    if x is None:
+        raise InputError(f'{where}: the row has no "source", its keys are {list(row)!r:.200}')
+    if "target" in row and "references" in row:
+        raise InputError(f"{where}: the row has both target and references: keep one of them")
+    source, references, kind = row[x], row.get(y, []), "a reference"
+    if isinstance(source, list):
+        if not all(isinstance(sentence, str) for sentence in source):
+            raise InputError(f"{where}: {x} is a list of other things than strings: give a string, or a list of them")
+        source = collapse(" ".join(source))  # SciTLDR's sentences end in line breaks, and one is blank
+    if isinstance(references, str) and y != "references":
+        references, kind = [references], y
+    if not isinstance(references, list):
+        needed = "a list of strings" if y == "references" else "a string or a list of strings"
+        raise InputError(f"{where}: {y} is a JSON {type(references).__name__}, {needed} is needed")
+    if labelled and not references:
+        raise InputError(f'{where}: the row has no reference: add "target" or "references"')
+    references = [check_text(reference, f"{where}: {kind}") for reference in references]
+    topic = row.get(topic_field)
+    topic = str(topic) if isinstance(topic, (str, int, float)) else None
+    return Example(check_text(source, f"{where}: {x}"), references, topic)
+
+
+# ---- summarisation ----
+
+
+def load_scitldr(split: str, folder: Path, topic_field: str) -> list[Example]:
+    """The Examples of a SciTLDR split: an abstract with its summaries, one in train, up to four in dev and test."""
+    path = folder / f"{split}.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {SCITLDR_LAYOUT}")
+    return [collapse_example(example) for example in read_jsonl(path, topic_field, labelled=True)]
+
+
+def load_xsum(split: str, folder: Path, topic_field: str) -> list[Example]:
+    """The Examples of an XSum split, whichever its layout, without the rows that lack a document or a summary."""
+    path = find_xsum(split, folder)
+    if path.suffix == ".source":
+        rows = line_rows(path, path.with_suffix(".target"))
+        path = path.with_suffix(".{source,target}")  # for messages: either file, or both
+    else:
+        rows = json_rows(path)
+    examples, empty = [], []
+    for number, row in rows:
+        try:
+            examples.append(collapse_example(parse_row(row, f"{path}:{number}", topic_field, labelled=True)))
+        except EmptyText:  # the official release has a few
+            empty.append(number)
+    if not examples:
+        raise InputError(f"{path} has no row with a document and a summary: {XSUM_LAYOUT}")
+    if empty:
+        count = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
+        print(f"skipped {count} of {path} with an empty document or summary, first at line {empty[0]}", file=sys.stderr)
+    return examples
+
+
+def find_xsum(split: str, folder: Path) -> Path:
+    """The one file in a folder that has the documents of a split: NAME.source, NAME.jsonl or NAME.json."""
+    names = [name + ending for name in XSUM_NAMES[split] for ending in (".source", ".jsonl", ".json")]
+    found = [name for name in names if (folder / name).is_file()]
+    if not found:
+        raise InputError(f"{folder} has no {split} split of XSum ({', '.join(names)}): {XSUM_LAYOUT}")
+    if len(found) > 1:
+        raise InputError(f"{folder} has the {split} split of XSum as {' and as '.join(found)}: keep one of them")
+    return folder / found[0]
+
+
+def line_rows(source: Path, target: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) for each line number of a file of sources and a file of targets, one text a line.
+
+    Blank lines at the end of a file are ignored, unless the other file has a text there.
+    """
+    if not target.is_file():
+        raise InputError(f"{target} is missing: the summaries of {source.name}, one a line")
+    lines = [read_lines(source), read_lines(target)]
+    count = max((number for side in lines for number, line in enumerate(side, 1) if line.strip()), default=0)
+    if min(map(len, lines)) < count:
+        raise InputError(
+            f"{source} and {target} have {len(lines[0])} and {len(lines[1])} lines: line n of one must be the document "
+            "and line n of the other its summary"
+        )
+    for number, (x, y) in enumerate(zip(lines[0][:count], lines[1][:count], strict=True), 1):
+        yield number, {"source": x, "target": y}
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file; the line end of the last does not begin another."""
+    text = read_text(path)
+    if "\r" in text and "\n" not in text:
+        raise InputError(f"{path} has old Mac line ends (CR alone): save it with LF or CRLF line ends")
+    lines = text.split("\n")  # splitlines would also split at U+2028
+    return lines if lines[-1] else lines[:-1]
+
+
+def collapse_example(example: Example) -> Example:
+    """An Example with the white space in its texts collapsed."""
+    return Example(collapse(example.source), [collapse(y) for y in example.references], example.topic)

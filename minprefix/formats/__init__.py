@@ -1,0 +1,1 @@
+"""On-disk formats: safetensors, HuggingFace folders, tokenizer, the hub, PEFT adapters."""

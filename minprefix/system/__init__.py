@@ -1,0 +1,1 @@
+"""Errors in one line, whole files, signals, device and dtype, several processes."""
