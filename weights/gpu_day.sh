@@ -30,8 +30,8 @@ say speed
 python3 - "$WORK" "$DATA" $BENCH_MODELS <<'PY'
 import shutil, sys, torch
 from pathlib import Path
-from minprefix.gpt2 import GPT2
-from minprefix.load import save_model
+from minprefix.core.gpt2 import GPT2
+from minprefix.formats.load import save_model
 shapes = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "tiny": (2, 64, 2)}
 for name in sys.argv[3:]:
     L, C, H = shapes[name]
@@ -45,7 +45,7 @@ PY
 for model in $BENCH_MODELS; do
     for work in "train --batch-size 10" "train --batch-size 128" "generate --batch-size 16 --beams 5"; do
         say "bench $work $model"
-        timeout 45 python3 -m minprefix.bench $work --model "$WORK/$model" --data "$DATA/e2e" --dtype bfloat16 --peer $BENCH >>"$OUT/bench.txt" 2>&1
+        timeout 45 python3 -m minprefix bench $work --model "$WORK/$model" --data "$DATA/e2e" --dtype bfloat16 --peer $BENCH >>"$OUT/bench.txt" 2>&1
     done
 done
 say done

@@ -483,8 +483,8 @@ def parse_args() -> argparse.Namespace:
 
     add = parser.add_argument_group("how it is trained").add_argument
     add("--tokens", type=float, metavar="N", default=60e6, help="how many in all, then it ends (%(default)g)")
-    add("--seconds", type=float, metavar="X", help="train this long instead, all starts together, whatever the tokens")
-    add("--copies", type=float, metavar="X", default=0.1, help="gpt2: share of rows that say their half twice (%(default)s)")
+    add("--seconds", type=float, metavar="X", help="train this long, instead of --tokens")
+    add("--copies", type=float, metavar="X", default=0.1, help="gpt2: rows with a half repeated (%(default)s)")
     add("--workers", type=int, metavar="N", default=0, help="processes that prepare batches (%(default)s)")
     add("--length", type=int, metavar="N", default=256, help="tokens in a row (%(default)s)")
     add("--batch-size", type=int, metavar="N", default=24, help="rows in a step (%(default)s)")

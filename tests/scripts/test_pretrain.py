@@ -133,7 +133,7 @@ def test_help_is_a_page(monkeypatch, capsys):
         run(monkeypatch, "--help")
     out = capsys.readouterr().out
     options = set(re.findall(r'add\("(--[\w-]+)"', (ROOT / "weights" / "pretrain.py").read_text(encoding="utf-8")))
-    assert len(options) == 18 and options == set(re.findall(r"^  (--[\w-]+) [A-Z]+ +\S", out, re.M))
+    assert len(options) == 21 and options == set(re.findall(r"^  (--[\w-]+) [A-Z]+ +\S", out, re.M))
     assert len(re.findall(r"^[a-z' ]+:$", out, re.M)) >= 4 and max(map(len, out.splitlines())) <= 120
 
 
