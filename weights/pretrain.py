@@ -8,7 +8,8 @@
 The BPE is trained by HuggingFace's `tokenizers` (pip install -e ".[pretrain]"). The corpus folder holds
 `pretrain.txt.xz` and `heldout.txt.xz`, documents separated by <|endoftext|>. Runs on CPU or one GPU. Learning rate:
 warm-up, constant, linear decay over the last `--decay` of the run; so `--tokens` may be changed on resume until the
-decay begins. With `--seconds` the run is as long as that, whatever the machine's speed. Hidden matrices are trained by Muon, everything else by AdamW, all in bf16 with float32 master weights.
+decay begins. With `--seconds` the run is as long as that, whatever the machine's speed. Hidden matrices are trained
+by Muon, everything else by AdamW, all in bf16 with float32 master weights.
 """
 
 import argparse
@@ -166,19 +167,20 @@ def denoising(args: argparse.Namespace, ids: np.ndarray, seed: int) -> Callable[
             noised = infill(np.concatenate([sentences[i] for i in order]), mask, rng)
             sources.append([start_id, *noised, end_id])
             targets.append([start_id, *np.concatenate(sentences), end_id])
-        source, labels = pad_to_16(sources, tokenizer.pad_id), pad_to_16(targets, IGNORE)
+        source, labels = pad_to_16(sources, tokenizer.pad_id, args.positions), pad_to_16(targets, IGNORE, args.positions)
         inputs = torch.full_like(labels, end_id)  # BART's decoder starts from </s>
         inputs[:, 1:] = labels[:, :-1].where(labels[:, :-1] != IGNORE, tokenizer.pad_id)
         real = real_tokens(torch.tensor([len(row) for row in sources]), source.size(1))
-        return (source, inputs, real), labels, int(rng.integers(min(64, args.positions - T + 1)))
+        return (source, inputs, real), labels, int(rng.integers(min(64, args.positions - labels.size(1) + 1)))
 
     return batch
 
 
-def pad_to_16(rows: list[list[int]], value: int) -> Tensor:
-    """As `pad`, to a multiple of 16 tokens: a GPU's attention kernels need masks of even widths."""
+def pad_to_16(rows: list[list[int]], value: int, most: int) -> Tensor:
+    """As `pad`, to a multiple of 16 tokens, `most` at most: a GPU's attention kernels want masks of such widths."""
     padded = pad(rows, value)
-    return F.pad(padded, (0, -padded.size(1) % 16), value=value)
+    width = padded.size(1)
+    return F.pad(padded, (0, min(-width % 16, max(0, most - width))), value=value)
 
 
 def sentence_starts(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -340,7 +342,8 @@ def train(args: argparse.Namespace) -> None:
     started = saved_at = time.time()
     done, first = step / steps, step
     bar = tqdm(initial=step, total=None if args.seconds else steps, unit="step", dynamic_ncols=True)
-    loader = DataLoader(Steps(train_batches, step), batch_size=None, num_workers=args.workers, pin_memory=device == "cuda")
+    steps_ahead = Steps(train_batches, step)
+    loader = DataLoader(steps_ahead, batch_size=None, num_workers=args.workers, pin_memory=device == "cuda")
     batches = iter(loader)
     while done < 1:
         lr = learning_rate(args, done)
