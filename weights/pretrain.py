@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from minprefix.cli.options import Parser, check_above_zero, check_not_negative, fill
 from minprefix.core import bart, gpt2
-from minprefix.core.attention import real_tokens
+from minprefix.core.attention import length_mask
 from minprefix.core.batches import pad
 from minprefix.core.checkpointing import read_checkpoint
 from minprefix.formats.load import Model, check_state, load_model, save_model
@@ -167,10 +167,11 @@ def denoising(args: argparse.Namespace, ids: np.ndarray, seed: int) -> Callable[
             noised = infill(np.concatenate([sentences[i] for i in order]), mask, rng)
             sources.append([start_id, *noised, end_id])
             targets.append([start_id, *np.concatenate(sentences), end_id])
-        source, labels = pad_to_16(sources, tokenizer.pad_id, args.positions), pad_to_16(targets, IGNORE, args.positions)
+        source = pad_to_16(sources, tokenizer.pad_id, args.positions)
+        labels = pad_to_16(targets, IGNORE, args.positions)
         inputs = torch.full_like(labels, end_id)  # BART's decoder starts from </s>
         inputs[:, 1:] = labels[:, :-1].where(labels[:, :-1] != IGNORE, tokenizer.pad_id)
-        real = real_tokens(torch.tensor([len(row) for row in sources]), source.size(1))
+        real = length_mask(torch.tensor([len(row) for row in sources]), source.size(1))
         return (source, inputs, real), labels, int(rng.integers(min(64, args.positions - labels.size(1) + 1)))
 
     return batch

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from minprefix import metrics
-from minprefix.core.attention import FoldedPrefix
 from minprefix.core.generate import generate
+from minprefix.core.prefix_kv import KVPrefix
 from minprefix.data.examples import Example
 from minprefix.data.tasks import SUMMARISATION, find_e2e
 from minprefix.formats.load import Model, load_model
@@ -18,7 +18,7 @@ from minprefix.metrics.slots import slot_accuracy
 from minprefix.system.errors import InputError
 from minprefix.system.files import atomic_write
 
-Writer = tuple[Model, FoldedPrefix | None]
+Writer = tuple[Model, KVPrefix | None]
 NOUNS = {"prefix": "the prefix", "finetune": "fine-tuning", "top2": "fine-tuning", "adapter": "adapters",
          "embedding": "virtual tokens", "infix": "the infix"}  # fmt: skip
 

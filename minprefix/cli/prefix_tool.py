@@ -1,8 +1,8 @@
 """What a prefix file is, and PEFT's format in and out: the command `python -m minprefix`.
 
-    python -m minprefix show runs/mine/prefix.safetensors --input "name[Blue Spice], food[Thai]"
-    python -m minprefix export --prefix runs/mine/prefix.safetensors --to adapter/
-    python -m minprefix import --prefix adapter/ --to prefix.safetensors --model gpt2-medium
+python -m minprefix show runs/mine/prefix.safetensors --input "name[Blue Spice], food[Thai]"
+python -m minprefix export --prefix runs/mine/prefix.safetensors --to adapter/
+python -m minprefix import --prefix adapter/ --to prefix.safetensors --model gpt2-medium
 """
 
 import argparse
@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from minprefix.cli.options import Parser
 from minprefix.core import bart, gpt2
-from minprefix.core.attention import FoldedInfix, FoldedPrefix, Segment, attend
+from minprefix.core.attention import KV, attend
 from minprefix.core.batches import Batch, collate, encode_sources, encode_target
 from minprefix.core.generate import generate, recipe
 from minprefix.core.prefix import FORMS, load_prefix, save_prefix
+from minprefix.core.prefix_kv import KVInfix, KVPrefix
 from minprefix.data.tasks import format_source
 from minprefix.formats.hub import model_name
 from minprefix.formats.load import Model, load_model
@@ -135,7 +136,7 @@ def describe(path: Path, tensors: dict[str, Tensor], info: dict[str, str]) -> No
     size = f"{numbers:,} numbers, {4 * numbers / 2**20:.2f} MiB in float32"
     for key, value in {"file": str(path), **told, "saved": size}.items():
         print(f"{printable(key).replace('_', ' '):<17} {printable(value)[:200]}")
-    if not isinstance(tensors, FoldedPrefix):
+    if not isinstance(tensors, KVPrefix):
         return
     sites = dict(sorted(tensors.items(), key=lambda item: item[0] == "cross"))  # cross-attention last
     for site, kv in sites.items():
@@ -163,7 +164,7 @@ def print_nearest(embedding: Tensor, model: gpt2.GPT2, tokenizer: Tokenizer, cou
         print(f"{i:5}  {'  '.join(near)}")
 
 
-def print_attention(model: Model, tokenizer: Tokenizer, prefix: FoldedPrefix, text: str) -> dict[str, Tensor]:
+def print_attention(model: Model, tokenizer: Tokenizer, prefix: KVPrefix, text: str) -> dict[str, Tensor]:
     """Print the share of attention that the prefix gets on a source, and the text written for it -> the shares."""
     task, max_source = prefix.info.get("task", ""), trained_max_source(prefix.info)
     source = format_source(task, text)
@@ -183,21 +184,21 @@ def print_attention(model: Model, tokenizer: Tokenizer, prefix: FoldedPrefix, te
 
 
 @torch.inference_mode()
-def attention_shares(model: Model, prefix: FoldedPrefix, batch: Batch) -> dict[str, Tensor]:
+def attention_shares(model: Model, prefix: KVPrefix, batch: Batch) -> dict[str, Tensor]:
     """The share of attention that goes to the prefix, by layer and head, on a `Batch` of one row: site -> (L, H).
 
     Mean over the source's tokens at the site "encoder", else over the positions that write the target.
     """
-    if isinstance(prefix, FoldedInfix):
-        prefix = prefix.at(batch.source_lengths)
+    if isinstance(prefix, KVInfix):
+        prefix = prefix.with_source_lengths(batch.source_lengths)
     shares: dict[str, list[Tensor]] = {site: [] for site in prefix}
     handles = []
 
     def record(site: str, module: gpt2.Attention | bart.Attention, args: tuple[Any, ...]) -> None:
-        q, segments = queries(module, *args)
+        q, kv, own_prefix = queries(module, *args)
         # Attention whose values are 1 at the prefix and 0 elsewhere.
-        marked = [(k, k.new_full((*k.shape[:3], 1), float(n == 0)), mask) for n, (k, _, mask) in enumerate(segments)]
-        share = attend(q, marked)[0, :, :, 0]  # (H, T)
+        kv = kv._replace(v=torch.zeros_like(kv.v[..., :1]))
+        share = attend(q, kv, own_prefix._replace(v=torch.ones_like(own_prefix.v[..., :1])))[0, :, :, 0]  # (H, T)
         shares[site].append((share if site == "encoder" else share[:, batch.index]).mean(dim=1))
 
     for site, modules in attention_modules(model).items():
@@ -222,15 +223,15 @@ def attention_modules(model: Model) -> dict[str, list[Any]]:
     }
 
 
-def queries(module: gpt2.Attention | bart.Attention, x: Tensor, seen: Any) -> tuple[Tensor, list[Segment]]:
-    """What a model's `Attention` makes of its arguments: queries (B, H, T, D), and the segments that they look at.
+def queries(module: gpt2.Attention | bart.Attention, x: Tensor, seen: Any, *others: Any) -> tuple[Tensor, KV, KV]:
+    """A model's `Attention` by its arguments -> its queries (B, H, T, D), the tokens that they see, the prefix.
 
-    seen: BART's segments, or GPT-2's function from a layer's own keys and values to segments.
+    seen: GPT-2's mask, or the KV that BART's attends to.
     """
     if isinstance(module, bart.Attention):
-        return module.heads(module.q_proj(x)), seen
+        return module.heads(module.q_proj(x)), seen, others[0]
     q, k, v = module.qkv(x)
-    return q, seen(k, v)
+    return q, KV(k, v, seen), others[0]
 
 
 def draw(shares: dict[str, Tensor], path: Path) -> None:

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from minprefix.core.attention import FoldedPrefix
 from minprefix.core.generate import generate, search_options
 from minprefix.core.prefix import stack_prefixes
+from minprefix.core.prefix_kv import KVPrefix
 from minprefix.data.tasks import format_source, load_examples
 from minprefix.formats.load import Model
 from minprefix.formats.tokenizer import Tokenizer
@@ -21,9 +21,9 @@ def prefix_name(path: Path) -> str:
     return path.resolve().name if path.is_dir() else path.stem
 
 
-def load_prefixes(paths: list[Path], model: Model) -> dict[str, FoldedPrefix]:
+def load_prefixes(paths: list[Path], model: Model) -> dict[str, KVPrefix]:
     """The prefixes in files or folders, by name."""
-    prefixes: dict[str, FoldedPrefix] = {}
+    prefixes: dict[str, KVPrefix] = {}
     for path in paths:
         name = prefix_name(path)
         if name in prefixes:
@@ -37,7 +37,7 @@ def load_prefixes(paths: list[Path], model: Model) -> dict[str, FoldedPrefix]:
     return prefixes
 
 
-def read_requests(file: str, prefixes: dict[str, FoldedPrefix], limit: int | None = None) -> list[Request]:
+def read_requests(file: str, prefixes: dict[str, KVPrefix], limit: int | None = None) -> list[Request]:
     """The rows {"source": ..., "prefix": name} of a .jsonl file."""
     requests = []
     for number, row in enumerate(load_examples(file, "all", topic_field="prefix")[:limit], 1):
@@ -50,7 +50,7 @@ def read_requests(file: str, prefixes: dict[str, FoldedPrefix], limit: int | Non
 
 
 def write_requests(
-    model: Model, tokenizer: Tokenizer, requests: list[Request], prefixes: dict[str, FoldedPrefix],
+    model: Model, tokenizer: Tokenizer, requests: list[Request], prefixes: dict[str, KVPrefix],
     given: dict[str, Any], drawing: dict[str, Any],
 ) -> list[str]:  # fmt: skip
     """A text for each request, by the prefix that it names, in the form and by the search of that prefix's task.

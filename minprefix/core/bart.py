@@ -10,23 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from minprefix.core.attention import (
-    KV,
-    Cache,
-    Look,
-    PrefixDict,
-    Segment,
-    attend,
-    beside,
-    causal_mask,
-    check_prefix,
-    first_position,
-    padding_mask,
-    position_ids,
-    prefix_segments,
-    real_tokens,
-)
+from minprefix.core.attention import KV, attend, causal_mask, length_mask, padding_mask, position_ids
+from minprefix.core.cache import Cache, LayerCache
 from minprefix.core.linear import Linear, linear
+from minprefix.core.prefix_kv import PrefixDict, check_prefix, first_position, layer_prefixes
 from minprefix.formats.config import check_activation, check_booleans, check_heads, check_sizes, check_switches
 from minprefix.formats.safetensors import bare_names
 from minprefix.system.errors import InputError
@@ -41,13 +28,14 @@ class Attention(nn.Module):
         self.n_head = H
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(C, C) for _ in range(4))
 
-    def kv(self, states: Tensor) -> KV:
-        """Keys and values (B, H, S, D) of states (B, S, C), to be looked at by `forward`."""
-        return self.heads(self.k_proj(states)), self.heads(self.v_proj(states))
+    def forward(self, x: Tensor, kv: KV, prefix: KV | None = None) -> Tensor:
+        """x (B, T, C) attends to the prefix and to kv -> (B, T, C)."""
+        y = attend(self.heads(self.q_proj(x)), kv, prefix)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor, segments: list[Segment]) -> Tensor:
-        """x (B, T, C) looks at the segments -> (B, T, C)."""
-        return self.out_proj(attend(self.heads(self.q_proj(x)), segments).transpose(1, 2).flatten(2))
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, S, D) of states (B, S, C)."""
+        return self.heads(self.k_proj(states)), self.heads(self.v_proj(states))
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
@@ -63,11 +51,15 @@ class EncoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(C)
         self.activation = activation
 
-    def forward(self, x: Tensor, look: Look) -> tuple[Tensor, KV]:
-        """x (B, S, C); look: see `beside` -> x (B, S, C), the tokens' (k, v) (B, H, S, D)."""
-        kv = self.self_attn.kv(x)
-        x = self.self_attn_layer_norm(x + self.self_attn(x, look(*kv)))
-        return self.final_layer_norm(x + self.fc2(self.fc1(x, self.activation))), kv
+    def forward(
+        self, x: Tensor, mask: Tensor | None, prefix: KV | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x (B, S, C) attends to the prefix and to itself as the mask (b, 1, 1, S) allows -> (B, S, C)."""
+        k, v = self.self_attn.keys_values(x)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        x = self.self_attn_layer_norm(x + self.self_attn(x, KV(k, v, mask), prefix))
+        return self.final_layer_norm(x + self.fc2(self.fc1(x, self.activation)))
 
 
 class DecoderLayer(nn.Module):
@@ -82,12 +74,20 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(C)
         self.activation = activation
 
-    def forward(self, x: Tensor, look: Look, cross: list[Segment]) -> tuple[Tensor, KV]:
-        """As the encoder's, the (k, v) being self-attention's; cross: what cross-attention sees, the source last."""
-        kv = self.self_attn.kv(x)
-        x = self.self_attn_layer_norm(x + self.self_attn(x, look(*kv)))
-        x = self.encoder_attn_layer_norm(x + self.encoder_attn(x, cross))
-        return self.final_layer_norm(x + self.fc2(self.fc1(x, self.activation))), kv
+    def forward(
+        self, x: Tensor, mask: Tensor, source: KV, prefix: KV | None = None, cross_prefix: KV | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x (B, T, C) attends to prefix, cache and itself, then to the cross prefix and the source -> (B, T, C).
+
+        mask: (b, 1, T, S) over the cache's slots and x, see `KV`. The keys and values of x go into the cache.
+        """
+        k, v = self.self_attn.keys_values(x)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        x = self.self_attn_layer_norm(x + self.self_attn(x, KV(k, v, mask), prefix))
+        x = self.encoder_attn_layer_norm(x + self.encoder_attn(x, source, cross_prefix))
+        return self.final_layer_norm(x + self.fc2(self.fc1(x, self.activation)))
 
 
 class Stack(nn.Module):
@@ -158,75 +158,74 @@ class BART(nn.Module):
 
         start: position id of the decoder's first token, if it is not the one that the prefix sets.
         """
-        cross = self._cross(source_ids, source_mask, prefix)
-        return self._decode(target_ids, cross, prefix, first_position(prefix) if start is None else start)[0]
+        source = self.source_kv(self.encode(source_ids, source_mask, prefix), source_mask)
+        return self._decode(target_ids, source, prefix, first_position(prefix) if start is None else start)
 
     def encode(
-        self, source_ids: Tensor, source_mask: Tensor | None = None, prefix: PrefixDict | None = None
-    ) -> tuple[Tensor, list[KV]]:
-        """source_ids (B, S) -> the encoder's states (B, S, C), and the tokens' (k, v) of each of its layers."""
+        self, source_ids: Tensor, source_mask: Tensor | None = None, prefix: PrefixDict | None = None,
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """source_ids (B, S) -> the encoder's states (B, S, C). caches: take the keys and values of each layer."""
         check_prefix(prefix, self.prefix_sites, len(source_ids))
         positions = position_ids(source_ids, 0, self.n_positions)  # no prefix shifts these
         x = self._embed(self.encoder, source_ids, positions)
         mask = None if source_mask is None else padding_mask(source_mask, x)
-        kept = []
-        for layer, context in zip(self.encoder.layers, self._prefix(prefix, "encoder"), strict=True):
-            x, kv = layer(x, beside(context, mask))
-            kept.append(kv)
-        return x, kept
+        prefixes = self._layer_prefixes(prefix, "encoder")
+        for n, layer in enumerate(self.encoder.layers):
+            x = layer(x, mask, prefixes[n], caches[n] if caches else None)
+        return x
+
+    def source_kv(self, states: Tensor, source_mask: Tensor | None = None) -> list[KV]:
+        """What each decoder layer's cross-attention sees of the encoder's states (B, S, C)."""
+        mask = None if source_mask is None else padding_mask(source_mask, states)
+        return [KV(*layer.encoder_attn.keys_values(states), mask) for layer in self.decoder.layers]
 
     def prefill(self, source_ids: Tensor, lengths: Tensor, prefix: PrefixDict | None = None) -> Cache:
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`: the encoder runs once."""
-        source_mask = real_tokens(lengths, source_ids.size(1))
-        cross = self._cross(source_ids, source_mask, prefix)
+        source_mask = length_mask(lengths, source_ids.size(1))
+        source = self.source_kv(self.encode(source_ids, source_mask, prefix), source_mask)
         position = torch.as_tensor(first_position(prefix)).to(lengths).expand_as(lengths)
-        return Cache(self._prefix(prefix, "decoder"), cross, position, self.decoder.embed_positions.weight.dtype)
+        no_keys = source[0].k[:, :, :0]
+        layers = [LayerCache(no_keys, no_keys) for _ in self.decoder.layers]
+        mask = no_keys.new_zeros(len(lengths), 1, 0)
+        prefixes, cross_prefixes = (self._layer_prefixes(prefix, site) for site in ("decoder", "cross"))
+        return Cache(layers, mask, position, prefixes, source, cross_prefixes)
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
-        """One more token for each row (R,) -> states (R, C) for `logits`; the cache takes it in."""
-        x = self._embed(self.decoder, ids, cache.position).unflatten(0, (len(cache.mask), -1))  # (B, R/B, C)
-        cache.open()
+        """One more token for each row (R,) -> states (R, C) for `logits`; its keys and values go into the cache."""
+        position, mask = cache.next_step()
+        x = self._embed(self.decoder, ids, position).unflatten(0, (len(mask), -1))  # (B, K, C)
         for n, layer in enumerate(self.decoder.layers):
-            x, _ = layer(x, cache.look(n), cache.cross[n])
-        cache.close()
+            x = layer(x, mask, cache.source[n], cache.prefix[n], cache.cross_prefix[n], cache.layers[n])
         return x.flatten(0, 1)
 
-    def activations(self, ids: Tensor) -> dict[str, list[KV]]:
-        """Keys and values that the model computes for tokens ids (1, T), as source and target -> {site: [(k, v)]}."""
-        states, encoder = self.encode(ids)
-        cross = [layer.encoder_attn.kv(states) for layer in self.decoder.layers]
-        decoder = self._decode(ids, [[(*kv, None)] for kv in cross], None, 0)[1]
-        return {"encoder": encoder, "decoder": decoder, "cross": cross}
+    def activations(self, ids: Tensor) -> dict[str, list[LayerCache]]:
+        """Keys and values that the model computes for tokens ids (1, T), as source and target: {site: [by layer]}."""
+        encoder = [LayerCache() for _ in self.encoder.layers]
+        decoder = [LayerCache() for _ in self.decoder.layers]
+        source = self.source_kv(self.encode(ids, caches=encoder))
+        self._decode(ids, source, None, 0, decoder)
+        return {"encoder": encoder, "decoder": decoder, "cross": [LayerCache(k, v) for k, v, _ in source]}
 
     def _decode(
-        self, target_ids: Tensor, cross: list[list[Segment]], prefix: PrefixDict | None, start: int | Tensor
-    ) -> tuple[Tensor, list[KV]]:
-        """target_ids (B, T) -> states (B, T, C), and the tokens' (k, v) of each decoder layer."""
+        self, target_ids: Tensor, source: list[KV], prefix: PrefixDict | None, start: int | Tensor,
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """target_ids (B, T) -> states (B, T, C). caches: take the keys and values of each layer."""
         x = self._embed(self.decoder, target_ids, position_ids(target_ids, start, self.n_positions))
         mask = causal_mask(target_ids.size(1), x)
-        kept = []
-        for layer, context, source in zip(self.decoder.layers, self._prefix(prefix, "decoder"), cross, strict=True):
-            x, kv = layer(x, beside(context, mask), source)
-            kept.append(kv)
-        return x, kept
-
-    def _cross(self, source_ids: Tensor, source_mask: Tensor | None, prefix: PrefixDict | None) -> list[list[Segment]]:
-        """What each decoder layer's cross-attention looks at: its prefix and the encoder's view of the source."""
-        states, _ = self.encode(source_ids, source_mask, prefix)
-        mask = None if source_mask is None else padding_mask(source_mask, states)
-        contexts = self._prefix(prefix, "cross")
-        return [
-            [*context, (*layer.encoder_attn.kv(states), mask)]
-            for layer, context in zip(self.decoder.layers, contexts, strict=True)
-        ]
+        prefixes, cross_prefixes = (self._layer_prefixes(prefix, site) for site in ("decoder", "cross"))
+        for n, layer in enumerate(self.decoder.layers):
+            x = layer(x, mask, source[n], prefixes[n], cross_prefixes[n], caches[n] if caches else None)
+        return x
 
     def _embed(self, stack: Stack, ids: Tensor, positions: Tensor) -> Tensor:
         """ids (B, T), positions (T,) or (B, T) -> (B, T, C)."""
         words = self.shared if self.config["tie_word_embeddings"] else stack.embed_tokens
         return stack.layernorm_embedding(words(ids) * self.scale + stack.embed_positions(positions + POSITION_OFFSET))
 
-    def _prefix(self, prefix: PrefixDict | None, site: str) -> list[list[Segment]]:
-        return prefix_segments(prefix, site, self.prefix_sites[site][0], self.decoder.embed_positions.weight)
+    def _layer_prefixes(self, prefix: PrefixDict | None, site: str) -> list[KV | None]:
+        return layer_prefixes(prefix, site, self.prefix_sites[site][0], self.decoder.embed_positions.weight)
 
 
 def check_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minprefix.core.attention import real_tokens
+from minprefix.core.attention import length_mask
 from minprefix.data.examples import Example, draw_pairs, spread
 from minprefix.data.tasks import load_on_topics
 from minprefix.formats.load import Model
@@ -179,7 +179,7 @@ def collate(pairs: list[Pair], tokenizer: Tokenizer, model: Model) -> Batch:
     lengths = torch.tensor([len(source) for source in sources])
     if model.encoder_decoder:
         source_ids, read, first = pad(sources, pad_id), targets, [0] * len(pairs)
-        inputs = (source_ids, pad(read, pad_id), real_tokens(lengths, source_ids.size(1)))
+        inputs = (source_ids, pad(read, pad_id), length_mask(lengths, source_ids.size(1)))
     else:
         read, first = [s + t for s, t in zip(sources, targets, strict=True)], [len(source) for source in sources]
         inputs = (pad(read, pad_id),)

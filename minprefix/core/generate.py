@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minprefix.cli.options import flag
-from minprefix.core.attention import Cache, PrefixDict, PrefixStack, row_count
 from minprefix.core.batches import encode_sources, start_id
+from minprefix.core.cache import Cache
 from minprefix.core.linear import packed_weights
+from minprefix.core.prefix_kv import BatchedPrefix, PrefixDict, row_count
 from minprefix.data.tasks import SUMMARISATION, TASKS, TRIPLES
 from minprefix.formats.load import Model, check_vocabulary
 from minprefix.formats.tokenizer import Tokenizer
@@ -260,7 +261,7 @@ def beam_search(
         running = improvable.nonzero()[:, 0]
         if len(running) == 0:  # so it is after the last step: nothing runs on
             break
-        cache.select((example * rows_each + parent.gather(1, best)).flatten())
+        cache.reorder((example * rows_each + parent.gather(1, best)).flatten())
         if len(running) <= LEAVE * len(scores):
             result[place], place = finished[:, 0], place[running]
             cache.keep(running)
@@ -304,7 +305,7 @@ def rows_of(prefix: PrefixDict | None, batch: list[int]) -> PrefixDict | None:
     if prefix is None or all(row_count(prefix, kv) == 1 for kv in prefix.values()):
         return prefix
     part = copy.copy(prefix)  # keeps what else a prefix may carry: position_offset
-    if isinstance(part, PrefixStack):
+    if isinstance(part, BatchedPrefix):
         part.rows = part.rows[batch]
         return part
     for site, kv in prefix.items():

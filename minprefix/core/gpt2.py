@@ -9,25 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from minprefix.core.attention import (
-    KV,
-    Cache,
-    FoldedInfix,
-    Look,
-    PrefixDict,
-    Segment,
-    attend,
-    beside,
-    causal_mask,
-    check_prefix,
-    first_position,
-    padding_mask,
-    position_ids,
-    prefix_length,
-    prefix_segments,
-    real_tokens,
-)
+from minprefix.core.attention import KV, attend, causal_mask, length_mask, padding_mask, position_ids
+from minprefix.core.cache import Cache, LayerCache
 from minprefix.core.linear import Linear, linear
+from minprefix.core.prefix_kv import KVInfix, PrefixDict, check_prefix, first_position, layer_prefixes
 from minprefix.formats.config import check_activation, check_booleans, check_heads, check_sizes, check_switches
 from minprefix.formats.safetensors import bare_names
 from minprefix.system.errors import InputError
@@ -42,10 +27,16 @@ class Attention(nn.Module):
         self.c_attn = Linear(C, 3 * C)
         self.c_proj = Linear(C, C)
 
-    def forward(self, x: Tensor, look: Look) -> tuple[Tensor, KV]:
+    def forward(self, x: Tensor, mask: Tensor, prefix: KV | None = None, cache: LayerCache | None = None) -> Tensor:
+        """x (B, T, C) attends to the prefix, to what the cache holds, and to itself as the mask allows -> (B, T, C).
+
+        mask: (b, 1, T, S) over the cache's slots and x, see `KV`. The keys and values of x go into the cache.
+        """
         q, k, v = self.qkv(x)
-        y = attend(q, look(k, v))
-        return self.c_proj(y.transpose(1, 2).flatten(2)), (k, v)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = attend(q, KV(k, v, mask), prefix)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
     def qkv(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> queries, keys and values, each (B, H, T, D)."""
@@ -71,11 +62,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(C, eps=eps)
         self.mlp = MLP(C, inner, activation)
 
-    def forward(self, x: Tensor, look: Look) -> tuple[Tensor, KV]:
-        """x (B, T, C); look: see `beside` -> x (B, T, C), the tokens' (k, v) (B, H, T, D)."""
-        y, kv = self.attn(self.ln_1(x), look)
-        x = x + y
-        return x + self.mlp(self.ln_2(x)), kv
+    def forward(self, x: Tensor, mask: Tensor, prefix: KV | None = None, cache: LayerCache | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C); mask, prefix and cache: see `Attention`."""
+        x = x + self.attn(self.ln_1(x), mask, prefix, cache)
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT2(nn.Module):
@@ -116,52 +106,53 @@ class GPT2(nn.Module):
 
         start: position id of the first token, if it is not the one that the prefix sets.
         """
-        return self._run(ids, prefix, first_position(prefix) if start is None else start)[0]
+        return self._run(ids, prefix, first_position(prefix) if start is None else start)
 
     def prefill(self, ids: Tensor, lengths: Tensor, prefix: PrefixDict | None = None) -> Cache:
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`."""
         start = first_position(prefix)
-        prefix = prefix.at(lengths) if isinstance(prefix, FoldedInfix) else prefix
-        _, source = self._run(ids, prefix, start, lengths)
-        mask = padding_mask(real_tokens(lengths, ids.size(1)), self.wte.weight)
-        fixed = [[*context, (*kv, mask)] for context, kv in zip(self._prefix(prefix), source, strict=True)]
-        return Cache(fixed, None, lengths + torch.as_tensor(start).to(lengths), self.wte.weight.dtype)
+        prefix = prefix.with_source_lengths(lengths) if isinstance(prefix, KVInfix) else prefix
+        layers = [LayerCache() for _ in self.h]
+        self._run(ids, prefix, start, lengths, layers)
+        mask = padding_mask(length_mask(lengths, ids.size(1)), self.wte.weight)[:, 0]
+        position = lengths + torch.as_tensor(start).to(lengths)
+        return Cache(layers, mask, position, self._layer_prefixes(prefix))
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
-        """One more token for each row (R,) -> states (R, C) for `logits`; the cache takes it in."""
-        x = (self.wte(ids) + self.wpe(cache.position)).unflatten(0, (len(cache.mask), -1))  # (B, R/B, C)
-        cache.open()
-        for layer, block in enumerate(self.h):
-            x, _ = block(x, cache.look(layer))
-        cache.close()
+        """One more token for each row (R,) -> states (R, C) for `logits`; its keys and values go into the cache."""
+        position, mask = cache.next_step()
+        x = (self.wte(ids) + self.wpe(position)).unflatten(0, (len(mask), -1))  # (B, K, C)
+        for block, prefix, layer in zip(self.h, cache.prefix, cache.layers, strict=True):
+            x = block(x, mask, prefix, layer)
         return self.ln_f(x).flatten(0, 1)
 
-    def activations(self, ids: Tensor) -> dict[str, list[KV]]:
-        """Keys and values that the model computes for tokens ids (1, T) -> {site: [(k, v) of each layer]}."""
-        return {"decoder": self._run(ids, None, 0)[1]}
+    def activations(self, ids: Tensor) -> dict[str, list[LayerCache]]:
+        """Keys and values that the model computes for tokens ids (1, T): {site: [those of each layer]}."""
+        layers = [LayerCache() for _ in self.h]
+        self._run(ids, None, 0, None, layers)
+        return {"decoder": layers}
 
     def _run(
-        self, ids: Tensor, prefix: PrefixDict | None, start: int | Tensor, lengths: Tensor | None = None
-    ) -> tuple[Tensor, list[KV]]:
-        """ids (B, T), of which `lengths` (B,) are tokens -> states (B, T, C), and the tokens' (k, v) of each layer."""
+        self, ids: Tensor, prefix: PrefixDict | None, start: int | Tensor, lengths: Tensor | None = None,
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """ids (B, T), of which `lengths` (B,) are tokens -> states (B, T, C). caches: take the keys of each layer."""
         check_prefix(prefix, self.prefix_sites, len(ids))
         positions = position_ids(ids, start, self.n_positions, lengths)
-        contexts: list[list[Segment]] = self._prefix(prefix)
-        if isinstance(prefix, FoldedInfix):
-            source = real_tokens(prefix.source_lengths, ids.size(1))
+        prefixes = self._layer_prefixes(prefix)
+        if isinstance(prefix, KVInfix):
+            source = length_mask(prefix.source_lengths, ids.size(1))
             positions = positions - start * source  # the source does not know of the infix
-            mask = padding_mask(~source, self.wte.weight).mT.expand(-1, -1, -1, prefix_length(prefix, "decoder"))
-            contexts = [[(k, v, mask) for k, v, _ in context] for context in contexts]
+            hidden_from_source = padding_mask(~source, self.wte.weight).mT  # (B, 1, T, 1)
+            prefixes = [kv and KV(kv.k, kv.v, hidden_from_source) for kv in prefixes]
         x = self.wte(ids) + self.wpe(positions)
         mask = causal_mask(ids.size(1), x)
-        kept = []
-        for block, context in zip(self.h, contexts, strict=True):
-            x, kv = block(x, beside(context, mask))
-            kept.append(kv)
-        return self.ln_f(x), kept
+        for n, block in enumerate(self.h):
+            x = block(x, mask, prefixes[n], caches[n] if caches else None)
+        return self.ln_f(x)
 
-    def _prefix(self, prefix: PrefixDict | None) -> list[list[Segment]]:
-        return prefix_segments(prefix, "decoder", len(self.h), self.wte.weight)
+    def _layer_prefixes(self, prefix: PrefixDict | None) -> list[KV | None]:
+        return layer_prefixes(prefix, "decoder", len(self.h), self.wte.weight)
 
 
 def check_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minprefix.core.attention import FoldedInfix, PrefixDict
 from minprefix.core.batches import Batch
 from minprefix.core.compiled import compiled
+from minprefix.core.prefix_kv import KVInfix, PrefixDict
 from minprefix.formats.load import Model
 
 LOGIT_ROWS = 320  # that the head computes at a time, at most
@@ -19,8 +19,8 @@ LOGIT_ROWS = 320  # that the head computes at a time, at most
 
 def target_loss(model: Model, batch: Batch, prefix: PrefixDict | None) -> Tensor:
     """Negative log-likelihood of all target tokens of a batch, summed (nats)."""
-    if isinstance(prefix, FoldedInfix):
-        prefix = prefix.at(batch.source_lengths)
+    if isinstance(prefix, KVInfix):
+        prefix = prefix.with_source_lengths(batch.source_lengths)
     states = model.hidden(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.index]
     if model.head.weight.requires_grad or states.device.type == "meta":  # meta: bench.py counts operations by shapes
         return F.cross_entropy(model.logits(states).float(), batch.labels, reduction="sum")

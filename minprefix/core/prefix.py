@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minprefix.core.attention import FoldedInfix, FoldedPrefix, PrefixStack, first_position
+from minprefix.core.prefix_kv import BatchedPrefix, KVInfix, KVPrefix, first_position
 from minprefix.formats.hub import find_model, is_hub_name
 from minprefix.formats.load import Model, load_model
 from minprefix.formats.peft import read_adapter
@@ -21,10 +21,10 @@ from minprefix.formats.safetensors import read_safetensors, write_safetensors
 from minprefix.formats.tokenizer import Tokenizer
 from minprefix.system.errors import InputError
 
-FORMS = {form.method: form for form in (FoldedPrefix, FoldedInfix)}
+FORMS = {form.method: form for form in (KVPrefix, KVInfix)}
 
 
-def stack_prefixes(prefixes: list[FoldedPrefix], rows: list[int]) -> PrefixStack:
+def stack_prefixes(prefixes: list[KVPrefix], rows: list[int]) -> BatchedPrefix:
     """Several prefixes for one batch, row i taking prefixes[rows[i]]: what `model` and `generate` take (section 8).
 
     They may have different lengths, sites and position offsets. Each is stored once, (L, 2, N, H, P, D) for N prefixes
@@ -32,7 +32,7 @@ def stack_prefixes(prefixes: list[FoldedPrefix], rows: list[int]) -> PrefixStack
     """
     if not prefixes or not all(0 <= row < len(prefixes) for row in rows):
         raise InputError(f"the rows name prefixes {sorted(set(rows))}, there are {len(prefixes)}, the first is 0")
-    if any(isinstance(prefix, FoldedInfix) for prefix in prefixes):
+    if any(isinstance(prefix, KVInfix) for prefix in prefixes):
         raise InputError("an infix cannot be stacked: it stands behind the source of each row, a prefix before it")
     stack, stacked_lengths = {}, {}
     for site in {site: None for prefix in prefixes for site in prefix}:
@@ -46,7 +46,7 @@ def stack_prefixes(prefixes: list[FoldedPrefix], rows: list[int]) -> PrefixStack
         stack[site] = torch.stack([F.pad(kv, (0, 0, 0, max(lengths) - kv.size(3))) for kv in parts], dim=2)
         stacked_lengths[site] = torch.tensor(lengths)
     offsets = torch.tensor([first_position(prefix) for prefix in prefixes])
-    return PrefixStack(stack, stacked_lengths, offsets, torch.tensor(rows, dtype=torch.long))
+    return BatchedPrefix(stack, stacked_lengths, offsets, torch.tensor(rows, dtype=torch.long))
 
 
 class Prefix(nn.Module):
@@ -59,7 +59,7 @@ class Prefix(nn.Module):
     Parameters are float32 whatever the model's dtype.
     """
 
-    form: type[FoldedPrefix] = FoldedPrefix  # of what calling it gives
+    form: type[KVPrefix] = KVPrefix  # of what calling it gives
 
     def __init__(
         self, model: Model, length: int, hidden: int = 512, position_offset: int | None = None,
@@ -84,11 +84,11 @@ class Prefix(nn.Module):
             }
         )
 
-    def forward(self) -> FoldedPrefix:
+    def forward(self) -> KVPrefix:
         return self.form({site: part() for site, part in self.parts.items()}, self.position_offset)
 
     @torch.no_grad()
-    def fold(self, info: dict[str, str] | None = None) -> FoldedPrefix:
+    def fold(self, info: dict[str, str] | None = None) -> KVPrefix:
         """The keys and values alone, the MLP dropped: what is saved, and all that inference needs."""
         return self.form({site: part().clone() for site, part in self.parts.items()}, self.position_offset, info)
 
@@ -142,9 +142,8 @@ class MLPPart(nn.Module):
 def word_activations(model: Model, ids: list[int]) -> dict[str, Tensor]:
     """Keys and values that the frozen model computes for tokens: site -> (L, 2, H, len(ids), D)."""
     ids = torch.tensor([ids], device=next(model.parameters()).device)
-    return {
-        site: torch.stack([torch.cat([k, v]) for k, v in layers]) for site, layers in model.activations(ids).items()
-    }
+    activations = model.activations(ids)
+    return {site: torch.stack([torch.cat([layer.k, layer.v]) for layer in kv]) for site, kv in activations.items()}
 
 
 def count_numbers(tuned: nn.Module, model: nn.Module) -> list[int]:
@@ -158,7 +157,7 @@ def fingerprint(model: nn.Module) -> list[float]:
     return [float(f"{p[:8].float().norm().item():.4g}") for p in model.parameters()]
 
 
-def save_prefix(path: str | Path, folded: FoldedPrefix, model: Model, info: dict[str, str]) -> None:
+def save_prefix(path: str | Path, folded: KVPrefix, model: Model, info: dict[str, str]) -> None:
     """Write a folded prefix as one safetensors file; info: base_model (name or folder), task, ... (strings)."""
     info = {
         **info,
@@ -172,10 +171,10 @@ def save_prefix(path: str | Path, folded: FoldedPrefix, model: Model, info: dict
     write_safetensors(path, {site: kv.float().contiguous() for site, kv in folded.items()}, info)
 
 
-def load_prefix(path: str | Path, model: Model | None = None) -> FoldedPrefix:
-    """A FoldedPrefix from a file of `save_prefix`, the folder of the run that wrote it, or a PEFT folder.
+def load_prefix(path: str | Path, model: Model | None = None) -> KVPrefix:
+    """A KVPrefix from a file of `save_prefix`, the folder of the run that wrote it, or a PEFT folder.
 
-    A FoldedInfix from the file of an infix.
+    A KVInfix from the file of an infix.
     InputError if it is no such file, or made for another model than the one that is given.
     """
     if (Path(path) / "prefix.safetensors").is_file():
@@ -214,7 +213,7 @@ def read_prefix_file(path: str | Path) -> tuple[dict[str, Tensor], int, dict[str
     return tensors, int(offset), info
 
 
-def check_fits(prefix: FoldedPrefix, model: Model, path: str | Path) -> None:
+def check_fits(prefix: KVPrefix, model: Model, path: str | Path) -> None:
     """InputError if a loaded prefix was made for another model than this one."""
     base, sites = prefix.info.get("base_model", "another model"), model.prefix_sites
     for site, kv in prefix.items():

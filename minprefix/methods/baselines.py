@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minprefix.core.attention import FoldedInfix, FoldedPrefix, beside, causal_mask
+from minprefix.core.attention import causal_mask
+from minprefix.core.cache import LayerCache
 from minprefix.core.gpt2 import GPT2
 from minprefix.core.prefix import FORMS, Prefix, check_fingerprint, load_prefix, save_prefix, version
+from minprefix.core.prefix_kv import KVInfix, KVPrefix
 from minprefix.formats.hub import model_name, resolve_model
 from minprefix.formats.load import Model, check_state, save_model
 from minprefix.formats.safetensors import read_config, read_safetensors, write_safetensors
@@ -128,7 +130,7 @@ class Embedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(C, hidden), nn.Tanh(), nn.Linear(hidden, C)) if hidden else nn.Identity()
         self.model = (model,)  # in a tuple, for its parameters are not this module's
 
-    def forward(self) -> FoldedPrefix:
+    def forward(self) -> KVPrefix:
         return embedding_prefix(self.model[0], self.mlp(self.embedding))
 
     @torch.no_grad()
@@ -136,15 +138,16 @@ class Embedding(nn.Module):
         return {"embedding": self.mlp(self.embedding)}
 
 
-def embedding_prefix(model: GPT2, embedding: Tensor, info: dict[str, str] | None = None) -> FoldedPrefix:
+def embedding_prefix(model: GPT2, embedding: Tensor, info: dict[str, str] | None = None) -> KVPrefix:
     """The prefix that the embeddings (P, C) of virtual tokens at a GPT-2's first positions amount to."""
     P = len(embedding)
     x = embedding.to(model.wte.weight)[None] + model.wpe.weight[:P]
     mask, layers = causal_mask(P, x), []
     for block in model.h:
-        x, kv = block(x, beside([], mask))
-        layers.append(torch.cat(kv))
-    return FoldedPrefix({"decoder": torch.stack(layers)}, P, info)
+        cache = LayerCache()
+        x = block(x, mask, cache=cache)
+        layers.append(torch.cat([cache.k, cache.v]))
+    return KVPrefix({"decoder": torch.stack(layers)}, P, info)
 
 
 class Infix(Prefix):
@@ -153,7 +156,7 @@ class Infix(Prefix):
     They are free, as a prefix's are; the authors' code adds to them what the model computes for trained embeddings.
     """
 
-    form = FoldedInfix
+    form = KVInfix
 
     def __init__(self, model: Model, length: int, hidden: int = 512):
         if model.encoder_decoder:
@@ -287,7 +290,7 @@ def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 @torch.no_grad()
-def load_trained(path: str | Path, model: Model) -> FoldedPrefix | None:
+def load_trained(path: str | Path, model: Model) -> KVPrefix | None:
     """Put what a run saved on its base model -> the prefix for the model to take, or None if the model was changed.
 
     InputError if the file is damaged, or was made for another model.

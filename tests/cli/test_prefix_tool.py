@@ -11,9 +11,9 @@ import torch
 
 from minprefix import Prefix, load_model
 from minprefix.cli import prefix_tool
-from minprefix.core.attention import FoldedInfix
 from minprefix.core.batches import collate
 from minprefix.core.prefix import fingerprint, save_prefix
+from minprefix.core.prefix_kv import KVInfix
 from minprefix.formats.load import save_model
 from minprefix.formats.tokenizer import load_tokenizer
 from minprefix.methods.baselines import Adapters, Infix, load_trained, save_trained
@@ -86,7 +86,7 @@ def test_shares_are_those_of_the_definition(name, method, world):
 
 def test_an_infix_is_seen_by_the_target_alone(world):
     model, tokenizer = load_model("gpt2"), load_tokenizer("gpt2")
-    infix = FoldedInfix(Prefix(model, 3, 0).fold(), 3)
+    infix = KVInfix(Prefix(model, 3, 0).fold(), 3)
     batch = collate([([11, 12, 13, 14], [21, 22, 23])], tokenizer, model)
     assert (prefix_tool.attention_shares(model, infix, batch)["decoder"] > 0.01).all()
     batch.index = torch.arange(4)

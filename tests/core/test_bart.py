@@ -12,10 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from minprefix import Prefix, load_model, load_tokenizer
-from minprefix.core.attention import FoldedPrefix, real_tokens
+from minprefix.core.attention import length_mask
 from minprefix.core.bart import BART, from_huggingface, to_huggingface
 from minprefix.core.batches import collate
 from minprefix.core.prefix import word_activations
+from minprefix.core.prefix_kv import KVPrefix
 from minprefix.core.training import target_loss
 from minprefix.formats.load import check_vocabulary
 from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
@@ -67,7 +68,7 @@ def row_of(prefix, i):
 def random_batch(lengths=LENGTHS, T=4, V=29):
     """source (B, S) with random ids in the padding too, target (B, T), mask (B, S)."""
     lengths, S = torch.tensor(lengths), max(lengths)
-    return torch.randint(V, (len(lengths), S)), torch.randint(V, (len(lengths), T)), real_tokens(lengths, S)
+    return torch.randint(V, (len(lengths), S)), torch.randint(V, (len(lengths), T)), length_mask(lengths, S)
 
 
 def assert_equal(ours, expected, atol=1e-12):
@@ -99,7 +100,7 @@ def golden():
 def test_golden_logits(golden, name):
     kind, prefix = name.split(".")
     model, prefix = golden_model(kind), None if prefix == "none" else {"decoder": golden[prefix]}
-    inputs = (golden["source"], golden["target"], real_tokens(golden["lengths"], 6), prefix)
+    inputs = (golden["source"], golden["target"], length_mask(golden["lengths"], 6), prefix)
     assert_equal(model(*inputs), golden[name])
     assert_equal(model.float()(*inputs).double(), golden[name], atol=1e-4)
     assert golden[name].std() > 1
@@ -107,7 +108,7 @@ def test_golden_logits(golden, name):
 
 def test_golden_logits_from_the_folder(golden):
     model = load_model(GOLDEN / "tiny-bart", dtype=torch.float64)
-    mask = real_tokens(golden["lengths"], 6)
+    mask = length_mask(golden["lengths"], 6)
     prefix = {"decoder": golden["shared"]}
     assert_equal(model(golden["source"], golden["target"], mask, prefix), golden["gelu.shared"])
     assert not model.training and not any(p.requires_grad for p in model.parameters())
@@ -222,7 +223,7 @@ def test_position_offset():
         kv = random_prefix(sites)
         length = 4 if "decoder" in sites else 0
         for offset in (0, 4, 7):
-            folded = FoldedPrefix(kv, offset)
+            folded = KVPrefix(kv, offset)
             logits = model(source, target, mask, folded)
             assert_equal(logits, batch_by_definition(model, source, target, LENGTHS, kv, offset))
             assert torch.equal(model.encode(source, mask, folded)[0], model.encode(source, mask, kv)[0])
@@ -307,23 +308,23 @@ def test_steps_equal_forward(sites, kind):
     model, (source, _, mask) = random_model(), random_batch()
     B, K, V = 3, 2, 29
     prefix = random_prefix(sites, sites if kind == "rows" else ())
-    for folded in (prefix, FoldedPrefix(prefix, 1)):
+    for folded in (prefix, KVPrefix(prefix, 1)):
         cache = model.prefill(source, torch.tensor(LENGTHS), folded)
         first = torch.randint(V, (B, 1))
         logits = model.logits(model.step(first[:, 0], cache))
         assert_equal(logits, model(source, first, mask, folded)[:, -1])
-        cache.select(torch.arange(B).repeat_interleave(K))
+        cache.reorder(torch.arange(B).repeat_interleave(K))
         tokens = first.repeat_interleave(K, dim=0)
         in_rows = {site: kv.repeat_interleave(K, dim=2) if kv.dim() == 6 else kv for site, kv in prefix.items()}
-        if isinstance(folded, FoldedPrefix):
-            in_rows = FoldedPrefix(in_rows, 1)
+        if isinstance(folded, KVPrefix):
+            in_rows = KVPrefix(in_rows, 1)
         for parents in ([0, 1, 2, 3, 4, 5], [1, 0, 2, 2, 5, 4], [1, 1, 3, 2, 4, 4], [0, 1, 3, 2, 5, 5]):
             tokens = torch.cat([tokens, torch.randint(V, (B * K, 1))], dim=1)
             logits = model.logits(model.step(tokens[:, -1], cache))
             beams = source.repeat_interleave(K, dim=0), tokens, mask.repeat_interleave(K, dim=0)
             assert_equal(logits, model(*beams, in_rows)[:, -1])
-            assert all(len(k) == B for k, _ in cache.own) and all(len(k) == B for ((k, _, _),) in cache.cross)
-            cache.select(torch.tensor(parents))
+            assert all(len(kv.k) == B for kv in [*cache.layers, *cache.source])
+            cache.reorder(torch.tensor(parents))
             tokens = tokens[torch.tensor(parents)]
 
 
@@ -331,7 +332,7 @@ def test_too_long():
     model, prefix = random_model(), random_prefix(SITES)
     source, target = torch.zeros(1, 16, dtype=torch.long), torch.zeros(1, 12, dtype=torch.long)
     assert model(source, source).shape == (1, 16, 29) and model(source, target, None, prefix).shape == (1, 12, 29)
-    assert model(source, source, None, FoldedPrefix(prefix, 0)).shape == (1, 16, 29)
+    assert model(source, source, None, KVPrefix(prefix, 0)).shape == (1, 16, 29)
     longer = torch.zeros(1, 17, dtype=torch.long)
     with pytest.raises(InputError, match="17 tokens from position 0 on do not fit the model's 16 positions"):
         model(longer, target)
@@ -340,7 +341,7 @@ def test_too_long():
     with pytest.raises(InputError, match="13 tokens from position 4 on"):
         model(source, source[:, :13], None, prefix)
     with pytest.raises(InputError, match="1 tokens from position 16 on"):
-        model(source, source[:, :1], None, FoldedPrefix(prefix, 16))
+        model(source, source[:, :1], None, KVPrefix(prefix, 16))
 
 
 # ---- gradients ----
@@ -426,7 +427,7 @@ STORED = {
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_names_of_the_stored_tensors(tmp_path, golden, stored, kind):
     model = load_model(write(tmp_path / "m", STORED[stored], kind=kind), dtype=torch.float64)
-    mask = real_tokens(golden["lengths"], 6)
+    mask = length_mask(golden["lengths"], 6)
     assert_equal(model(golden["source"], golden["target"], mask), golden["gelu.none"])
     back = to_huggingface(model.float())
     assert back.keys() == TENSORS.keys() and all(torch.equal(back[name], TENSORS[name]) for name in TENSORS)
@@ -435,7 +436,7 @@ def test_names_of_the_stored_tensors(tmp_path, golden, stored, kind):
 def test_a_missing_bias_is_zero(tmp_path, golden):
     bias = TENSORS["final_logits_bias"].double()
     model = load_model(write(tmp_path / "m", without("final_logits_bias")), dtype=torch.float64)
-    logits = model(golden["source"], golden["target"], real_tokens(golden["lengths"], 6))
+    logits = model(golden["source"], golden["target"], length_mask(golden["lengths"], 6))
     assert_equal(logits + bias, golden["gelu.none"])
     assert bias.abs().min() > 1e-3
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minprefix import load_tokenizer
-from minprefix.core.attention import real_tokens
+from minprefix.core.attention import length_mask
 from minprefix.core.batches import (
     Batch,
     bucket_batches,
@@ -291,7 +291,7 @@ def test_collate_properties_of_an_encoder_decoder():
         assert source_ids.shape == mask.shape == (len(pairs), max(len(s) for s, _ in pairs))
         assert target_ids.shape == (len(pairs), max(len(t) for _, t in pairs))
         assert torch.equal(mask, source_ids != 51)
-        assert torch.equal(mask, real_tokens(torch.tensor([len(s) for s, _ in pairs]), source_ids.size(1)))
+        assert torch.equal(mask, length_mask(torch.tensor([len(s) for s, _ in pairs]), source_ids.size(1)))
         assert int(mask.sum() + (target_ids != 51).sum()) == sum(pair_lengths(pairs))
         for row, real, (source, _) in zip(source_ids, mask, pairs, strict=True):
             assert row[real].tolist() == source

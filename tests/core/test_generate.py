@@ -6,9 +6,10 @@ from collections import Counter
 import pytest
 import torch
 
-from minprefix.core.attention import Cache, FoldedInfix, FoldedPrefix
+from minprefix.core.cache import Cache
 from minprefix.core.generate import generate, generate_ids
 from minprefix.core.gpt2 import GPT2, to_huggingface
+from minprefix.core.prefix_kv import KVInfix, KVPrefix
 from minprefix.system.errors import InputError
 from tests.helpers import reference_infix
 
@@ -47,7 +48,7 @@ def make_prefix(kind, n):
         return None
     rows = (n,) if kind.startswith("rows") else ()
     tensor = torch.randn(L, 2, *rows, H, P, D, generator=generator)
-    return FoldedPrefix({"decoder": tensor}, position_offset=0) if kind.endswith("offset") else {"decoder": tensor}
+    return KVPrefix({"decoder": tensor}, position_offset=0) if kind.endswith("offset") else {"decoder": tensor}
 
 
 def prefix_row(prefix, i):
@@ -55,7 +56,7 @@ def prefix_row(prefix, i):
     if prefix is None or prefix["decoder"].dim() == 5:
         return prefix
     row = {"decoder": prefix["decoder"][:, :, i]}
-    return FoldedPrefix(row, prefix.position_offset) if isinstance(prefix, FoldedPrefix) else row
+    return KVPrefix(row, prefix.position_offset) if isinstance(prefix, KVPrefix) else row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,9 +124,9 @@ def test_beam_search_is_the_naive_one(model, sources, kind):
 
 @pytest.mark.parametrize("position_offset", [P, 0])
 def test_beam_search_with_an_infix_is_the_naive_one(model, sources, position_offset):
-    infix = FoldedInfix(make_prefix("shared", 0), position_offset)
+    infix = KVInfix(make_prefix("shared", 0), position_offset)
     sources = sources[:16]
-    behind = [infix.at(torch.tensor([len(source)])) for source in sources]
+    behind = [infix.with_source_lengths(torch.tensor([len(source)])) for source in sources]
     for beams, length_penalty, forbidden in ((4, 0.0, range(40, 60)), (2, 2.0, ()), (3, 1.0, ())):
         naive = [naive_beam_search(model, source, at, beams, length_penalty, forbidden)
                  for source, at in zip(sources, behind, strict=True)]  # fmt: skip
@@ -134,13 +135,13 @@ def test_beam_search_with_an_infix_is_the_naive_one(model, sources, position_off
     lengths = {len(target) for target in naive}
     assert min(lengths) < NEW == max(lengths)  # some texts end and leave their batch, others run on
     assert naive != generate_ids(model, sources, END, END, infix, beams=1, max_new_tokens=NEW)
-    for other in (None, FoldedInfix(infix, P - position_offset), make_prefix("shared", 0)):
+    for other in (None, KVInfix(infix, P - position_offset), make_prefix("shared", 0)):
         assert naive != generate_ids(model, sources, END, END, other, beams=3, max_new_tokens=NEW)
 
 
 def test_beam_search_with_an_infix_is_the_naive_one_over_numpy(model, sources):
     """The oracle knows of the model only what it is by definition: no line of it is shared with the search."""
-    infix = FoldedInfix(make_prefix("shared", 0), P)
+    infix = KVInfix(make_prefix("shared", 0), P)
 
     def in_numpy(ids, source_length):
         """What a model answers; ids (1, T), of which the first are the source."""
@@ -167,7 +168,7 @@ class Table:
         return iter([self.table])
 
     def prefill(self, ids, lengths, prefix):
-        return Cache([], None, lengths, torch.float32)
+        return Cache([], torch.zeros(len(lengths), 1, 0), lengths, [])
 
     def step(self, ids, cache):
         states = self.table[cache.position, ids]

@@ -9,9 +9,10 @@ from collections import Counter
 import pytest
 import torch
 
-from minprefix.core.attention import Cache, FoldedPrefix
 from minprefix.core.bart import BART, to_huggingface
+from minprefix.core.cache import Cache
 from minprefix.core.generate import generate, generate_ids, recipe
+from minprefix.core.prefix_kv import KVPrefix
 from minprefix.formats.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_alphabet
 from minprefix.system.errors import InputError
 
@@ -65,7 +66,7 @@ def make_prefix(kind, n):
         site: torch.randn(L, 2, *row, H, P, D, generator=generator)
         for site, row, P in zip(("encoder", "decoder", "cross"), rows, (2, 3, 4), strict=True)
     }
-    return FoldedPrefix(prefix, 1) if kind == "mixed" else prefix
+    return KVPrefix(prefix, 1) if kind == "mixed" else prefix
 
 
 def prefix_of(prefix, chosen):
@@ -73,7 +74,7 @@ def prefix_of(prefix, chosen):
     if prefix is None:
         return None
     part = {site: kv[:, :, chosen] if kv.dim() == 6 and kv.size(2) > 1 else kv for site, kv in prefix.items()}
-    return FoldedPrefix(part, prefix.position_offset) if isinstance(prefix, FoldedPrefix) else part
+    return KVPrefix(part, prefix.position_offset) if isinstance(prefix, KVPrefix) else part
 
 
 def repeats(ids, n):
@@ -292,7 +293,7 @@ class Table:
         return iter([self.table])
 
     def prefill(self, ids, lengths, prefix):
-        return Cache([], [], torch.zeros_like(lengths), torch.float32)
+        return Cache([], torch.zeros(len(lengths), 1, 0), torch.zeros_like(lengths), [])
 
     def step(self, ids, cache):
         states = self.table[cache.position, ids]

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from minprefix import load_model
-from minprefix.core.attention import FoldedPrefix
 from minprefix.core.gpt2 import GPT2, from_huggingface, to_huggingface
+from minprefix.core.prefix_kv import KVPrefix
 from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
 from minprefix.system.errors import InputError
 from tests.tiny import ROOT
@@ -60,8 +60,8 @@ def test_position_offset(golden):
     """A plain dict means the prefix length; the offset decides which rows of wpe are read, and nothing else."""
     model, ids, kv = golden_model(), golden["ids"], {"decoder": golden["shared"]}
     P = golden["shared"].size(-2)
-    assert torch.equal(model(ids, FoldedPrefix(kv, P)), model(ids, kv))
-    at_zero = model(ids, FoldedPrefix(kv, 0))
+    assert torch.equal(model(ids, KVPrefix(kv, P)), model(ids, kv))
+    at_zero = model(ids, KVPrefix(kv, 0))
     assert (at_zero - model(ids, kv)).abs().max() > 0.1
     shifted = golden_model()
     shifted.wpe.weight.copy_(model.wpe.weight.roll(P, dims=0))
@@ -91,7 +91,7 @@ def test_too_long(golden):
         model(ids[:, :22], prefix)
     with pytest.raises(InputError, match="24 positions"):
         model.prefill(ids[:, :22], torch.tensor([22]), prefix)
-    assert model(ids, FoldedPrefix(prefix, 0)).shape == (1, 24, 37)
+    assert model(ids, KVPrefix(prefix, 0)).shape == (1, 24, 37)
     with pytest.raises(InputError, match="25 tokens"):
         model(torch.zeros(1, 25, dtype=torch.long))
 

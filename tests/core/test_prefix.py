@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from minprefix import Prefix, load_model, load_prefix, load_tokenizer
-from minprefix.core.attention import FoldedPrefix
 from minprefix.core.bart import BART
 from minprefix.core.gpt2 import GPT2
 from minprefix.core.prefix import check_fits, save_prefix, word_activations
+from minprefix.core.prefix_kv import KVPrefix
 from minprefix.formats.safetensors import read_safetensors, write_safetensors
 from minprefix.system.errors import InputError
 from tests.tiny import write_tiny_model
@@ -136,7 +136,7 @@ def test_only_some_sites(tmp_path, bart, sites, hidden):
     logits = bart(IDS, IDS, prefix=loaded)
     assert loaded.keys() == set(sites) and torch.equal(logits, bart(IDS, IDS, prefix=folded))
     for site in sites:  # each of them matters
-        others = FoldedPrefix({s: kv for s, kv in folded.items() if s != site}, folded.position_offset)
+        others = KVPrefix({s: kv for s, kv in folded.items() if s != site}, folded.position_offset)
         assert (bart(IDS, IDS, prefix=others) - logits).abs().max() > 1e-3
     start = P if "decoder" in sites else 0  # the decoder's first token stands behind its own prefix, if it has one
     assert folded.position_offset == loaded.position_offset == start
@@ -194,7 +194,7 @@ def test_direct_prefix_starts_from_the_activations(model, tokenizer, words, leng
     ids = tokenizer.encode(words)
     ids = (ids * length)[:length]
     cache = model.prefill(torch.tensor([ids]), torch.tensor([length]))
-    expected = torch.stack([torch.stack([k[0], v[0]]) for k, v in cache.own])
+    expected = torch.stack([torch.stack([layer.k[0], layer.v[0]]) for layer in cache.layers])
     assert torch.equal(prefix.fold()["decoder"], expected)
     # and so a text behind the prefix reads as a text behind the words, whose positions come first
     torch.testing.assert_close(model(IDS, prefix.fold()), model(with_words(ids), None)[:, length:], rtol=0, atol=1e-5)
@@ -247,11 +247,11 @@ def test_words_at_every_site(bart, tokenizer, words, length):
     assert folded.keys() == SITES.keys()
     activations, projected = bart.activations(torch.tensor([ids])), projections(random_bart(), ids)
     for site, kv in folded.items():
-        assert torch.equal(kv, torch.stack([torch.cat([k, v]) for k, v in activations[site]])), site
+        assert torch.equal(kv, torch.stack([torch.cat([kv.k, kv.v]) for kv in activations[site]])), site
         assert torch.equal(kv, word_activations(bart, ids)[site]), site
         torch.testing.assert_close(kv, projected[site], rtol=0, atol=1e-5)
     # and so what follows the decoder's prefix reads as what follows the words, if the source is the words
-    source, decoder = torch.tensor([ids] * len(IDS)), FoldedPrefix({"decoder": folded["decoder"]}, length)
+    source, decoder = torch.tensor([ids] * len(IDS)), KVPrefix({"decoder": folded["decoder"]}, length)
     expected = bart(source, with_words(ids))[:, length:]
     torch.testing.assert_close(bart(source, IDS, prefix=decoder), expected, rtol=0, atol=1e-4)
 
@@ -300,7 +300,7 @@ def test_metadata(tmp_path, model):
 
 def test_saving_keeps_float32_and_the_file_whole(tmp_path, model):
     folded = make_prefix(model, 0).fold()
-    halves = FoldedPrefix({"decoder": folded["decoder"].bfloat16().transpose(0, 1).contiguous().transpose(0, 1)}, P)
+    halves = KVPrefix({"decoder": folded["decoder"].bfloat16().transpose(0, 1).contiguous().transpose(0, 1)}, P)
     save_prefix(tmp_path / "p.safetensors", halves, model, {})
     loaded = load_prefix(tmp_path / "p.safetensors", model)["decoder"]
     assert loaded.dtype == torch.float32 and torch.equal(loaded, folded["decoder"].bfloat16().float())
@@ -362,7 +362,7 @@ def test_a_prefix_of_another_bart_is_refused(tmp_path, bart):
 
 def test_a_prefix_of_an_unknown_site_is_refused(tmp_path, model):
     folded = make_prefix(model, 0).fold()
-    save_prefix(tmp_path / "p.safetensors", FoldedPrefix({"encoder": folded["decoder"]}, P), model, {})
+    save_prefix(tmp_path / "p.safetensors", KVPrefix({"encoder": folded["decoder"]}, P), model, {})
     with pytest.raises(InputError, match="it has a prefix for 'encoder', this model takes decoder$"):
         load_prefix(tmp_path / "p.safetensors", model)
 

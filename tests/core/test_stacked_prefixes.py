@@ -8,11 +8,12 @@ import torch
 import sample
 from minprefix import Prefix, load_model, stack_prefixes
 from minprefix.cli import requests
-from minprefix.core.attention import FoldedInfix, FoldedPrefix, beside, causal_mask
+from minprefix.core.attention import causal_mask
 from minprefix.core.bart import BART
 from minprefix.core.generate import generate_ids
 from minprefix.core.gpt2 import GPT2
 from minprefix.core.prefix import fingerprint, save_prefix
+from minprefix.core.prefix_kv import KVInfix, KVPrefix
 from minprefix.methods.baselines import load_trained, save_trained
 from minprefix.system.errors import InputError
 from tests.helpers import call
@@ -50,7 +51,7 @@ def prefixes(model):
     sites = set(model.prefix_sites)
     kept = [sites, {"decoder"}, sites - {"cross"}, sites - {"decoder"} or sites]
     return [
-        FoldedPrefix({site: torch.randn(L, 2, H, P, D, dtype=torch.double) * 2
+        KVPrefix({site: torch.randn(L, 2, H, P, D, dtype=torch.double) * 2
                       for site, (L, H, D) in model.prefix_sites.items() if site in sites}, offset)
         for P, offset, sites in zip(LENGTHS, OFFSETS, kept, strict=True)
     ]  # fmt: skip
@@ -76,7 +77,7 @@ def test_logits_are_those_of_each_row_alone(model, prefixes):
 
 
 def test_gradients_reach_each_prefix_and_no_filling(model, prefixes):
-    leaves = [FoldedPrefix({site: kv.clone().requires_grad_() for site, kv in p.items()}, p.position_offset)
+    leaves = [KVPrefix({site: kv.clone().requires_grad_() for site, kv in p.items()}, p.position_offset)
               for p in prefixes[:3]]  # fmt: skip
     rows = [2, 0, 1, 0]
     batch = inputs(model, len(rows))
@@ -108,7 +109,7 @@ def test_64_requests_over_4_prefixes_are_the_single_runs(model, prefixes, beams)
 
 def test_a_long_source_is_not_refused_for_another_rows_long_prefix(tmp_path):
     model = load_model(write_tiny_model(tmp_path / "gpt2"), dtype=torch.float64)  # 256 positions
-    prefixes = [FoldedPrefix({"decoder": torch.randn(2, 2, 4, P, 8).double()}, P) for P in (100, 5)]
+    prefixes = [KVPrefix({"decoder": torch.randn(2, 2, 4, P, 8).double()}, P) for P in (100, 5)]
     sources, options = [[7, 8], list(range(170))], {"beams": 2, "max_new_tokens": 9}
     together = generate_ids(model, sources, 2, 4095, stack_prefixes(prefixes, [0, 1]), **options)
     alone = [generate_ids(model, [s], 2, 4095, p, **options)[0] for s, p in zip(sources, prefixes, strict=True)]
@@ -136,11 +137,11 @@ def test_what_does_not_fit_is_refused(model, prefixes):
     with pytest.raises(InputError, match="there are 0"):
         stack_prefixes([], [0])
     with pytest.raises(InputError, match="an infix cannot be stacked"):
-        stack_prefixes([prefixes[0], FoldedInfix(prefixes[0], 3)], [0, 1])
-    other = FoldedPrefix({"decoder": torch.zeros(9, 2, 1, 4, 5)}, 4)
+        stack_prefixes([prefixes[0], KVInfix(prefixes[0], 3)], [0, 1])
+    other = KVPrefix({"decoder": torch.zeros(9, 2, 1, 4, 5)}, 4)
     with pytest.raises(InputError, match="different models"):
         stack_prefixes([prefixes[0], other], [0, 1])
-    too_long = FoldedPrefix(prefixes[0], 60)
+    too_long = KVPrefix(prefixes[0], 60)
     with pytest.raises(InputError, match="from position 60 on"):
         model(*inputs(model, 2), prefix=stack_prefixes([prefixes[0], too_long], [0, 1]))
 
@@ -164,7 +165,7 @@ def mixed(gpt2, tmp_path_factory):
             tensors = {"embedding": torch.randn(P, 32) * 2}
             save_trained(path, tensors, fingerprint(gpt2), {"method": "embedding"})
         else:
-            prefix = FoldedPrefix({"decoder": torch.randn(2, 2, 2, P, 16) * 2}, offset)
+            prefix = KVPrefix({"decoder": torch.randn(2, 2, 2, P, 16) * 2}, offset)
             save_prefix(path, prefix, gpt2, {})
         loaded.append(load_trained(path, gpt2))
     return loaded
@@ -177,7 +178,7 @@ def test_embeddings_and_prefixes_share_a_batch(gpt2, mixed):
     (ids,) = inputs(gpt2, 1)
     x = torch.cat([virtual, gpt2.wte(ids[0])]) + gpt2.wpe.weight[: LENGTHS[0] + ids.size(1)]
     for block in gpt2.h:
-        x = block(x.view(1, -1, 32), beside([], causal_mask(x.size(-2), x)))[0]
+        x = block(x.view(1, -1, 32), causal_mask(x.size(-2), x))
     expected = gpt2.logits(gpt2.ln_f(x))[:, LENGTHS[0] :]
     for rows in ([0], [0, 3], [2, 0, 1]):
         batch = ids.expand(len(rows), -1)
@@ -192,7 +193,7 @@ def test_requests_over_embeddings_and_prefixes_are_the_single_runs(gpt2, mixed, 
 
 def test_prefixes_on_several_devices_are_stacked(mixed):
     """What a file holds is loaded on the CPU, what the model makes of an embedding is where the model is."""
-    there = FoldedPrefix({"decoder": mixed[0]["decoder"].to("meta")}, mixed[0].position_offset)  # instead of a GPU
+    there = KVPrefix({"decoder": mixed[0]["decoder"].to("meta")}, mixed[0].position_offset)  # instead of a GPU
     assert stack_prefixes([there, *mixed[1:]], [0, 1, 2, 3])["decoder"].device.type == "meta"
 
 

@@ -79,7 +79,7 @@ def optimise(folder, model, tuned, out, steps=20, lr=1e-2, **options):
 def target_logits(folder, model, prefix):
     """Of a batch of ragged rows, where the loss looks."""
     batch = collate((BART_PAIRS if model.encoder_decoder else PAIRS)[:4], load_tokenizer(folder), model)
-    prefix = prefix.at(batch.source_lengths) if hasattr(prefix, "at") else prefix
+    prefix = prefix.with_source_lengths(batch.source_lengths) if hasattr(prefix, "with_source_lengths") else prefix
     return model.logits(model.hidden(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.index])
 
 
@@ -216,7 +216,7 @@ def test_the_target_sees_the_infix_and_the_source_does_not(gpt2):
     rows = [([5, 6, 7, 8], [START, 40, 50]), ([9], [START, 41, 51, 61, 71, 81]), ([10, 11], [START])]
     width = max(len(source) + len(target) for source, target in rows)
     ids = torch.tensor([[*source, *target, *[1] * (width - len(source + target))] for source, target in rows])
-    infix = tuned().at(torch.tensor([len(source) for source, _ in rows]))
+    infix = tuned().with_source_lengths(torch.tensor([len(source) for source, _ in rows]))
     logits, alone = gpt2(ids, infix).detach(), gpt2(ids)
     for b, (source, target) in enumerate(rows):
         expected = reference_infix(gpt2, source, target, infix["decoder"].detach())
