@@ -178,7 +178,8 @@ class BART(nn.Module):
     def source_kv(self, states: Tensor, source_mask: Tensor | None = None) -> list[KV]:
         """What each decoder layer's cross-attention sees of the encoder's states (B, S, C)."""
         mask = None if source_mask is None else padding_mask(source_mask, states)
-        return [KV(*layer.encoder_attn.keys_values(states), mask) for layer in self.decoder.layers]
+        keys_values = (layer.encoder_attn.keys_values(states) for layer in self.decoder.layers)
+        return [KV(k, v, mask) for k, v in keys_values]
 
     def prefill(self, source_ids: Tensor, lengths: Tensor, prefix: PrefixDict | None = None) -> Cache:
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`: the encoder runs once."""

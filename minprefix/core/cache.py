@@ -32,6 +32,11 @@ class LayerCache:
         self.filled = end
         return self.k, self.v
 
+    def stacked(self) -> Tensor:
+        """(2, B, H, M, D): the keys, then the values."""
+        assert self.k is not None and self.v is not None
+        return torch.stack([self.k, self.v])
+
     def keep(self, examples: Tensor) -> None:
         """Go on with these examples (B',) alone."""
         if self.k is not None and self.v is not None:

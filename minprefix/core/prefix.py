@@ -143,7 +143,7 @@ def word_activations(model: Model, ids: list[int]) -> dict[str, Tensor]:
     """Keys and values that the frozen model computes for tokens: site -> (L, 2, H, len(ids), D)."""
     ids = torch.tensor([ids], device=next(model.parameters()).device)
     activations = model.activations(ids)
-    return {site: torch.stack([torch.cat([layer.k, layer.v]) for layer in kv]) for site, kv in activations.items()}
+    return {site: torch.stack([layer.stacked()[:, 0] for layer in kv]) for site, kv in activations.items()}
 
 
 def count_numbers(tuned: nn.Module, model: nn.Module) -> list[int]:

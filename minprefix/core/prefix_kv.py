@@ -5,6 +5,7 @@ Shapes: B rows, L layers, H heads, P prefix length, D head dimension.
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class KVPrefix(dict[str, Tensor]):
             result[site] = function(kv)
         return result
 
-    def to(self, *args: object, **kwargs: object) -> "KVPrefix":
+    def to(self, *args: Any, **kwargs: Any) -> "KVPrefix":
         """As `Tensor.to`: `prefix.to(device)`, `prefix.to(torch.bfloat16)`."""
         return self.map(lambda kv: kv.to(*args, **kwargs))
 
@@ -74,7 +75,7 @@ class BatchedPrefix(dict[str, Tensor]):
         super().__init__(kv)
         self.lengths, self.position_offsets, self.rows = lengths, position_offsets, rows
 
-    def to(self, *args: object, **kwargs: object) -> "BatchedPrefix":
+    def to(self, *args: Any, **kwargs: Any) -> "BatchedPrefix":
         """As `Tensor.to`, for the keys and values."""
         kv = {site: tensor.to(*args, **kwargs) for site, tensor in self.items()}
         return BatchedPrefix(kv, self.lengths, self.position_offsets, self.rows)

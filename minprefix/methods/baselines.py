@@ -146,7 +146,7 @@ def embedding_prefix(model: GPT2, embedding: Tensor, info: dict[str, str] | None
     for block in model.h:
         cache = LayerCache()
         x = block(x, mask, cache=cache)
-        layers.append(torch.cat([cache.k, cache.v]))
+        layers.append(cache.stacked()[:, 0])
     return KVPrefix({"decoder": torch.stack(layers)}, P, info)
 
 

@@ -223,7 +223,7 @@ def test_the_target_sees_the_infix_and_the_source_does_not(gpt2):
         assert np.abs(logits[b, : len(expected)].numpy() - expected).max() < 1e-10
         assert torch.allclose(logits[b, : len(source)], alone[b, : len(source)], rtol=0, atol=1e-12)
         assert (logits[b, len(source)] - alone[b, len(source)]).abs().max() > 0.01
-    with pytest.raises(InputError, match=r"infix.at\(source_lengths\)"):
+    with pytest.raises(InputError, match=r"infix.with_source_lengths\(lengths\)"):
         gpt2(ids, tuned())
 
 
