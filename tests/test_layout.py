@@ -1,17 +1,38 @@
-"""The rooms of the package: which may import which; and the commands of the README, which .ci/run runs."""
+"""Which folder of the package may import which; the Python, the commands and the links of the READMEs."""
 
+import argparse
 import ast
 import re
+import shlex
 import sys
-from pathlib import Path
 
 import pytest
 
-import minprefix
-from minprefix.core.prefix import save_prefix
+import minprefix.__main__
+import sample
+import train
+from minprefix.cli.options import Parser
 from tests.tiny import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+sys.path.insert(0, str(ROOT / "weights"))
+import new_names  # noqa: E402
+import pretrain  # noqa: E402
+
+READMES = {  # path in the repository -> text
+    path: (ROOT / path).read_text(encoding="utf-8")
+    for path in ("README.md", "minprefix/README.md", "tests/README.md", "weights/README.md", "weights/RESULTS.md")
+}
+PROGRAMS = {"-m minprefix": minprefix.__main__, "train.py": train, "sample.py": sample,
+            "weights/pretrain.py": pretrain, "weights/new_names.py": new_names}  # fmt: skip
+COMMANDS = [  # a README's path, a program, its arguments
+    (path, program, arguments)
+    for path, text in READMES.items()
+    for block in re.findall(r"```\n(.*?)```", text, re.S)
+    for program, arguments in re.findall(
+        rf"^(?:python|torchrun \S+) ({'|'.join(PROGRAMS)}) (.*)", block.replace("\\\n", " "), re.M
+    )
+]
+assert len(COMMANDS) > 30, "the READMEs' commands are not where this test looks"
 
 
 # A room may import those above it, and itself; data, metrics and methods do not import one another.
@@ -135,24 +156,39 @@ def test_the_core_needs_four_packages():
         assert imported <= {"torch", "numpy", "tiktoken", "tqdm", "minprefix", *sys.stdlib_module_names}, path
 
 
-def test_what_the_readme_imports_from_the_package_is_listed():
-    names = {name for line in re.findall(r"^from minprefix import (.*)", README, re.M) for name in line.split(", ")}
-    assert "metrics" in names and names <= set(minprefix.__all__) and all(hasattr(minprefix, name) for name in names)
-
-
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """All of its blocks, one after the other, in a folder with the prefixes that they name."""
-    monkeypatch.chdir(tmp_path)
-    model = minprefix.load_model("gpt2-mini")
-    for path in ("runs/mine/prefix.safetensors", "a.safetensors", "b.safetensors"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_prefix(path, minprefix.Prefix(model, 5, 0).fold(), model, {"base_model": "gpt2-mini"})
+@pytest.mark.parametrize("path", [path for path, text in READMES.items() if "```python" in text])
+def test_the_python_of_a_readme_runs(path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # it names a bundled prefix
     names = {}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    for block in blocks:
+    for block in re.findall(r"```python\n(.*?)```", READMES[path], re.S):
         exec(block, names)
-    assert len(blocks) == 4 and len(names["texts"]) == 3
-    assert names["logits"].shape == (1, 2 + len(names["tokenizer"].encode("A short one")), 4100)
+    assert set(minprefix.__all__) & names.keys() and names["logits"].isfinite().all()
+
+
+class Parsed(Exception):
+    """A program has read its command line."""
+
+
+@pytest.mark.parametrize("path, program, arguments", COMMANDS)
+def test_the_commands_of_a_readme_are_understood(path, program, arguments, monkeypatch):
+    """The program parses them, then it is stopped; what they name in weights/ is there."""
+
+    def parse_args(parser):
+        argparse.ArgumentParser.parse_args(parser)
+        raise Parsed
+
+    words = shlex.split(arguments, comments=True)
+    monkeypatch.setattr(Parser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", [program, *words])
+    with pytest.raises(Parsed):
+        PROGRAMS[program].main()
+    assert [word for word in words if word.startswith("weights/") and not (ROOT / word).exists()] == []
+
+
+@pytest.mark.parametrize("path", READMES)
+def test_the_links_of_a_readme_lead_to_files(path):
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", READMES[path]):
+        assert (ROOT / path).parent.joinpath(link).exists(), link
 
 
 def test_no_figure_needs_pyplot():
@@ -161,20 +197,7 @@ def test_no_figure_needs_pyplot():
         assert "pyplot" not in source, path
 
 
-def test_ci_runs_the_readmes_test_command():
+def test_ci_runs_the_test_command_of_the_readme():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for words in ('pip install -q -e ".[test]"', "python -m pytest"):
-        assert words in README and words in ci
-
-
-def test_the_commands_in_the_readmes_exist():
-    weights = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
-    for name in re.findall(r"--model (\w+-mini)\s", README) + re.findall(r"weights/([\w.-]*\w)", README + weights):
-        assert (ROOT / "weights" / name).exists(), name
-    pretrain = (ROOT / "weights" / "pretrain.py").read_text(encoding="utf-8")
-    for what in re.findall(r"weights/pretrain.py (\w+)", README + weights + pretrain):
-        assert f'"{what}"' in pretrain[pretrain.index("choices=") :].splitlines()[0], what
-    for script in ("train", "sample"):
-        known = set(re.findall(r'"(--[\w-]+)"', (ROOT / f"{script}.py").read_text(encoding="utf-8")))
-        for line in re.findall(rf"python {script}\.py (.*)", README):
-            assert set(re.findall(r"--[\w-]+", line.split(" #")[0])) <= known, line
+        assert words in READMES["README.md"] and words in ci

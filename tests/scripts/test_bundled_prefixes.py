@@ -1,7 +1,6 @@
 """The trained prefixes in weights/prefixes: they fit the bundled models, say how they were made, and work."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -23,6 +22,24 @@ INPUTS = {
     "bart-mini-scitldr": "We study how plants grow in the dark. We propose GreenNet, a neural network that predicts "
     "the growth of plants. On four benchmarks GreenNet outperforms previous methods by a large margin.",
 }
+
+
+# Chosen before any prefix was trained; none of the names is in E2E's training set. See weights/RESULTS.md.
+NEW_NAMES = [
+    "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]",
+    "name[Green Dragon], eatType[restaurant], food[Chinese], priceRange[cheap], area[city centre]",
+    "name[Harbour Kitchen], eatType[restaurant], food[Italian], customer rating[5 out of 5], familyFriendly[yes]",
+    "name[Old Forge], eatType[pub], food[English], area[riverside], familyFriendly[no]",
+    "name[Luna], eatType[coffee shop], priceRange[moderate], customer rating[3 out of 5], near[Burger King]",
+    "name[Saffron House], eatType[restaurant], food[Indian], priceRange[high], area[city centre], near[Station Road]",
+    "name[The Blue Door], eatType[coffee shop], food[Japanese], area[riverside]",
+    "name[Marco's], eatType[restaurant], food[French], customer rating[high], area[riverside], familyFriendly[yes]",
+    "name[Red Lion], eatType[pub], food[Fast food], priceRange[less than £20], customer rating[low], "
+    "familyFriendly[yes]",
+    "name[Silver Spoon], eatType[restaurant], food[Chinese], priceRange[£20-25], area[city centre], near[Café Royal]",
+    "name[The White Hart], eatType[pub], food[French], priceRange[more than £30], customer rating[1 out "
+    "of 5], area[riverside], familyFriendly[no], near[Park Street]",
+]
 
 
 def test_both_are_there():
@@ -51,13 +68,12 @@ def test_it_says_what_the_input_says(path, capsys):
 
 
 def test_it_copies_most_names_that_training_did_not_have():
-    """8 of the README's 11, as those before it; one trained without weight decay copied 1."""
-    inputs = re.findall(r"^\| (name\[.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
-    names = [text[5 : text.index("]")] for text in inputs]
+    """8 of 11 (one with a letter added); a prefix that was trained without weight decay copied 1."""
+    names = [text[5 : text.index("]")] for text in NEW_NAMES]
     model, tokenizer = load_model("gpt2-mini"), load_tokenizer("gpt2-mini")
     prefix = load_prefix(FOLDER / "gpt2-mini-e2e.safetensors", model)
-    texts = generate(model, tokenizer, [format_source("e2e", text) for text in inputs], prefix=prefix)
-    assert len(names) == 11 and sum(name in text for name, text in zip(names, texts, strict=True)) >= 8, texts
+    texts = generate(model, tokenizer, [format_source("e2e", text) for text in NEW_NAMES], prefix=prefix)
+    assert sum(name in text for name, text in zip(names, texts, strict=True)) >= 8, texts
 
 
 def test_bfloat16_gives_the_loss_of_float32():
