@@ -26,10 +26,10 @@ from minprefix.cli.evaluation import check_scorable, evaluate
 from minprefix.cli.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, fill
 from minprefix.cli.requests import load_prefixes, prefix_name, read_requests, write_requests
 from minprefix.cli.runs import is_run, texts_file
-from minprefix.core.generate import search_options
-from minprefix.data.examples import Example
+from minprefix.cli.search import search_options
+from minprefix.core.batches import Example, check_vocabulary
 from minprefix.data.tasks import WEBNLG_SPLITS, check_place, format_source, load_on_topics
-from minprefix.formats.load import check_vocabulary, pick_writing_dtype
+from minprefix.formats.load import pick_writing_dtype
 from minprefix.methods.baselines import (
     base_folder,
     load_trained,

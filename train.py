@@ -23,15 +23,18 @@ from minprefix.cli.curve import plot_curve, text_curve
 from minprefix.cli.evaluation import compare, load_writers
 from minprefix.cli.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, flag
 from minprefix.cli.runs import disk_size, has_checkpoint, remove_half_written, resumable, run_folder, sample_command
+from minprefix.cli.search import recipe
 from minprefix.cli.settings import OPTIONS, fill_settings, other_options, settings_table
-from minprefix.core.batches import Pair, batches_per_epoch, load_inputs, load_pairs, sequence_form
-from minprefix.core.generate import Search, recipe
+from minprefix.core.batches import Example, Pair, batches_per_epoch, check_vocabulary, sequence_form
+from minprefix.core.generate import Search
+from minprefix.core.model import Model
 from minprefix.core.prefix import Prefix, count_numbers, fingerprint
 from minprefix.core.training import train
-from minprefix.data.examples import Example, spread
+from minprefix.data.examples import spread
+from minprefix.data.pairs import load_inputs, load_pairs
 from minprefix.data.tasks import TRIPLES, check_place
 from minprefix.formats.hub import resolve_model
-from minprefix.formats.load import Model, check_vocabulary, pick_writing_dtype
+from minprefix.formats.load import pick_writing_dtype
 from minprefix.formats.tokenizer import Tokenizer
 from minprefix.methods.baselines import make_tuned, save_tuned
 from minprefix.system import distributed

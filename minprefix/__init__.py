@@ -2,8 +2,9 @@
 
 from minprefix import metrics
 from minprefix.core.generate import generate
-from minprefix.core.prefix import Prefix, load_prefix, stack_prefixes
+from minprefix.core.prefix import Prefix, stack_prefixes
 from minprefix.formats.load import load_model
+from minprefix.formats.prefix_file import load_prefix
 from minprefix.formats.tokenizer import load_tokenizer
 
 __all__ = ["Prefix", "generate", "load_model", "load_prefix", "load_tokenizer", "metrics", "stack_prefixes"]

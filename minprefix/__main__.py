@@ -1,10 +1,10 @@
 """The package's tools, each with a --help of its own; train.py and sample.py are beside the package.
 
-    python -m minprefix show RUN            what a prefix is, and how much attention it gets
-    python -m minprefix export ...          a prefix as a PEFT adapter
-    python -m minprefix import ...          a PEFT adapter as a prefix file
-    python -m minprefix bench train ...     speed and memory of training, or of generate
-    python -m minprefix study NAME ...      a study of the paper: its runs, a table, a figure
+python -m minprefix show RUN            what a prefix is, and how much attention it gets
+python -m minprefix export ...          a prefix as a PEFT adapter
+python -m minprefix import ...          a PEFT adapter as a prefix file
+python -m minprefix bench train ...     speed and memory of training, or of generate
+python -m minprefix study NAME ...      a study of the paper: its runs, a table, a figure
 """
 
 import sys

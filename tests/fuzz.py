@@ -32,12 +32,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minprefix import Prefix, generate, load_model, load_prefix, load_tokenizer
-from minprefix.core.prefix import fingerprint, save_prefix
+from minprefix.core.prefix import fingerprint
 from minprefix.core.training import train
 from minprefix.data.tasks import format_source, load_examples
 from minprefix.data.triples import read_webnlg
 from minprefix.formats.hub import is_complete
 from minprefix.formats.peft import write_adapter
+from minprefix.formats.prefix_file import save_prefix
 from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
 from minprefix.formats.tokenizer import byte_alphabet
 from minprefix.methods.baselines import (

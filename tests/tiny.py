@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from minprefix.core import bart
-from minprefix.core.gpt2 import GPT2, to_huggingface
+from minprefix.core.gpt2 import GPT2
+from minprefix.formats.names import to_huggingface
 from minprefix.formats.safetensors import write_safetensors
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,7 @@ def write_tiny_bart(folder, seed=0, vocab_size=4100, **config):
         torch.nn.init.normal_(tensor, std=0.1)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(model.config))
-    write_safetensors(folder / "model.safetensors", bart.to_huggingface(model))
+    write_safetensors(folder / "model.safetensors", to_huggingface(model))
     bundled = ROOT / "weights" / "gpt2-mini"
     bpe = [token for token in json.loads((bundled / "vocab.json").read_text("utf-8")) if token != "<|endoftext|>"]
     tokens = ["<s>", "<pad>", "</s>", "<unk>", *bpe, "<mask>"]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from minprefix import generate, load_model, load_tokenizer, metrics
 from minprefix.cli.options import Parser, check_above_zero
-from minprefix.data.examples import Example, spread
+from minprefix.core.batches import Example
+from minprefix.data.examples import spread
 from minprefix.data.tasks import load_examples
 from minprefix.methods.baselines import load_trained, trained_file
 from minprefix.metrics.slots import slot_accuracy

@@ -34,7 +34,8 @@ from minprefix.core import bart, gpt2
 from minprefix.core.attention import length_mask
 from minprefix.core.batches import pad
 from minprefix.core.checkpointing import read_checkpoint
-from minprefix.formats.load import Model, check_state, load_model, save_model
+from minprefix.core.model import Model
+from minprefix.formats.load import check_state, load_model, save_model
 from minprefix.formats.tokenizer import Tokenizer, load_tokenizer
 from minprefix.system.device import keep_freed_memory
 from minprefix.system.errors import InputError, run_main

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from minprefix import metrics
+from minprefix.core.batches import Example
 from minprefix.core.generate import generate
+from minprefix.core.model import Model
 from minprefix.core.prefix_kv import KVPrefix
-from minprefix.data.examples import Example
 from minprefix.data.tasks import SUMMARISATION, find_e2e
-from minprefix.formats.load import Model, load_model
+from minprefix.formats.load import load_model
 from minprefix.formats.tokenizer import Tokenizer
 from minprefix.methods.baselines import load_trained
 from minprefix.metrics.slots import slot_accuracy

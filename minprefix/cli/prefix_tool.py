@@ -17,16 +17,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minprefix.cli.options import Parser
+from minprefix.cli.search import recipe
 from minprefix.core import bart, gpt2
 from minprefix.core.attention import KV, attend
 from minprefix.core.batches import Batch, collate, encode_sources, encode_target
-from minprefix.core.generate import generate, recipe
-from minprefix.core.prefix import FORMS, load_prefix, save_prefix
+from minprefix.core.generate import generate
+from minprefix.core.model import Model
 from minprefix.core.prefix_kv import KVInfix, KVPrefix
 from minprefix.data.tasks import format_source
 from minprefix.formats.hub import model_name
-from minprefix.formats.load import Model, load_model
+from minprefix.formats.load import load_model
 from minprefix.formats.peft import write_adapter
+from minprefix.formats.prefix_file import FORMS, load_prefix, save_prefix
 from minprefix.formats.tokenizer import Tokenizer, load_tokenizer
 from minprefix.methods.baselines import base_folder, load_trained, read_trained, trained_file, trained_max_source
 from minprefix.system.errors import InputError

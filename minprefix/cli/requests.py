@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from minprefix.core.generate import generate, search_options
+from minprefix.cli.search import search_options
+from minprefix.core.generate import generate
+from minprefix.core.model import Model
 from minprefix.core.prefix import stack_prefixes
 from minprefix.core.prefix_kv import KVPrefix
 from minprefix.data.tasks import format_source, load_examples
-from minprefix.formats.load import Model
 from minprefix.formats.tokenizer import Tokenizer
 from minprefix.methods.baselines import load_trained, read_trained, trained_file, trained_max_source
 from minprefix.system import distributed

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from minprefix.data.examples import Example
+from minprefix.core.batches import Example
 from minprefix.data.tasks import SUMMARISATION, TRIPLES
 from minprefix.formats.hub import model_name
 from minprefix.formats.safetensors import read_object

@@ -8,7 +8,7 @@ from argparse import Namespace
 from typing import Any
 
 from minprefix.cli.options import fill, flag
-from minprefix.core.generate import recipe
+from minprefix.cli.search import recipe
 from minprefix.formats.hub import model_name
 from minprefix.formats.load import model_kind
 from minprefix.formats.safetensors import read_config

@@ -27,7 +27,9 @@ class KV(NamedTuple):
 
     def select(self, rows: Tensor) -> "KV":
         """The keys and values of these rows (B',); what all rows share stays as it is."""
-        return KV(*(x if x is None or len(x) == 1 else x[rows] for x in self))
+        k, v, mask = (x if x is None or len(x) == 1 else x[rows] for x in self)
+        assert k is not None and v is not None
+        return KV(k, v, mask)
 
 
 def attend(q: Tensor, kv: KV, prefix: KV | None = None) -> Tensor:

@@ -12,14 +12,11 @@ from torch import Tensor, nn
 
 from minprefix.core.attention import KV, attend, causal_mask, length_mask, padding_mask, position_ids
 from minprefix.core.cache import Cache, LayerCache
+from minprefix.core.config import check_bart
 from minprefix.core.linear import Linear, linear
 from minprefix.core.prefix_kv import PrefixDict, check_prefix, first_position, layer_prefixes
-from minprefix.formats.config import check_activation, check_booleans, check_heads, check_sizes, check_switches
-from minprefix.formats.safetensors import bare_names
-from minprefix.system.errors import InputError
 
 POSITION_OFFSET = 2  # position p is row p + 2 of the table: fairseq counted positions from its padding id on
-TIED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 
 
 class Attention(nn.Module):
@@ -113,7 +110,7 @@ class BART(nn.Module):
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
-        self.config = config = check_config(config)
+        self.config = config = check_bart(config)
         C, V = config["d_model"], config["vocab_size"]
         self.n_positions = config["max_position_embeddings"]
         self.scale = C**0.5 if config["scale_embedding"] else 1.0
@@ -227,53 +224,3 @@ class BART(nn.Module):
 
     def _layer_prefixes(self, prefix: PrefixDict | None, site: str) -> list[KV | None]:
         return layer_prefixes(prefix, site, self.prefix_sites[site][0], self.decoder.embed_positions.weight)
-
-
-def check_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A BART config.json as the model needs it, defaults filled in; InputError where this model cannot follow it."""
-    sides = ("encoder", "decoder")
-    keys = ["vocab_size", "max_position_embeddings", "d_model"]
-    keys += [f"{side}_{what}" for side in sides for what in ("layers", "attention_heads", "ffn_dim")]
-    sizes = check_sizes(config, keys, "BART")
-    for side in sides:
-        check_heads(sizes, "d_model", f"{side}_attention_heads")
-    check_switches(config, {"normalize_before": False, "add_final_layer_norm": False, "normalize_embedding": True,
-                            "static_position_embeddings": False})  # fmt: skip
-    defaults = {"activation_function": "gelu", "scale_embedding": False, "tie_word_embeddings": True,
-                "decoder_start_token_id": 2, "forced_bos_token_id": None, "forced_eos_token_id": 2}  # fmt: skip
-    config = {"model_type": "bart", **defaults, **config}
-    check_activation(config["activation_function"])
-    check_booleans(config, ["scale_embedding", "tie_word_embeddings"])
-    for key in (key for key in defaults if key.endswith("_id")):
-        i, may_lack = config[key], key.startswith("forced")
-        if not (may_lack and i is None) and not (type(i) is int and 0 <= i < sizes["vocab_size"]):
-            raise InputError(f"config.json: {key} is {i!r}, an id of the {sizes['vocab_size']} tokens is needed")
-    return config
-
-
-def from_huggingface(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """HuggingFace's tensors under this model's names; of a tied embedding one, however many copies are stored."""
-    tensors = bare_names(tensors, "model.")
-    state = {name: tensor for name, tensor in tensors.items() if not name.endswith(".version")}  # fairseq's marks
-    state.setdefault("final_logits_bias", torch.zeros(1, config["vocab_size"]))
-    if config["tie_word_embeddings"]:
-        first, *copies = [name for name in TIED if name in state] or [None]  # any of them may stand for `shared`
-        for name in copies:
-            if not torch.equal(state[name], state[first]):
-                raise InputError(f"tensors {first!r} and {name!r} differ, but config.json has tie_word_embeddings true")
-            del state[name]
-        return {"shared.weight": state.pop(first), **state} if first else state
-    shared = state.pop("shared.weight", None)
-    for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
-        if shared is not None and name not in state:
-            state[name] = shared.clone()  # each its own: in one memory, fine-tuning would step it twice
-    return state
-
-
-def to_huggingface(model: BART) -> dict[str, Tensor]:
-    """The inverse of `from_huggingface`: tensors for a `model.safetensors` that HuggingFace loads as it is."""
-    state = model.state_dict()
-    if "shared.weight" not in state:  # untied: HuggingFace has a tensor of that name all the same, and does not use it
-        state["shared.weight"] = state["encoder.embed_tokens.weight"]
-    bare = ("final_logits_bias", "lm_head.weight")
-    return {name if name in bare else "model." + name: tensor for name, tensor in state.items()}

@@ -16,10 +16,7 @@ import torch
 from torch import Tensor
 
 from minprefix.core.attention import length_mask
-from minprefix.data.examples import Example, draw_pairs, spread
-from minprefix.data.tasks import load_on_topics
-from minprefix.formats.load import Model
-from minprefix.formats.tokenizer import Tokenizer
+from minprefix.core.model import Model, Tokenizer
 from minprefix.system.errors import InputError
 
 Pair = tuple[list[int], list[int]]  # the ids of a source, those of a target
@@ -27,6 +24,24 @@ MAX_SOURCE = 512  # tokens of a source that an encoder reads (the paper's XSum a
 
 
 # ---- examples -> token ids ----
+
+
+@dataclass
+class Example:
+    source: str  # the linearised text x
+    references: list[str]  # the texts y; none if the input is unlabelled
+    topic: str | None = None  # what the input is about, where the data say so
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: Model, where: object = "the tokeniser's folder") -> None:
+    """InputError if the tokeniser is not of the model's kind, or has ids that the model has no embedding for."""
+    if model.encoder_decoder and "<s>" not in tokenizer.special:
+        raise InputError(f"{where}: the tokeniser lacks <s>: it is not BART's")
+    # Only ids that a text can come to: bart-large-cnn's tokeniser has a <mask> that its model has no embedding for.
+    ids = [*tokenizer.rank_to_id, tokenizer.end_id, tokenizer.pad_id]
+    if max(ids) >= model.config["vocab_size"]:
+        sizes = f"ids up to {max(ids)}, the model embeddings for {model.config['vocab_size']}"
+        raise InputError(f"{where}: the tokeniser has {sizes}: they belong to different models")
 
 
 def sequence_form(model: Model) -> str:
@@ -110,50 +125,6 @@ def check_lengths(pairs: list[Pair], model: Model, start: int, what: str) -> Non
             f"{longest} tokens, but the model has room for {max(room, 0)} from position {start} on: shorten that text "
             f"or the prefix, or {remedy}"
         )
-
-
-# ---- tasks -> what fits the model ----
-
-
-def load_pairs(
-    task: str, split: str, tokenizer: Tokenizer, model: Model, start: int, max_source: int | None = None, *,
-    data: str | None = None, topics: Sequence[str] | None = None, topic_field: str = "topic", limit: int | None = None,
-    low_data: int | None = None, seed: int = 0,
-) -> list[Pair]:  # fmt: skip
-    """The (source ids, target ids) of a task's split, all of which fit the model; InputError if one does not.
-
-    start: position of the first token after the prefix. data, topic_field: see `load_examples`. topics: only pairs on
-    these. limit: only the first so many pairs. low_data: only so many pairs (for "dev" 30% of that, as in the paper,
-    or all if there are fewer), drawn at random from the seed.
-    """
-    where = f"{task}, {split} split"
-    examples = load_on_topics(task, split, data, topics, topic_field)
-    if low_data:
-        count = math.ceil(3 * low_data / 10) if split == "dev" else low_data
-        there = sum(len(example.references) for example in examples)
-        if split == "dev" and there < count:
-            asked = f"the {count} of --low-data {low_data}"
-            print(f"{where} has {there} pairs, not {asked}: all are taken", file=sys.stderr)
-            count = there
-        examples = draw_pairs(examples, count, seed, where)
-    pairs = encode_pairs(examples[:limit], tokenizer, model, max_source, f"{split} sources")[:limit]
-    check_lengths(pairs, model, start, where)
-    return pairs
-
-
-def load_inputs(
-    task: str, split: str, count: int, tokenizer: Tokenizer, model: Model, start: int,
-    max_source: int | None = None, *, data: str | None = None, topics: Sequence[str] | None = None,
-    topic_field: str = "topic", new_tokens: int,
-) -> list[Example]:  # fmt: skip
-    """At most `count` Examples of a task's split, on these topics, evenly spaced; new_tokens fit behind each."""
-    if count == 0:
-        return []  # there need not be such a split
-    examples = spread(load_on_topics(task, split, data, topics, topic_field), count)
-    sources = encode_sources([example.source for example in examples], tokenizer, model, max_source, what=None)
-    longest = [(source, [0] * new_tokens) for source in sources]
-    check_lengths(longest, model, start, f"{task}, {split} split with {new_tokens} new tokens")
-    return examples
 
 
 # ---- ids -> batches ----

@@ -5,7 +5,6 @@ Shapes: B examples, K beams, R = B or B * K rows, S source tokens, N new tokens 
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minprefix.cli.options import flag
-from minprefix.core.batches import encode_sources, start_id
+from minprefix.core.batches import check_vocabulary, encode_sources, start_id
 from minprefix.core.cache import Cache
 from minprefix.core.linear import packed_weights
+from minprefix.core.model import Model, Tokenizer
 from minprefix.core.prefix_kv import BatchedPrefix, PrefixDict, row_count
-from minprefix.data.tasks import SUMMARISATION, TASKS, TRIPLES
-from minprefix.formats.load import Model, check_vocabulary
-from minprefix.formats.tokenizer import Tokenizer
 from minprefix.system.errors import InputError
 
 LEAVE = 0.75  # finished texts leave a batch as soon as no more than this share of it is unfinished
@@ -43,7 +39,7 @@ class Search:
     top_p: float = 1.0  # sample: then only from the fewest likeliest tokens whose probabilities add up to p
 
     def check(self, model: Model, forbidden: Iterable[int] = ()) -> None:
-        """InputError where an option makes no sense, by its name on the command line. forbidden: ids never written."""
+        """InputError where an option makes no sense. forbidden: ids never written."""
         allowed, most = model.config["vocab_size"] - len(set(forbidden)), self.max_new_tokens
         for key, fine, needed in (
             ("beams", self.beams >= 1, "at least 1"),
@@ -57,34 +53,9 @@ class Search:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
         ):
             if not fine:
-                raise InputError(f"{flag(key)} is {getattr(self, key)}: it must be {needed}")
+                raise InputError(f"{key} is {getattr(self, key)}: it must be {needed}")
         if self.sample and self.beams > 1:
-            raise InputError(f"--sample with {self.beams} beams is not supported: use --beams 1, or leave out --sample")
-
-
-def recipe(task: str) -> dict[str, Any]:
-    """How a task's texts are usually searched for: options of `Search`, and `one_line` of `generate`.
-
-    Summaries: as BART's authors decode XSum (Lewis et al. 2020), with the length penalty of the paper's runs. All else:
-    the beam search of the paper's table-to-text; 3% of WebNLG's texts have more than 64 GPT-2 tokens, hence the 100.
-    """
-    if task in SUMMARISATION:
-        return {"beams": 6, "length_penalty": 0.8, "no_repeat_ngram": 3, "min_new_tokens": 10, "max_new_tokens": 60,
-                "one_line": True}  # fmt: skip
-    return {"beams": 5, "length_penalty": 1.0, "no_repeat_ngram": 0, "min_new_tokens": 0,
-            "max_new_tokens": 100 if task in TRIPLES else 64, "one_line": task in TASKS}  # fmt: skip
-
-
-def search_options(task: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The task's `recipe` with those of its options replaced that are given (not None).
-
-    Two defaults depend on what is given: with "sample" there is 1 beam, and where fewer new tokens are allowed than the
-    recipe's minimum, that minimum is lowered to them.
-    """
-    options = {**recipe(task), **({"beams": 1} if given.get("sample") else {})}
-    given = {key: given[key] for key in options if given.get(key) is not None}
-    options["min_new_tokens"] = min(options["min_new_tokens"], given.get("max_new_tokens", math.inf))
-    return {**options, **given}
+            raise InputError(f"sample with {self.beams} beams is not supported: use 1 beam, or leave out sample")
 
 
 def generate(
@@ -132,7 +103,7 @@ def generate_ids(
     search, forbidden = Search(**options), list(forbidden)
     search.check(model, forbidden)
     if batch_size < 1:
-        raise InputError(f"--batch-size is {batch_size}: it must be at least 1")
+        raise InputError(f"batch_size is {batch_size}: it must be at least 1")
     rows = {row_count(prefix, kv) for kv in (prefix or {}).values()}
     if wrong := rows - {1, len(sources)}:
         count = f"{min(wrong)} rows for {len(sources)} sources"
@@ -219,9 +190,7 @@ def draw(logits: Tensor, search: Search, generator: torch.Generator | None) -> T
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-def beam_search(
-    model: Model, cache: Cache, ids: Tensor, end_id: int, search: Search, constrain: Constrain
-) -> Tensor:
+def beam_search(model: Model, cache: Cache, ids: Tensor, end_id: int, search: Search, constrain: Constrain) -> Tensor:
     """After the start tokens ids (B,), the best sequence of each example -> (B, N), filled up with end_id.
 
     The search of HuggingFace's generate with early_stopping=False. At each step the 2K best continuations of all beams
@@ -295,7 +264,7 @@ def prefill(
     if need > room:
         raise InputError(
             f"{longest}, needs {need} positions with its prefix and {max_new_tokens} new tokens, "
-            f"but the model has {room}: lower --max-new-tokens, or shorten the source or the prefix"
+            f"but the model has {room}: lower max_new_tokens, or shorten the source or the prefix"
         )
     return cache
 

@@ -11,13 +11,9 @@ from torch import Tensor, nn
 
 from minprefix.core.attention import KV, attend, causal_mask, length_mask, padding_mask, position_ids
 from minprefix.core.cache import Cache, LayerCache
+from minprefix.core.config import check_gpt2
 from minprefix.core.linear import Linear, linear
 from minprefix.core.prefix_kv import KVInfix, PrefixDict, check_prefix, first_position, layer_prefixes
-from minprefix.formats.config import check_activation, check_booleans, check_heads, check_sizes, check_switches
-from minprefix.formats.safetensors import bare_names
-from minprefix.system.errors import InputError
-
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # HuggingFace stores these (in, out)
 
 
 class Attention(nn.Module):
@@ -76,7 +72,7 @@ class GPT2(nn.Module):
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
-        self.config = config = check_config(config)
+        self.config = config = check_gpt2(config)
         C, H, L, V = config["n_embd"], config["n_head"], config["n_layer"], config["vocab_size"]
         self.n_positions = config["n_positions"]
         self.wte = nn.Embedding(V, C)
@@ -153,43 +149,3 @@ class GPT2(nn.Module):
 
     def _layer_prefixes(self, prefix: PrefixDict | None) -> list[KV | None]:
         return layer_prefixes(prefix, "decoder", len(self.h), self.wte.weight)
-
-
-def check_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A GPT-2 config.json as the model needs it, defaults filled in; InputError where this model cannot follow it."""
-    defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
-    keys = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
-    shape = check_sizes(config, keys if config.get("n_inner") is None else [*keys, "n_inner"], "GPT-2")
-    check_heads(shape, "n_embd", "n_head")
-    check_switches(config, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-                            "add_cross_attention": False})  # fmt: skip
-    config = {"model_type": "gpt2", **defaults, **config, "n_inner": 4 * shape["n_embd"], **shape}
-    check_activation(config["activation_function"])
-    check_booleans(config, ["tie_word_embeddings"])
-    eps = config["layer_norm_epsilon"]
-    if not isinstance(eps, float) or not 0 < eps < 1:
-        raise InputError(f"config.json: layer_norm_epsilon is {eps!r}, a small positive number is needed")
-    return config
-
-
-def from_huggingface(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """HuggingFace's tensors under this model's names; mask buffers and the second copy of a tied head are dropped."""
-    state = {}
-    for name, tensor in bare_names(tensors, "transformer.").items():
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):
-            state[name] = tensor.T if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
-    if config["tie_word_embeddings"] and "wte.weight" in state:
-        head = state.pop("lm_head.weight", state["wte.weight"])
-        if not torch.equal(head, state["wte.weight"]):
-            tied = "config.json has tie_word_embeddings true, GPT-2's default: set it to false"
-            raise InputError(f"tensors 'lm_head.weight' and 'wte.weight' differ, but {tied}")
-    return state
-
-
-def to_huggingface(model: GPT2) -> dict[str, Tensor]:
-    """The inverse of `from_huggingface`: tensors for a `model.safetensors` that HuggingFace loads as it is."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        name = name if name == "lm_head.weight" else "transformer." + name
-        tensors[name] = tensor.T if name.endswith(TRANSPOSED) else tensor
-    return tensors

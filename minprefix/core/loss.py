@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from minprefix.core.batches import Batch
 from minprefix.core.compiled import compiled
+from minprefix.core.model import Model
 from minprefix.core.prefix_kv import KVInfix, PrefixDict
-from minprefix.formats.load import Model
 
 LOGIT_ROWS = 320  # that the head computes at a time, at most
 

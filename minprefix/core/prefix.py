@@ -3,25 +3,15 @@
 Shapes: P prefix length, L layers, H heads, D head dimension, C = H * D model dimension.
 """
 
-import json
-import os
-from importlib import metadata
 from itertools import cycle, islice
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minprefix.core.model import Model, Tokenizer
 from minprefix.core.prefix_kv import BatchedPrefix, KVInfix, KVPrefix, first_position
-from minprefix.formats.hub import find_model, is_hub_name
-from minprefix.formats.load import Model, load_model
-from minprefix.formats.peft import read_adapter
-from minprefix.formats.safetensors import read_safetensors, write_safetensors
-from minprefix.formats.tokenizer import Tokenizer
 from minprefix.system.errors import InputError
-
-FORMS = {form.method: form for form in (KVPrefix, KVInfix)}
 
 
 def stack_prefixes(prefixes: list[KVPrefix], rows: list[int]) -> BatchedPrefix:
@@ -155,121 +145,3 @@ def count_numbers(tuned: nn.Module, model: nn.Module) -> list[int]:
 def fingerprint(model: nn.Module) -> list[float]:
     """A norm of each parameter (of its first eight rows): all but the same in any dtype, different in other weights."""
     return [float(f"{p[:8].float().norm().item():.4g}") for p in model.parameters()]
-
-
-def save_prefix(path: str | Path, folded: KVPrefix, model: Model, info: dict[str, str]) -> None:
-    """Write a folded prefix as one safetensors file; info: base_model (name or folder), task, ... (strings)."""
-    info = {
-        **info,
-        "format": "minprefix",
-        "version": version(),
-        "prefix_length": str(next(iter(folded.values())).size(-2)),
-        "position_offset": str(folded.position_offset),
-        "base_shape": json.dumps(model.prefix_sites),  # site -> layers, heads, head dimension
-        "base_fingerprint": json.dumps(fingerprint(model)),
-    }
-    write_safetensors(path, {site: kv.float().contiguous() for site, kv in folded.items()}, info)
-
-
-def load_prefix(path: str | Path, model: Model | None = None) -> KVPrefix:
-    """A KVPrefix from a file of `save_prefix`, the folder of the run that wrote it, or a PEFT folder.
-
-    A KVInfix from the file of an infix.
-    InputError if it is no such file, or made for another model than the one that is given.
-    """
-    if (Path(path) / "prefix.safetensors").is_file():
-        path = Path(path) / "prefix.safetensors"
-    adapter = (Path(path) / "adapter_config.json").is_file()
-    tensors, offset, info = read_adapter(path) if adapter else read_prefix_file(path)
-    form = FORMS.get(info.get("method", "prefix"))
-    if form is None:
-        raise InputError(f"{path} is of --method {info['method']}: minprefix.methods.baselines.load_trained loads it")
-    if not tensors:
-        raise InputError(f"{path} holds no prefix: there is no tensor in it")
-    for site, kv in tensors.items():
-        if kv.dim() != 5 or kv.size(1) != 2 or 0 in kv.shape or not kv.is_floating_point():
-            what = f"{tuple(kv.shape)} {kv.dtype}"
-            raise InputError(f"{path}: {site!r} is {what}, a prefix is (layers, 2, heads, length, dim) of real numbers")
-        if not kv.isfinite().all():
-            raise InputError(f"{path}: {site!r} holds numbers that are not finite")
-    # Copies, not views of the file: aligned as any tensor is, so that products come out the same to the last bit.
-    prefix = form({site: kv.clone() for site, kv in tensors.items()}, offset, info)
-    if model is not None:
-        if adapter and model.encoder_decoder and len(prefix["decoder"]) == model.prefix_sites["encoder"][0]:
-            # PEFT makes as many layers as the encoder has; a decoder of fewer takes the first.
-            prefix["decoder"] = prefix["decoder"][: model.prefix_sites["decoder"][0]]
-        check_fits(prefix, model, path)
-    return prefix
-
-
-def read_prefix_file(path: str | Path) -> tuple[dict[str, Tensor], int, dict[str, str]]:
-    """A file of `save_prefix` as (tensors, position offset, metadata)."""
-    if not Path(path).is_file():
-        raise InputError(f"no prefix file at {path}: train one with train.py, or check the path")
-    tensors, info = read_safetensors(path)
-    offset = info.get("position_offset", "")
-    if info.get("format") != "minprefix" or not (offset.isascii() and offset.isdigit() and len(offset) < 8):
-        raise InputError(f"{path} is not a minprefix prefix: its metadata does not say so")
-    return tensors, int(offset), info
-
-
-def check_fits(prefix: KVPrefix, model: Model, path: str | Path) -> None:
-    """InputError if a loaded prefix was made for another model than this one."""
-    base, sites = prefix.info.get("base_model", "another model"), model.prefix_sites
-    for site, kv in prefix.items():
-        if site not in sites:
-            takes = ", ".join(sites)
-            raise InputError(f"{path} was made for {base}: it has a prefix for {site!r}, this model takes {takes}")
-        L, _, H, _, D = kv.shape
-        if sites[site] != (L, H, D):
-            shapes = f"{(L, H, D)}, this model {sites[site]}"
-            raise InputError(f"{path} was made for {base}: its {site} prefix has (layers, heads, dim) {shapes}")
-    peft = prefix.info.get("format") == "peft"
-    if peft and (prefix.info["task_type"] == "SEQ_2_SEQ_LM") != model.encoder_decoder:
-        needed = "SEQ_2_SEQ_LM" if model.encoder_decoder else "CAUSAL_LM"
-        kinds = f"its task_type is {prefix.info['task_type']}, this model needs {needed}"
-        raise InputError(f"{path} was made for {base}, a model of another kind: {kinds}")
-    if peft and "base_fingerprint" not in prefix.info:
-        check_named_base(prefix.info.get("base_model", ""), model, path)
-    else:
-        check_fingerprint(prefix.info, model, path)
-
-
-def check_fingerprint(info: dict[str, str], model: Model, path: str | Path) -> None:
-    """InputError if a file's info names another model's weights than these."""
-    try:
-        norms = [float(norm) for norm in json.loads(info.get("base_fingerprint", ""))]
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{path}: the base model's fingerprint in its metadata is not a list of numbers") from error
-    if not is_fingerprint(norms, model):
-        base = info.get("base_model", "another model")
-        raise InputError(f"{path} was made for {base}: this model has the same shape, but other weights")
-
-
-def is_fingerprint(norms: list[float], model: Model) -> bool:
-    own = fingerprint(model)
-    return len(norms) == len(own) and all(abs(a - b) <= 0.005 * b for a, b in zip(norms, own, strict=True))
-
-
-def check_named_base(base: str, model: Model, path: str | Path) -> None:
-    """InputError if the base model of an adapter that PEFT wrote is on this machine, and has other weights than this.
-
-    PEFT notes no more of it than a name: where there is no model of that name, any of the same shape is taken.
-    """
-    folder = Path(base) if os.path.isdir(base) else find_model(base) if is_hub_name(base) else None
-    if folder is None or folder.resolve() == model.folder:
-        return
-    try:
-        named = load_model(folder)
-    except InputError:  # that folder holds something else
-        return
-    if not is_fingerprint(fingerprint(named), model):
-        correct = "if it is for this one, correct base_model_name_or_path in its adapter_config.json"
-        raise InputError(f"{path} was made for {base}: this model has the same shape, but other weights; {correct}")
-
-
-def version() -> str:
-    try:
-        return metadata.version("minprefix")
-    except metadata.PackageNotFoundError:  # run from a checkout that was not installed
-        return "unknown"

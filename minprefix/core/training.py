@@ -21,27 +21,26 @@ from minprefix.core.batches import Batch, Pair, batches_per_epoch, bucket_batche
 from minprefix.core.checkpointing import Log, read_checkpoint, same_form, save_checkpoint, too_little_memory
 from minprefix.core.linear import packed_weights
 from minprefix.core.loss import target_loss
+from minprefix.core.model import Model, Tokenizer
 from minprefix.core.muon import Muon
 from minprefix.core.prefix import Prefix, fingerprint
-from minprefix.formats.load import Model
-from minprefix.formats.tokenizer import Tokenizer
-from minprefix.methods.baselines import Tuned
 from minprefix.system import distributed, signals
 from minprefix.system.errors import InputError, out_of_memory
 from minprefix.system.files import write_jsonl
 
+Method = Any  # a Prefix, or another module of methods/ whose call gives the prefix that the model takes
 DIVERGED = "the loss became"  # by which experiments.py knows a run whose learning rate was too large
 NO_SUMS: dict[str, float] = {"loss": 0.0, "tokens": 0, "examples": 0, "seconds": 0.0}
 
 
-def make_optimizer(tuned: Tuned, lr: float) -> Optimizer:
+def make_optimizer(tuned: Method, lr: float) -> Optimizer:
     """Muon for keys and values that are trained directly, AdamW, as the paper, for all else."""
     if isinstance(tuned, Prefix) and tuned.hidden == 0:
         return Muon(tuned.parameters(), lr)
     return torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
-def training_step(model: Model, tuned: Tuned, batch: Batch, optimizer: Optimizer, share: float = 1.0) -> Tensor:
+def training_step(model: Model, tuned: Method, batch: Batch, optimizer: Optimizer, share: float = 1.0) -> Tensor:
     """One step of the optimiser on a batch -> its `target_loss`, without a gradient.
 
     share: what part of the whole batch this is (of its sentences, or for BART of its tokens), the rest being that of
@@ -58,7 +57,7 @@ def training_step(model: Model, tuned: Tuned, batch: Batch, optimizer: Optimizer
 
 
 @torch.no_grad()
-def dev_loss(model: Model, tuned: Tuned, pairs: list[Pair], tokenizer: Tokenizer, batch_size: int) -> float:
+def dev_loss(model: Model, tuned: Method, pairs: list[Pair], tokenizer: Tokenizer, batch_size: int) -> float:
     """Nats per target token over (source, target) pairs."""
     device = next(model.parameters()).device
     prefix, total = tuned(), torch.zeros((), device=device)
@@ -101,7 +100,7 @@ class Run:
     """
 
     def __init__(
-        self, model: Model, tuned: Tuned, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
+        self, model: Model, tuned: Method, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
         out: Path, settings: dict[str, Any], resume: bool,
     ) -> None:  # fmt: skip
         self.model, self.tuned, self.tokenizer, self.out, self.settings = model, tuned, tokenizer, out, settings
@@ -252,7 +251,7 @@ class Run:
 
 
 def train(
-    model: Model, tuned: Tuned, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
+    model: Model, tuned: Method, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
     out: str | Path, *, steps: int, batch_size: int, lr: float, warmup: int = 0, eval_every: int = 100,
     seed: int = 101, settings: dict[str, Any] | None = None, resume: bool = False,
 ) -> tuple[Log, int]:  # fmt: skip

@@ -2,22 +2,15 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
 
+from minprefix.core.batches import Example
 from minprefix.system.errors import InputError
 
 T = TypeVar("T")
-
-
-@dataclass
-class Example:
-    source: str  # the linearised text x
-    references: list[str]  # the texts y; none if the input is unlabelled
-    topic: str | None = None  # what the input is about, where the data say so
 
 
 class EmptyText(InputError):

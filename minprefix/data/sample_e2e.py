@@ -6,28 +6,39 @@ rows have the same form, but the grammar, the venues and the places below were a
 sentence and no name is taken from E2E. Everything is drawn with random.Random(seed).random(), whose stream is the
 same on every Python version, so the rows are always the same rows.
 """
+
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-KEEP = {"eatType": 0.8, "food": 0.75, "priceRange": 0.6, "customer rating": 0.6, "area": 0.5,
-        "familyFriendly": 0.5, "near": 0.5}  # how often an mr has the slot; after name, in E2E's order
+KEEP = {
+    "eatType": 0.8,
+    "food": 0.75,
+    "priceRange": 0.6,
+    "customer rating": 0.6,
+    "area": 0.5,
+    "familyFriendly": 0.5,
+    "near": 0.5,
+}  # how often an mr has the slot; after name, in E2E's order
 
 # ---------------------------------------------------------------------------------------------------------------------
 # names: dev and test get venues (and some neighbours) that train never mentions
 
-ADJECTIVES = ("Copper Crooked Velvet Painted Sleepy Lucky Hidden Ivory Scarlet Rusty Merry Quiet Amber Wandering "
-              "Gilded Dancing").split()
-NOUNS = ("Kettle Lantern Heron Thistle Otter Compass Spoon Magpie Ladder Fiddle Acorn Hare Button Pear Weathercock "
-         "Marigold").split()
+ADJECTIVES = (
+    "Copper Crooked Velvet Painted Sleepy Lucky Hidden Ivory Scarlet Rusty Merry Quiet Amber Wandering Gilded Dancing"
+).split()
+NOUNS = (
+    "Kettle Lantern Heron Thistle Otter Compass Spoon Magpie Ladder Fiddle Acorn Hare Button Pear Weathercock Marigold"
+).split()
 OWNERS = "Hattie Osgood Marlow Delphine Rafferty Imogen Barnaby Winifred Ludo Tabitha Fergus Odette".split()
 ROOMS = "Table Larder Corner Parlour Hearth".split()
 STEMS = "Bel Cor Tam Lor Vesp Zar Mir Sav".split()
 ENDINGS = "anto issa ovina ello arola uno".split()
-LANDMARKS = ("Ashgrove Linden Fernhill Marlbrook Oakhurst Penrose Wexley Thornbury Larkfield Coldwater Brackley "
-             "Hollin").split()
+LANDMARKS = (
+    "Ashgrove Linden Fernhill Marlbrook Oakhurst Penrose Wexley Thornbury Larkfield Coldwater Brackley Hollin"
+).split()
 SITES = "Park|Station|Hall|Bridge|Square|Gardens|Market".split("|")
 HOUSES = "Theatre|Hotel|Museum|Library".split("|")  # these take an article
 
@@ -43,65 +54,113 @@ NEARS = [f"{m} {s}" for m in LANDMARKS for s in SITES] + [f"The {m} {h}" for m i
 ADJECTIVE, PHRASE, VERB, CLAUSE = 1, 2, 3, 4
 Wording = tuple[Any, ...]  # the sign, then texts
 DETAILS = ("food", "priceRange", "customer rating", "familyFriendly")
-FOOD = (0, "{}", "serving {} food|offering {} dishes",
-        "serves {} food|offers {} dishes|has {} food on its menu|cooks {} food",
-        "the food is {}|the menu is {}|the cooking is {}")
-SUM = (0, "", "with prices of {}|charging {}", "charges {}|has prices of {}|is priced at {}",
-       "prices are {}|you will pay {}")
-SCORE = ("", "with a customer score of {}|rated {} by its customers",
-         "is rated {} by its customers|scores {} with its customers|has a customer score of {}",
-         "customers give it {}|customers rate it {}|the rating from customers is {}")
+FOOD = (
+    0,
+    "{}",
+    "serving {} food|offering {} dishes",
+    "serves {} food|offers {} dishes|has {} food on its menu|cooks {} food",
+    "the food is {}|the menu is {}|the cooking is {}",
+)
+SUM = (
+    0,
+    "",
+    "with prices of {}|charging {}",
+    "charges {}|has prices of {}|is priced at {}",
+    "prices are {}|you will pay {}",
+)
+SCORE = (
+    "",
+    "with a customer score of {}|rated {} by its customers",
+    "is rated {} by its customers|scores {} with its customers|has a customer score of {}",
+    "customers give it {}|customers rate it {}|the rating from customers is {}",
+)
 WHERE: Wording = (0, "", " {}", "is located {}|can be found {}|lies {}", "you will find the place {}|the place is {}")
 WORDINGS: dict[tuple[str, str], Wording] = {
     ("priceRange", "cheap"): (
-        1, "cheap|inexpensive|low-priced|affordable", "with low prices",
-        "is cheap|has low prices|is easy on the wallet|keeps its prices low", "prices are low|it does not cost much"),
+        1,
+        "cheap|inexpensive|low-priced|affordable",
+        "with low prices",
+        "is cheap|has low prices|is easy on the wallet|keeps its prices low",
+        "prices are low|it does not cost much",
+    ),
     ("priceRange", "moderate"): (
-        0, "mid-priced|mid-range", "with moderate prices",
+        0,
+        "mid-priced|mid-range",
+        "with moderate prices",
         "sits in the middle price range|has moderate prices|keeps its prices moderate",
-        "prices are moderate|it is mid-priced"),
+        "prices are moderate|it is mid-priced",
+    ),
     ("priceRange", "high"): (
-        -1, "expensive|high-priced|pricey", "with high prices",
-        "is expensive|has high prices|is on the pricey side", "prices are high|it costs a lot"),
+        -1,
+        "expensive|high-priced|pricey",
+        "with high prices",
+        "is expensive|has high prices|is on the pricey side",
+        "prices are high|it costs a lot",
+    ),
     ("customer rating", "low"): (
-        -1, "poorly rated|low-rated", "with poor customer ratings|rated poorly by its customers",
+        -1,
+        "poorly rated|low-rated",
+        "with poor customer ratings|rated poorly by its customers",
         "gets poor ratings from its customers|is rated poorly by its customers|gets low marks from its customers",
-        "customers rate it poorly|the rating from customers is low"),
+        "customers rate it poorly|the rating from customers is low",
+    ),
     ("customer rating", "average"): (
-        0, "", "with average customer ratings|rated average by its customers",
+        0,
+        "",
+        "with average customer ratings|rated average by its customers",
         "gets average ratings from its customers|is rated average by its customers|gets average marks from customers",
-        "customers rate it as average|the rating from customers is average"),
+        "customers rate it as average|the rating from customers is average",
+    ),
     ("customer rating", "high"): (
-        1, "highly rated|well-rated", "with high customer ratings|rated highly by its customers",
+        1,
+        "highly rated|well-rated",
+        "with high customer ratings|rated highly by its customers",
         "gets high ratings from its customers|scores highly with its customers|gets high marks from its customers",
-        "customers rate it highly|the rating from customers is high"),
+        "customers rate it highly|the rating from customers is high",
+    ),
     ("familyFriendly", "yes"): (
-        1, "child-friendly|family-oriented", "for the whole family|that welcomes children",
+        1,
+        "child-friendly|family-oriented",
+        "for the whole family|that welcomes children",
         "is good for families|welcomes families|is suitable for children|caters for children",
-        "children are welcome|families are welcome|you can bring the children"),
+        "children are welcome|families are welcome|you can bring the children",
+    ),
     ("familyFriendly", "no"): (
-        -1, "", "for adults|that is not meant for children",
+        -1,
+        "",
+        "for adults|that is not meant for children",
         "is no place for families|is unsuitable for children|does not suit families|is not meant for children",
-        "children are not catered for|it is not a place for children|families are not catered for"),
+        "children are not catered for|it is not a place for children|families are not catered for",
+    ),
 }
 FOODS = "Thai Greek Mexican Spanish Turkish Lebanese Korean Austrian Egyptian Ethiopian Moroccan vegetarian".split()
 WORDINGS.update({("food", food): FOOD for food in FOODS})
 WORDINGS.update({("priceRange", price): SUM for price in ("less than £15", "£15-25", "more than £25")})
 WORDINGS.update({("customer rating", f"{n} out of 10"): ((n > 6) - (n < 5), *SCORE) for n in (3, 4, 5, 6, 8, 9)})
-AREAS = {"town centre": "in the town centre|in the centre of town", "canalside": "by the canal|on the canalside",
-         "old town": "in the old town|in the old part of town", "harbour": "by the harbour|at the harbour",
-         "suburbs": "in the suburbs|out in the suburbs"}
+AREAS = {
+    "town centre": "in the town centre|in the centre of town",
+    "canalside": "by the canal|on the canalside",
+    "old town": "in the old town|in the old part of town",
+    "harbour": "by the harbour|at the harbour",
+    "suburbs": "in the suburbs|out in the suburbs",
+}
 VALUES = {"eatType": ["pub", "restaurant", "bistro", "tea room", "wine bar"], "area": list(AREAS)}
 VALUES.update({slot: [value for s, value in WORDINGS if s == slot] for slot in DETAILS})
 
 # How a description opens, and the slot (or slot=value) that the opening tells by itself: {np} is "a cheap Thai pub" or
 # "a pub with low prices", {at} is where it is if that is said here, {verb} is one thing more, {front} is its rating.
 PLANS = (
-    ("{name} is {np}{at}", ""), ("{name} is the name of {np}{at}", ""), ("there is {np} called {name}{at}", ""),
-    ("{name}, {np}{at}, {verb}", ""), ("{np}{at}, {name} {verb}", ""),
-    ("{where}, you will find {name}, {np}", "where"), ("{where} is {name}, {np}", "where"),
-    ("located {where}, {name} is {np}", "where"), ("{where} there is {np} called {name}", "where"),
-    ("you can eat {food} food at {name}, {np}{at}", "food"), ("for {food} food there is {name}, {np}{at}", "food"),
+    ("{name} is {np}{at}", ""),
+    ("{name} is the name of {np}{at}", ""),
+    ("there is {np} called {name}{at}", ""),
+    ("{name}, {np}{at}, {verb}", ""),
+    ("{np}{at}, {name} {verb}", ""),
+    ("{where}, you will find {name}, {np}", "where"),
+    ("{where} is {name}, {np}", "where"),
+    ("located {where}, {name} is {np}", "where"),
+    ("{where} there is {np} called {name}", "where"),
+    ("you can eat {food} food at {name}, {np}{at}", "food"),
+    ("for {food} food there is {name}, {np}{at}", "food"),
     ("if you are looking for {food} food, there is {name}, {np}{at}", "food"),
     ("{front}, {name} is {np}{at}", "customer rating"),
     ("children are welcome at {name}, {np}{at}", "familyFriendly=yes"),
@@ -132,7 +191,7 @@ def word(slot: str, slots: dict[str, str], kind: int, rng: random.Random) -> str
 
 
 def joined(parts: list[str], texts: list[str], slots: dict[str, str], comma: str = "") -> str:
-    """"a", "a and b" or "a, b and c"; "but" between two slots of opposite sign."""
+    """ "a", "a and b" or "a, b and c"; "but" between two slots of opposite sign."""
     signs = [WORDINGS.get((slot, slots[slot]), WHERE)[0] for slot in parts]
     last = f"{comma} but" if len(texts) == 2 and signs[0] * signs[1] < 0 else " and"
     return f"{', '.join(texts[:-1])}{last} {texts[-1]}" if len(texts) > 1 else texts[0]

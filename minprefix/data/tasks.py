@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minprefix.data.examples import EmptyText, Example, check_text, collapse, grouped, held_out, on_topics
+from minprefix.core.batches import Example
+from minprefix.data.examples import EmptyText, check_text, collapse, grouped, held_out, on_topics
 from minprefix.data.sample_e2e import sample_rows
 from minprefix.data.triples import DART_LAYOUT, WEBNLG_LAYOUT, linearise_triples, load_dart, load_webnlg, split_triples
 from minprefix.formats.download import fetch_bytes

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from minprefix.data.examples import Example, check_text, collapse, grouped
+from minprefix.core.batches import Example
+from minprefix.data.examples import check_text, collapse, grouped
 from minprefix.system.errors import InputError
 from minprefix.system.files import read_json, read_text
 

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minprefix.core import bart, gpt2
+from minprefix.core.bart import BART
+from minprefix.core.gpt2 import GPT2
+from minprefix.core.model import Model
 from minprefix.formats.hub import resolve_model
+from minprefix.formats.names import bart_from_huggingface, gpt2_from_huggingface, to_huggingface
 from minprefix.formats.safetensors import read_config, read_tensors, write_safetensors
-from minprefix.formats.tokenizer import Tokenizer
 from minprefix.system.device import pick_dtype
 from minprefix.system.errors import InputError
 from minprefix.system.files import atomic_write
 
-Model = gpt2.GPT2 | bart.BART
 FromHuggingFace = Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]  # tensors, config -> tensors
 CLASSES: dict[str, tuple[type[Model], FromHuggingFace]] = {
-    "gpt2": (gpt2.GPT2, gpt2.from_huggingface),
-    "bart": (bart.BART, bart.from_huggingface),
+    "gpt2": (GPT2, gpt2_from_huggingface),
+    "bart": (BART, bart_from_huggingface),
 }
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -66,7 +67,7 @@ def save_model(
     info: what config.json shall say as "minprefix" beside the model's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = (bart if model.encoder_decoder else gpt2).to_huggingface(model)
+    tensors = to_huggingface(model)
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     for name in TOKENIZER_FILES:
@@ -88,17 +89,6 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fol
             raise InputError(f"{folder}: tensor {name!r} has shape {shapes}")
         if not tensor.is_floating_point():
             raise InputError(f"{folder}: tensor {name!r} holds {tensor.dtype}, not floating-point numbers")
-
-
-def check_vocabulary(tokenizer: Tokenizer, model: Model, where: str | Path = "the tokeniser's folder") -> None:
-    """InputError if the tokeniser is not of the model's kind, or has ids that the model has no embedding for."""
-    if model.encoder_decoder and "<s>" not in tokenizer.special:
-        raise InputError(f"{where}: the tokeniser lacks <s>: it is not BART's")
-    # Only ids that a text can come to: bart-large-cnn's tokeniser has a <mask> that its model has no embedding for.
-    ids = [*tokenizer.rank_to_id, tokenizer.end_id, tokenizer.pad_id]
-    if max(ids) >= model.config["vocab_size"]:
-        sizes = f"ids up to {max(ids)}, the model embeddings for {model.config['vocab_size']}"
-        raise InputError(f"{where}: the tokeniser has {sizes}: they belong to different models")
 
 
 def pick_writing_dtype(name: str, device: str, folder: str | Path) -> torch.dtype:

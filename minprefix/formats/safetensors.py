@@ -74,17 +74,6 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
     raise InputError(f"{folder} has no weights: expected {' or '.join(WEIGHT_FILES)}, whole or sharded")
 
 
-def bare_names(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
-    """The tensors with `start` removed from their names: some folders have it before all names, others do not."""
-    bare = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix(start)
-        if name in bare:
-            raise InputError(f"tensor {name!r} is there twice, with and without {start!r} before its name")
-        bare[name] = tensor
-    return bare
-
-
 def check_folder(folder: str | Path) -> Path:
     if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder: give the folder of a HuggingFace model")

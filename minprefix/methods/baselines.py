@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from minprefix.core.attention import causal_mask
 from minprefix.core.cache import LayerCache
 from minprefix.core.gpt2 import GPT2
-from minprefix.core.prefix import FORMS, Prefix, check_fingerprint, load_prefix, save_prefix, version
+from minprefix.core.model import Model
+from minprefix.core.prefix import Prefix
 from minprefix.core.prefix_kv import KVInfix, KVPrefix
 from minprefix.formats.hub import model_name, resolve_model
-from minprefix.formats.load import Model, check_state, save_model
+from minprefix.formats.load import check_state, save_model
+from minprefix.formats.prefix_file import FORMS, check_fingerprint, load_prefix, save_prefix, version
 from minprefix.formats.safetensors import read_config, read_safetensors, write_safetensors
 from minprefix.system.errors import InputError
 

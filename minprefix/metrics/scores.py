@@ -108,8 +108,9 @@ def nist(hypotheses: list[str], references: References) -> float:
         return math.log2(reference_counts[ngram[:-1]] / reference_counts[ngram])
 
     # The official scorer divides by zero where an order's total is 0; there is nothing to score then, so 0.
-    total = sum(sum(k * information(ngram) for ngram, k in matches[n].items()) / totals[n]
-                for n in range(5) if totals[n] != 0)
+    total = sum(
+        sum(k * information(ngram) for ngram, k in matches[n].items()) / totals[n] for n in range(5) if totals[n] != 0
+    )
     ratio = min(1.0, totals[0] / mean_reference_length)
     return total * math.exp(math.log(0.5) / math.log(1.5) ** 2 * math.log(ratio) ** 2)
 

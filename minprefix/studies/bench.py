@@ -34,11 +34,12 @@ from minprefix.core.batches import Pair, collate, encode_pairs, pad, pair_length
 from minprefix.core.generate import generate_ids
 from minprefix.core.linear import Linear, pack_weights
 from minprefix.core.loss import target_loss
+from minprefix.core.model import Model
 from minprefix.core.prefix import Prefix
 from minprefix.core.training import batch_stream, make_optimizer, training_step
 from minprefix.data.tasks import Example, load_examples
 from minprefix.formats.hub import resolve_model
-from minprefix.formats.load import Model, load_model
+from minprefix.formats.load import load_model
 from minprefix.formats.tokenizer import Tokenizer, load_tokenizer
 from minprefix.system.device import keep_freed_memory, pick_device, pick_dtype
 from minprefix.system.errors import InputError
@@ -314,9 +315,7 @@ def facts_of(
     return {"tokens": sum(sum(pair_lengths(pairs)) for pairs in batches), "flop": flop}
 
 
-def useful_flop(
-    model: Model, tokenizer: Tokenizer, pairs: Iterable[Pair], length: int, sites: Iterable[str]
-) -> int:
+def useful_flop(model: Model, tokenizer: Tokenizer, pairs: Iterable[Pair], length: int, sites: Iterable[str]) -> int:
     """Floating-point operations of all matrix products that training on pairs needs: each row by itself, unpadded.
 
     As torch counts them, forward and backward, for a frozen model with a prefix of this length at these sites; the

@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 from minprefix.cli.options import Parser, check_above_zero, check_not_negative
 from minprefix.cli.runs import check_out
+from minprefix.cli.search import recipe
 from minprefix.cli.settings import STUDY_STEPS, default_settings
-from minprefix.core.batches import batches_per_epoch, collate, encode_pairs
-from minprefix.core.generate import generate, recipe
+from minprefix.core.batches import Example, batches_per_epoch, collate, encode_pairs
+from minprefix.core.generate import generate
 from minprefix.core.linear import packed_weights
 from minprefix.core.prefix import Prefix
 from minprefix.core.training import DIVERGED, batch_stream, make_optimizer, training_step
-from minprefix.data.examples import Example
 from minprefix.data.tasks import TASKS, find_e2e, json_rows, load_examples, load_on_topics
 from minprefix.formats.hub import model_name, resolve_model
 from minprefix.formats.load import empty_model, load_model

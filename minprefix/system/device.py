@@ -17,7 +17,7 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(name: str) -> str:
-    """"auto" is CUDA, else Apple's MPS, else the CPU."""
+    """ "auto" is CUDA, else Apple's MPS, else the CPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(device for device in available if available[device])
@@ -27,7 +27,7 @@ def pick_device(name: str) -> str:
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:
-    """"auto" is bfloat16 where the hardware multiplies it natively, else float32."""
+    """ "auto" is bfloat16 where the hardware multiplies it natively, else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device == "cuda":

@@ -12,9 +12,10 @@ import torch
 from minprefix import Prefix, load_model
 from minprefix.cli import prefix_tool
 from minprefix.core.batches import collate
-from minprefix.core.prefix import fingerprint, save_prefix
+from minprefix.core.prefix import fingerprint
 from minprefix.core.prefix_kv import KVInfix
 from minprefix.formats.load import save_model
+from minprefix.formats.prefix_file import save_prefix
 from minprefix.formats.tokenizer import load_tokenizer
 from minprefix.methods.baselines import Adapters, Infix, load_trained, save_trained
 from minprefix.system.errors import InputError

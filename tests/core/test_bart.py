@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from minprefix import Prefix, load_model, load_tokenizer
 from minprefix.core.attention import length_mask
-from minprefix.core.bart import BART, from_huggingface, to_huggingface
-from minprefix.core.batches import collate
+from minprefix.core.bart import BART
+from minprefix.core.batches import check_vocabulary, collate
 from minprefix.core.prefix import word_activations
 from minprefix.core.prefix_kv import KVPrefix
 from minprefix.core.training import target_loss
-from minprefix.formats.load import check_vocabulary
+from minprefix.formats.names import bart_from_huggingface as from_huggingface
+from minprefix.formats.names import to_huggingface
 from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
 from minprefix.system.errors import InputError
 from tests.tiny import ROOT, write_tiny_bart

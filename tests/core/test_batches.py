@@ -17,12 +17,12 @@ from minprefix.core.batches import (
     encode_pairs,
     encode_sources,
     encode_target,
-    load_pairs,
     pair_lengths,
     sequence_form,
     sorted_batches,
     start_id,
 )
+from minprefix.data.pairs import load_pairs
 from minprefix.data.tasks import Example, load_e2e
 from minprefix.formats.tokenizer import Tokenizer, byte_alphabet
 from tests.helpers import complaint

@@ -8,8 +8,9 @@ import torch
 
 from minprefix.core.cache import Cache
 from minprefix.core.generate import generate, generate_ids
-from minprefix.core.gpt2 import GPT2, to_huggingface
+from minprefix.core.gpt2 import GPT2
 from minprefix.core.prefix_kv import KVInfix, KVPrefix
+from minprefix.formats.names import to_huggingface
 from minprefix.system.errors import InputError
 from tests.helpers import reference_infix
 
@@ -392,18 +393,18 @@ def test_a_source_that_just_fits(model):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"beams": 0}, "--beams is 0: it must be at least 1"),
-        ({"beams": 51}, "--beams is 51: it must be at most 50"),
-        ({"beams": 41, "forbidden": range(20)}, "--beams is 41: it must be at most 40"),
-        ({"beams": 41, "forbidden": iter(range(20))}, "--beams is 41: it must be at most 40"),
-        ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
-        ({"batch_size": 0}, "--batch-size is 0"),
-        ({"temperature": 0.0}, "--temperature is 0.0"),
-        ({"temperature": float("nan")}, "--temperature is nan"),
-        ({"top_k": -1}, "--top-k is -1"),
-        ({"top_p": 0.0}, "--top-p is 0.0"),
-        ({"top_p": 1.1}, "--top-p is 1.1"),
-        ({"sample": True, "beams": 5}, "use --beams 1"),
+        ({"beams": 0}, "beams is 0: it must be at least 1"),
+        ({"beams": 51}, "beams is 51: it must be at most 50"),
+        ({"beams": 41, "forbidden": range(20)}, "beams is 41: it must be at most 40"),
+        ({"beams": 41, "forbidden": iter(range(20))}, "beams is 41: it must be at most 40"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"sample": True, "beams": 5}, "use 1 beam"),
         ({"prefix": {"decoder": torch.zeros(L, 2, 3, H, P, D)}}, "the prefix has 3 rows for 2 sources: give one"),
     ],
 )

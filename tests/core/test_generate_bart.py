@@ -9,10 +9,12 @@ from collections import Counter
 import pytest
 import torch
 
-from minprefix.core.bart import BART, to_huggingface
+from minprefix.cli.search import recipe
+from minprefix.core.bart import BART
 from minprefix.core.cache import Cache
-from minprefix.core.generate import generate, generate_ids, recipe
+from minprefix.core.generate import generate, generate_ids
 from minprefix.core.prefix_kv import KVPrefix
+from minprefix.formats.names import to_huggingface
 from minprefix.formats.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_alphabet
 from minprefix.system.errors import InputError
 
@@ -399,14 +401,14 @@ def test_recipes():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"min_new_tokens": 5, "max_new_tokens": 4}, "--min-new-tokens is 5: it must be from 0 to 4"),
-        ({"min_new_tokens": -1}, "--min-new-tokens is -1"),
-        ({"no_repeat_ngram": -1}, "--no-repeat-ngram is -1"),
-        ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
-        ({"length_penalty": float("nan")}, "--length-penalty is nan"),
-        ({"length_penalty": 20.0}, "--length-penalty is 20.0"),
-        ({"beams": 16}, "--beams is 16: it must be at most 15, half of the tokens that may be written"),
-        ({"beams": 15, "forbidden": [3]}, "--beams is 15: it must be at most 14"),
+        ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens is 5: it must be from 0 to 4"),
+        ({"min_new_tokens": -1}, "min_new_tokens is -1"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram is -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"length_penalty": float("nan")}, "length_penalty is nan"),
+        ({"length_penalty": 20.0}, "length_penalty is 20.0"),
+        ({"beams": 16}, "beams is 16: it must be at most 15, half of the tokens that may be written"),
+        ({"beams": 15, "forbidden": [3]}, "beams is 15: it must be at most 14"),
         ({"prefix": {"cross": torch.zeros(L, 2, 3, H, 1, D)}}, "has 3 rows for 2 sources"),
         ({"prefix": {"encoder": torch.zeros(L, 2, 3, H, 1, D)}}, "has 3 rows for 2 sources"),
     ],

@@ -8,8 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from minprefix import load_model
-from minprefix.core.gpt2 import GPT2, from_huggingface, to_huggingface
+from minprefix.core.gpt2 import GPT2
 from minprefix.core.prefix_kv import KVPrefix
+from minprefix.formats.names import gpt2_from_huggingface as from_huggingface
+from minprefix.formats.names import to_huggingface
 from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
 from minprefix.system.errors import InputError
 from tests.tiny import ROOT

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from minprefix import Prefix, load_model, load_prefix, load_tokenizer
 from minprefix.core.bart import BART
 from minprefix.core.gpt2 import GPT2
-from minprefix.core.prefix import check_fits, save_prefix, word_activations
+from minprefix.core.prefix import word_activations
 from minprefix.core.prefix_kv import KVPrefix
+from minprefix.formats.prefix_file import check_fits, save_prefix
 from minprefix.formats.safetensors import read_safetensors, write_safetensors
 from minprefix.system.errors import InputError
 from tests.tiny import write_tiny_model

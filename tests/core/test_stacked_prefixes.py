@@ -12,8 +12,9 @@ from minprefix.core.attention import causal_mask
 from minprefix.core.bart import BART
 from minprefix.core.generate import generate_ids
 from minprefix.core.gpt2 import GPT2
-from minprefix.core.prefix import fingerprint, save_prefix
+from minprefix.core.prefix import fingerprint
 from minprefix.core.prefix_kv import KVInfix, KVPrefix
+from minprefix.formats.prefix_file import save_prefix
 from minprefix.methods.baselines import load_trained, save_trained
 from minprefix.system.errors import InputError
 from tests.helpers import call

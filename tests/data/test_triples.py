@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
+from minprefix.core.batches import Example
 from minprefix.data import triples
-from minprefix.data.examples import Example, draw_pairs, on_topics
+from minprefix.data.examples import draw_pairs, on_topics
 from minprefix.data.tasks import format_source, load_examples
 from tests.helpers import complaint, entry, write_xml
 from tests.tiny import ROOT

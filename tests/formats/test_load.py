@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from minprefix import load_model, load_tokenizer
-from minprefix.formats.load import check_vocabulary, pick_writing_dtype
+from minprefix.core.batches import check_vocabulary
+from minprefix.formats.load import pick_writing_dtype
 from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
 from minprefix.system.device import pick_device, pick_dtype
 from minprefix.system.errors import InputError

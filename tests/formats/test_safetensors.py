@@ -12,13 +12,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from minprefix.formats.safetensors import (
-    DTYPES,
-    read_config,
-    read_safetensors,
-    read_tensors,
-    write_safetensors,
-)
+from minprefix.formats.safetensors import DTYPES, read_config, read_safetensors, read_tensors, write_safetensors
 from minprefix.system.errors import InputError
 
 

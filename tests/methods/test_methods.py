@@ -11,8 +11,9 @@ from minprefix.core import training
 from minprefix.core.batches import collate
 from minprefix.core.generate import generate_ids
 from minprefix.core.gpt2 import GPT2
-from minprefix.core.prefix import count_numbers, fingerprint, save_prefix
+from minprefix.core.prefix import count_numbers, fingerprint
 from minprefix.formats.load import save_model
+from minprefix.formats.prefix_file import save_prefix
 from minprefix.formats.safetensors import write_safetensors
 from minprefix.methods.baselines import (
     Adapters,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from minprefix import metrics
+from minprefix.metrics import scores
 from minprefix.system.errors import InputError
 
 needs_rouge_score = pytest.mark.skipif(
@@ -67,7 +68,7 @@ def test_equals_rouge_score_and_the_definition():
         if measure == "ROUGE-L":
             common, total = metrics.common_subsequence_length(h, r), len(h) + len(r)
         else:
-            h, r = (Counter(metrics.ngrams(tokens, int(measure[-1]))) for tokens in (h, r))
+            h, r = (Counter(scores.ngrams(tokens, int(measure[-1]))) for tokens in (h, r))
             common, total = (h & r).total(), h.total() + r.total()
         return 2 * common / total if total else 0
 

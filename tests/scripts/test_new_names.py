@@ -2,7 +2,7 @@
 
 import sys
 
-from minprefix.data.examples import Example
+from minprefix.core.batches import Example
 from minprefix.system.errors import run_main
 from tests.tiny import ROOT, write_tiny_model
 

@@ -376,9 +376,9 @@ BAD = {
     "no words to start from": (train, ["--model", "model", "--task", "rows.jsonl", "--init", ""], "hold no token"),
     "no steps": (train, "--model model --task rows.jsonl --steps 0", "--steps is 0"),
     "no rate": (train, "--model model --task rows.jsonl --lr nan", "--lr is nan"),
-    "no beams": (sample, "--prefix run/prefix.safetensors --input x --beams 0", "--beams is 0"),
+    "no beams": (sample, "--prefix run/prefix.safetensors --input x --beams 0", "beams is 0"),
     "seed too large": (sample, f"--prefix run/prefix.safetensors --input x --sample --seed {2**70}", "--seed"),
-    "length penalty nan": (sample, "--prefix run --input x --length-penalty nan", "--length-penalty is nan"),
+    "length penalty nan": (sample, "--prefix run --input x --length-penalty nan", "length_penalty is nan"),
     "scores into a folder": (
         sample, "--prefix run --task rows.jsonl --split test --evaluate --output scored.txt", "scored.json is a folder"
     ),
@@ -431,7 +431,7 @@ BAD = {
     "input not in the task's form": (sample, "--prefix e2e.safetensors --input pub", "slot[value]"),
     "source too long": (sample, "--prefix run/prefix.safetensors --file long.txt", "256"),
     "evaluate without references": (sample, "--prefix run/prefix.safetensors --input x --evaluate", "references"),
-    "temperature 0": (sample, "--prefix run/prefix.safetensors --input x --sample --temperature 0", "--temperature is"),
+    "temperature 0": (sample, "--prefix run/prefix.safetensors --input x --sample --temperature 0", "temperature is"),
 }
 
 
@@ -464,7 +464,7 @@ def test_more_beams_than_tokens_are_refused_before_training(world, capsys, monke
     monkeypatch.setattr(train, "train", None)  # is not reached
     allowed = (4096 - len(load_tokenizer("model").newline_ids)) // 2  # a step looks at twice as many tokens as beams
     arguments = f"--model model --task rows.jsonl --steps 1 --out beams --beams {allowed + 1}"
-    message = f"--beams is {allowed + 1}: it must be at most {allowed}"
+    message = f"beams is {allowed + 1}: it must be at most {allowed}"
     assert_one_clear_line(train, arguments, message, capsys, world)
     assert not (world / "beams").exists()
 

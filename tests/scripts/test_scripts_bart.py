@@ -153,8 +153,8 @@ BAD = {
     "targets too long": (train, "--model bart --task scitldr --data scitldr --prefix-length 253", "target 1 of 24"),
     "negative offset": (train, "--model bart --task scitldr --data scitldr --offset -1", "--offset is -1"),
     "GPT-2's tokeniser": (train, "--model mixed --task scitldr --data scitldr", "lacks <s>"),
-    "repeats of -1": (sample, "--prefix run --input x --no-repeat-ngram -1", "--no-repeat-ngram is -1"),
-    "minimum above maximum": (sample, "--prefix run --input x --min-new-tokens 90", "--min-new-tokens is 90"),
+    "repeats of -1": (sample, "--prefix run --input x --no-repeat-ngram -1", "no_repeat_ngram is -1"),
+    "minimum above maximum": (sample, "--prefix run --input x --min-new-tokens 90", "min_new_tokens is 90"),
 }
 
 
