@@ -2,37 +2,23 @@
 
 import csv
 import functools
-import hashlib
 import io
 import json
 import re
 import sys
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from minprefix.core.batches import Example
+from minprefix.data.download import GET_E2E, find_e2e
 from minprefix.data.examples import EmptyText, check_text, collapse, grouped, held_out, on_topics
 from minprefix.data.sample_e2e import sample_rows
 from minprefix.data.triples import DART_LAYOUT, WEBNLG_LAYOUT, linearise_triples, load_dart, load_webnlg, split_triples
-from minprefix.formats.download import fetch_bytes
 from minprefix.system.errors import InputError
-from minprefix.system.files import atomic_write, read_text
+from minprefix.system.files import read_text
 
-E2E_URL = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
-E2E_FOLDER = Path("data/e2e")
 E2E_FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
-E2E_SHA256 = {
-    "trainset.csv": "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6",
-    "devset.csv": "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9",
-    "testset_w_refs.csv": "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd",
-}
-GET_E2E = f"give --data a folder with {', '.join(E2E_SHA256)} from {E2E_URL}"
-TIMEOUT = 5  # seconds that one network operation may take
-DEADLINE = 120  # seconds that the whole download may take
-MAX_BYTES = 32 * 2**20  # of the zip and of each file in it; the largest has 9 MiB
-
 SLOT_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}  # the others keep theirs
 SLOTS = ("name", "eatType", "food", "priceRange", "customer rating", "area", "familyFriendly", "near")
 SPLITS = ("train", "dev", "test")
@@ -193,40 +179,6 @@ def read_e2e_csv(path: Path) -> list[tuple[str, str, str]]:
     if not rows:
         raise InputError(f"{path} is empty: {GET_E2E}")
     return rows
-
-
-# ---- where the E2E files come from ----
-
-
-def find_e2e(data: str | Path | None = None) -> Path | None:
-    """The folder of the E2E files: `data` if given, else data/e2e, downloaded if need be; None: the bundled sample."""
-    if data is not None:
-        return Path(data)
-    if all((E2E_FOLDER / name).is_file() for name in E2E_SHA256):
-        return E2E_FOLDER
-    return download_e2e()
-
-
-@functools.cache  # one try, one message
-def download_e2e() -> Path | None:
-    """Download the E2E files to data/e2e and return that; if anything fails, say so and return None."""
-    try:
-        archive = zipfile.ZipFile(io.BytesIO(fetch_bytes(E2E_URL, "E2E data", TIMEOUT, DEADLINE, MAX_BYTES)))
-        contents = {name: archive.open(f"e2e-dataset/{name}").read(MAX_BYTES) for name in E2E_SHA256}
-        for name, content in contents.items():
-            if hashlib.sha256(content).hexdigest() != E2E_SHA256[name]:
-                raise InputError(f"{name} has a wrong checksum")
-        for name, content in contents.items():
-            if not (E2E_FOLDER / name).is_file():  # what the user put there stays
-                with atomic_write(E2E_FOLDER / name, "wb") as file:
-                    file.write(content)
-        return E2E_FOLDER
-    except Exception as error:  # no network, a damaged zip (nearly any exception), a read-only folder, ...
-        reason = " ".join(str(error).split()).strip("<>") or type(error).__name__
-        problem = f"no E2E data in {E2E_FOLDER}, and the download failed ({reason:.200})"
-        consequence = "using the small bundled sample, whose scores are not E2E scores"
-        print(f"{problem}: {consequence}; for the real data {GET_E2E}", file=sys.stderr)
-        return None
 
 
 # ---- own data ----

@@ -1,0 +1,75 @@
+"""The E2E dataset's files: where they are, and their download from its release."""
+
+import functools
+import hashlib
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+from minprefix.system.files import atomic_write
+
+E2E_URL = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
+E2E_FOLDER = Path("data/e2e")
+E2E_SHA256 = {
+    "trainset.csv": "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6",
+    "devset.csv": "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9",
+    "testset_w_refs.csv": "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd",
+}
+GET_E2E = f"give --data a folder with {', '.join(E2E_SHA256)} from {E2E_URL}"
+TIMEOUT = 5  # seconds that one network operation may take
+DEADLINE = 120  # seconds that the whole download may take
+MAX_BYTES = 32 * 2**20  # of the zip and of each file in it; the largest has 9 MiB
+
+
+def find_e2e(data: str | Path | None = None) -> Path | None:
+    """The folder of the E2E files: `data` if given, else data/e2e, downloaded if need be; None: the bundled sample."""
+    if data is not None:
+        return Path(data)
+    if all((E2E_FOLDER / name).is_file() for name in E2E_SHA256):
+        return E2E_FOLDER
+    return download_e2e()
+
+
+@functools.cache  # one try, one message
+def download_e2e() -> Path | None:
+    """Download the E2E files to data/e2e and return that; if anything fails, say so and return None."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            fetch(E2E_URL, file)
+            archive = zipfile.ZipFile(file)
+            contents = {name: archive.open(f"e2e-dataset/{name}").read(MAX_BYTES) for name in E2E_SHA256}
+        for name, content in contents.items():
+            if hashlib.sha256(content).hexdigest() != E2E_SHA256[name]:
+                raise OSError(f"{name} has a wrong checksum")
+        for name, content in contents.items():
+            if not (E2E_FOLDER / name).is_file():  # what the user put there stays
+                with atomic_write(E2E_FOLDER / name, "wb") as target:
+                    target.write(content)
+        return E2E_FOLDER
+    except Exception as error:  # no network, a damaged zip (nearly any exception), a read-only folder, ...
+        reason = " ".join(str(error).split()).strip("<>") or type(error).__name__
+        problem = f"no E2E data in {E2E_FOLDER}, and the download failed ({reason:.200})"
+        consequence = "using the small bundled sample, whose scores are not E2E scores"
+        print(f"{problem}: {consequence}; for the real data {GET_E2E}", file=sys.stderr)
+        return None
+
+
+def fetch(url: str, file: IO[bytes]) -> None:
+    """Write what is at a URL to a file; OSError if the server fails, sends too much or is too slow."""
+    end = time.monotonic() + DEADLINE
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        total = response.length
+        with tqdm(total=total, unit="B", unit_scale=True, desc="E2E data", leave=False, disable=None) as bar:
+            while chunk := response.read1(2**16):  # read1 returns what has arrived, read waits for all of it
+                file.write(chunk)
+                bar.update(len(chunk))
+                if file.tell() > MAX_BYTES or time.monotonic() > end:
+                    raise OSError(f"gave up after {file.tell()} bytes: too large or too slow")
+    if total and file.tell() < total:
+        raise OSError(f"broke off after {file.tell()} of {total} bytes")
