@@ -1,23 +1,18 @@
-"""Models by name: in `weights/`, in HuggingFace's cache, or from its hub into `weights/`."""
+"""Models by name: in `weights/`, in HuggingFace's cache, or from its hub into that cache by huggingface_hub."""
 
 import contextlib
 import difflib
 import os
 import re
 import sys
-import urllib.error
 from pathlib import Path
-from urllib.parse import quote
 
-from minprefix.formats.download import fetch
 from minprefix.formats.safetensors import WEIGHT_FILES, read_index, read_object
-from minprefix.system.errors import InputError
-from minprefix.system.files import locked, read_text
+from minprefix.system.errors import NO_ROOM, InputError, WriteError
 
-CHECKOUT = Path(__file__).resolve().parents[2] / "weights"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-WEIGHTS = CHECKOUT if (CHECKOUT / "README.md").is_file() else CACHE / "minprefix" / "weights"  # installed on its own
+WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 KINDS = ("gpt2", "bart")
+SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json"]
 # Names from before the hub had owners, which it still knows: the same model may be in the cache under either.
 OWNERS = {
     "gpt2": "openai-community", "gpt2-medium": "openai-community", "gpt2-large": "openai-community",
@@ -29,7 +24,7 @@ def resolve_model(name: str | Path) -> Path:
     """The folder of a model: `name` is a path to one, or a model's name.
 
     A name is looked for in `weights/` (with the bundled models), then in HuggingFace's cache, then on the hub, from
-    where it is downloaded to `weights/`. InputError if it is nowhere.
+    where it is downloaded to that cache. InputError if it is nowhere.
     """
     if os.path.isfile(name):
         raise InputError(f"{name} is a file: give the model's folder instead")
@@ -48,26 +43,14 @@ def resolve_model(name: str | Path) -> Path:
     if is_on("HF_HUB_OFFLINE") or is_on("TRANSFORMERS_OFFLINE"):
         raise InputError(f"{absent}, and HF_HUB_OFFLINE forbids a download: unset it, or give a model's folder")
     try:
-        return download_model(str(name), WEIGHTS / name)
-    except urllib.error.HTTPError as error:
-        raise InputError(f"{absent}; {endpoint()} answers {error.code} {error.reason}: {advice(error.code)}") from error
-    except (urllib.error.URLError, TimeoutError) as error:
-        reason = getattr(error, "reason", error)
-        advise = "give a model's folder, or set HF_ENDPOINT to a mirror"
-        raise InputError(f"{absent}, and {endpoint()} cannot be reached ({reason}): {advise}") from error
+        return download_model(full_name(str(name)))
+    except InputError as error:
+        raise type(error)(f"{absent}; {error}") from error
 
 
 def is_on(variable: str) -> bool:
     """Whether an environment variable is set to yes, by the rules of huggingface_hub."""
     return (os.environ.get(variable) or "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def advice(code: int) -> str:
-    if code not in (401, 403):
-        return "check the name"
-    token, where = user_token()
-    sent = f" (what {where} holds was sent)" if token else ""  # an expired one is refused for public models, too
-    return f"check the name; for a private or gated model, set HF_TOKEN to a token that may read it{sent}"
 
 
 def model_name(folder: str | Path) -> str | None:
@@ -109,131 +92,95 @@ def full_name(name: str) -> str:
 
 def hub_cache() -> Path:
     """Where huggingface_hub keeps its downloads."""
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{hub_home()}/hub"
-    return expanded(cache)
-
-
-def hub_home() -> Path:
-    return expanded(os.environ.get("HF_HOME") or CACHE / "huggingface")
-
-
-def expanded(path: str | Path) -> Path:
-    """With ~ and $VARIABLES filled in."""
-    return Path(os.path.expandvars(os.path.expanduser(path)))
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(os.path.expandvars(os.path.expanduser(cache)))
 
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder has all files that a model needs."""
-
-    def has(*names: str) -> bool:
-        return all((folder / name).is_file() for name in names)
-
-    if not has("config.json") or not (has("vocab.json", "merges.txt") or has("tokenizer.json")):
+    if not has_files(folder, "config.json"):
+        return False
+    if not has_files(folder, "vocab.json", "merges.txt") and not has_files(folder, "tokenizer.json"):
         return False
     for weights in WEIGHT_FILES:
-        if has(weights):
+        if has_files(folder, weights):
             return True
-        if has(f"{weights}.index.json"):
+        if has_files(folder, f"{weights}.index.json"):
             with contextlib.suppress(InputError):
-                return has(*read_index(folder / f"{weights}.index.json").values())
+                return has_files(folder, *read_index(folder / f"{weights}.index.json").values())
             return False
     return False
 
 
-# ---- the hub: ENDPOINT/NAME/resolve/REVISION/FILE ----
+def has_files(folder: Path, *names: str) -> bool:
+    return all((folder / name).is_file() for name in names)
 
 
-def endpoint() -> str:
-    url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w.~/-]*)?", url, re.A):
-        raise InputError(f"HF_ENDPOINT is {url!r:.200}: expected an address like https://huggingface.co")
-    return url
+# ---- the hub ----
 
 
-def download_model(name: str, folder: Path) -> Path:
-    """Download a model of the hub to a folder, which appears whole or not at all.
+def download_model(repository: str) -> Path:
+    """Download a model of the hub to HuggingFace's cache, and return its folder there.
 
-    The files are collected in .NAME.part beside it, where the next try finds what an interrupted one has got. Of
-    several processes that want the model, one downloads it and the others wait.
+    Files that are there already are not downloaded again. config.json comes first, so that a model of another kind is
+    refused before its weights arrive.
     """
-    part = folder.with_name(f".{folder.name}.part")
     try:
-        with locked(part, wait=f"waiting for another process that downloads to {part}"):
-            try:
-                if not folder.is_dir():
-                    print(f"downloading {name} from {endpoint()} to {folder}", file=sys.stderr)
-                    files = fetch_model(name, part)
-                    for file_name, path in files.items():
-                        path.rename(part / file_name)
-                    for path in part.iterdir():
-                        if path.name not in files:  # of an earlier try, whose files were others
-                            path.unlink()
-                    part.rename(folder)
-            finally:
-                for empty in (part, folder.parent):
-                    with contextlib.suppress(OSError):  # it is not empty, or gone
-                        empty.rmdir()
-    except (urllib.error.URLError, TimeoutError):
+        from huggingface_hub import HfApi, snapshot_download
+    except ImportError as error:
+        raise InputError(f"the download needs huggingface_hub ({error}): pip install -e '.[hub]'") from error
+    cache = hub_cache()
+    print(f"downloading {repository} to {cache}", file=sys.stderr)
+    try:
+        # Without a network this fails, where snapshot_download would return what part of the model is in the cache.
+        files = needed_files([file.rfilename for file in HfApi().model_info(repository).siblings or []])
+        folder = Path(snapshot_download(repository, cache_dir=cache, allow_patterns="config.json"))
+        kind = read_object(folder / "config.json").get("model_type")
+        if kind not in KINDS:
+            raise InputError(f"{repository} is a {kind!r:.100} model, minprefix runs {' and '.join(KINDS)}")
+        return Path(snapshot_download(repository, revision=folder.name, cache_dir=cache, allow_patterns=files))
+    except InputError:
         raise
-    except OSError as error:
-        raise InputError(f"cannot write {part}: {error.strerror}") from error
-    return folder
+    except Exception as error:  # the package's own, those of its HTTP client, OSError
+        raise download_error(repository, error) from error
 
 
-def fetch_model(name: str, part: Path) -> dict[str, Path]:
-    """Download the files of a model that minprefix needs, and check them: file name -> path, still with a .part name.
-
-    All files are of the same commit: that of `main` when config.json arrives.
-    """
-    url, headers = f"{endpoint()}/{full_name(name)}/resolve", {"User-Agent": "minprefix", **authorization()}
-    config, answers = fetch(f"{url}/main/config.json", part / "config.json", headers)
-    kind = read_object(config).get("model_type")
-    if kind not in KINDS:
-        raise InputError(f"{name} on the hub is a {kind!r:.100} model, minprefix runs {' and '.join(KINDS)}")
-    commit = next((answer["X-Repo-Commit"] for answer in answers if answer["X-Repo-Commit"]), "main")
-    files = {"config.json": config}
-
-    def get(file_name: str) -> bool:
-        """Download a file if the model has it -> whether it has."""
-        try:
-            files[file_name] = fetch(f"{url}/{quote(commit)}/{quote(file_name)}", part / file_name, headers)[0]
-        except urllib.error.HTTPError as error:
-            if error.code != 404:
-                raise
-        return file_name in files
-
-    get("generation_config.json")
-    if not (get("vocab.json") and get("merges.txt") or get("tokenizer.json")):
-        raise InputError(f"{name} on the hub has no tokeniser: neither vocab.json and merges.txt nor tokenizer.json")
+def needed_files(names: list[str]) -> list[str]:
+    """Those files of a repository that minprefix needs: safetensors if it has them, else `.bin`, whole or in shards."""
+    small = [name for name in SMALL_FILES if name in names]
+    if "config.json" not in small or not ({"vocab.json", "merges.txt"} <= {*small} or "tokenizer.json" in small):
+        raise InputError("the hub's model lacks config.json, or vocab.json and merges.txt, or tokenizer.json")
     for weights in WEIGHT_FILES:
-        if get(weights):
-            return files
-        if get(f"{weights}.index.json"):
-            for shard in sorted(set(read_index(files[f"{weights}.index.json"]).values())):
-                if not get(shard):
-                    raise InputError(f"{name} on the hub lacks {shard!r:.200}, which its {weights}.index.json lists")
-            return files
-    raise InputError(f"{name} on the hub has no weights: neither {' nor '.join(WEIGHT_FILES)}, whole or in shards")
+        if weights in names:
+            return [*small, weights]
+        if f"{weights}.index.json" in names:
+            stem, ending = weights.split(".")
+            return [*small, f"{weights}.index.json", f"{stem}-*.{ending}"]
+    raise InputError(f"the hub's model lacks weights: neither {' nor '.join(WEIGHT_FILES)}, whole or in shards")
 
 
-def authorization() -> dict[str, str]:
-    """The header with the user's token, if there is one; it goes to no other host than the endpoint."""
-    token, where = user_token()
-    if not re.fullmatch("[!-~]*", token):
-        raise InputError(f"the token in {where} has blanks or other characters that none has: correct or remove it")
-    return {"Authorization": f"Bearer {token}"} if token else {}
+def download_error(repository: str, error: BaseException) -> InputError:
+    """What stopped huggingface_hub, as one line: what, where, and what to do."""
+    from huggingface_hub import constants, errors
 
-
-def user_token() -> tuple[str, str]:
-    """The user's token ("" for none), and the variable or file that it is from, looked for as huggingface_hub does."""
-    if is_on("HF_HUB_DISABLE_IMPLICIT_TOKEN"):
-        return "", "nothing"
-    variable = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "HUGGING_FACE_HUB_TOKEN"  # the old name
-    if token := without_line_ends(os.environ.get(variable, "")):
-        return token, variable
-    path = expanded(os.environ.get("HF_TOKEN_PATH") or hub_home() / "token")  # what `hf auth login` writes
-    return without_line_ends(read_text(path)) if os.path.exists(path) else "", str(path)
-
-
-def without_line_ends(token: str) -> str:
-    return token.replace("\r", "").replace("\n", "").strip()
+    if isinstance(error, errors.LocalEntryNotFoundError):  # in the cache, after the hub has failed
+        error = error.__cause__ or error
+    where = f"{constants.ENDPOINT}/{repository}"
+    token = "set HF_TOKEN, or run `hf auth login`"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return InputError(f"{where} is gated: accept its terms there, then {token}")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(f"{where} has no revision main: give the folder of another copy of the model")
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+        return InputError(f"{where} does not exist, or is private: check the name; for a private model, {token}")
+    if status in (401, 403):
+        remedy = "check the name, and correct or remove the token (HF_TOKEN, or that of `hf auth login`)"
+        return InputError(f"{where} refuses access ({status}): {remedy}")
+    if isinstance(error, OSError) and (error.filename or error.errno in NO_ROOM):
+        place = error.filename or hub_cache()
+        return WriteError(f"cannot write {place}: {error.strerror}; make room, or set HF_HUB_CACHE to another folder")
+    reason = re.sub(r"Bearer [^'\"]*", "Bearer ...", f"{type(error).__name__}: {error}")
+    remedy = "check the network, set HF_ENDPOINT to a mirror, or give a model's folder; complete files are kept"
+    return InputError(f"the download of {where} failed ({reason:.300}): {remedy}")

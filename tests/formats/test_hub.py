@@ -1,193 +1,148 @@
-"""A model's name leads to the same files as on the hub, or to one line; a server that misbehaves changes neither."""
+"""A model's name leads to a folder, or to one line; huggingface_hub downloads from the test's server."""
 
+import errno
 import hashlib
 import http.server
 import json
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 
-from minprefix.formats import download, hub, load
+from minprefix.formats import hub, load
 from minprefix.formats.hub import find_model, hub_cache, is_hub_name, model_name, resolve_model
 from minprefix.formats.safetensors import read_tensors, write_safetensors
 from minprefix.formats.tokenizer import load_tokenizer
-from minprefix.system.errors import InputError
-from tests.tiny import write_tiny_bart, write_tiny_model
+from minprefix.system.errors import InputError, WriteError
+from tests.tiny import ROOT, write_tiny_model
+
+try:
+    import huggingface_hub
+except ImportError:
+    huggingface_hub = None
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NEEDED = {"config.json", "generation_config.json", "merges.txt", "model.safetensors", "vocab.json"}
-OTHERS = {"README.md": b"# A model", "pytorch_model.bin": b"never read", "tokenizer.json": b"{}", "tf_model.h5": b"x"}
+OTHERS = {"README.md": b"# A model", "pytorch_model.bin": b"never read", "tf_model.h5": b"x", "onnx/config.json": b"{}"}
 
 
-class FakeHub:
-    """Serves repositories (name -> file name -> bytes) as huggingface.co does, in the headers that matter.
+class FakeHub(http.server.ThreadingHTTPServer):
+    """Serves repositories (name -> file name -> bytes) as huggingface.co does, as far as huggingface_hub asks here.
 
-    Small files come by way of a relative redirect, large ones (LFS) by a redirect to another host. trouble: file
-    name -> how to answer the next requests for its content. requests: (host, path, token, range).
+    refuse: (status, X-Error-Code) of each answer; requests: (method, path, Authorization).
     """
 
+    daemon_threads = True
+
     def __init__(self):
-        self.repositories, self.trouble, self.requests, self.refuse = {}, {}, [], None
-        self.stop = threading.Event()
-        hub = self
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories, self.requests, self.refuse = {}, [], None
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                hub.answer(self)
-
-            do_HEAD = do_GET
-
-            def log_message(self, *arguments):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads, self.server.handle_error = True, lambda *arguments: None
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def close(self):
-        self.stop.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-    def answer(self, handler):
-        headers = handler.headers
-        host = headers["Host"].partition(":")[0]
-        self.requests.append((host, handler.path, headers["Authorization"], headers["Range"]))
-        if self.refuse:
-            return send(handler, self.refuse)
-        elsewhere = handler.path.startswith("/content/")
-        name, _, rest = handler.path.removeprefix("/content/").removeprefix("/").partition("/resolve/")
-        content = self.repositories.get(name, {}).get(rest.partition("/")[2])
-        if content is None:
-            return send(handler, 404)
-        file_name, large = rest.partition("/")[2], rest.endswith((".safetensors", ".bin"))
-        sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        if not elsewhere:
-            host = f"http://localhost:{self.server.server_port}" if large else ""
-            linked = {"X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Linked-Size": len(content)}
-            headers = {"Location": f"{host}/content{handler.path}", "X-Repo-Commit": COMMIT, "ETag": "of the redirect"}
-            return send(handler, 302 if large else 307, headers | (linked if large else {}))
-        troubles = self.trouble.get(file_name, [])
-        etag = "0" * 32 if large else sha1
-        (troubles.pop(0) if troubles else serve)(handler, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
-
-    def ranges(self, file_name):
-        return [r[3] for r in self.requests if r[1].startswith("/content/") and r[1].endswith(f"/{file_name}")]
+    def contents(self):
+        """The paths whose contents were sent."""
+        return [path.rpartition("/")[2] for method, path, _ in self.requests if "/resolve/" in path and method == "GET"]
 
 
-def send(handler, status, headers=(), body=b"", length=None):
-    handler.send_response(status)
-    for key, value in dict(headers).items():
-        handler.send_header(key, str(value))
-    handler.send_header("Content-Length", str(len(body) if length is None else length))
-    handler.end_headers()
-    if handler.command == "GET":
-        handler.wfile.write(body)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        path = urlsplit(self.path).path
+        found = re.fullmatch("(?:/api/models)?/(?!api/)([^/]+/[^/]+)(?:/(revision|tree|resolve)/[^/]+/?(.*))?", path)
+        if not found:  # what the package asks besides
+            return self.send(404)
+        self.server.requests.append((self.command, path, self.headers["Authorization"]))
+        name, kind, file_name = found.groups()
+        files = self.server.repositories.get(name)
+        if self.server.refuse or files is None:
+            return self.send(*(self.server.refuse or (404, "RepoNotFound")))
+        if kind in (None, "revision"):
+            siblings = [{"rfilename": path} for path in files]
+            return self.send(200, body=json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
+        if kind == "tree":
+            sizes = {path: {"size": len(content), "oid": sha1(content)} for path, content in files.items()}
+            entries = [{"type": "file", "path": path, **about} for path, about in sizes.items()]
+            return self.send(200, body=json.dumps(entries).encode())
+        headers = {"ETag": f'"{sha1(files[file_name])}"', "X-Repo-Commit": COMMIT}
+        start = int(re.sub(r"\D", "", self.headers["Range"] or "0"))  # "bytes=100-"
+        self.send(206 if start else 200, body=files[file_name][start:], headers=headers)
+
+    do_HEAD = do_GET
+
+    def send(self, status, error="", body=b"", headers=()):
+        self.send_response(status)
+        for key, value in {"X-Error-Code": error, "Content-Length": str(len(body)), **dict(headers)}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
 
 
-def serve(handler, content, headers, most=None, spoil=lambda body: body):
-    """The file, or the range of it that is asked for; at most so many bytes of it, though it announces all."""
-    start, status = 0, 200
-    if handler.headers["Range"]:
-        start, status = int(handler.headers["Range"].removeprefix("bytes=").removesuffix("-")), 206
-        headers = {**headers, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        if start >= len(content):
-            return send(handler, 416)
-    send(handler, status, headers, spoil(content[start:])[:most], len(content) - start)
-
-
-def breaks_off(handler, content, headers):
-    serve(handler, content, headers, most=20_000)
-
-
-def stalls(handler, content, headers):
-    serve(handler, content, headers, most=20_000)
-    time.sleep(1.5)
-
-
-def corrupts(handler, content, headers):
-    serve(handler, content, headers, spoil=lambda body: body[:-9] + bytes([255 - body[-9]]) + body[-8:])
-
-
-def cuts_short_and_says_so(handler, content, headers):
-    send(handler, 200, headers, content[:20_000])
-
-
-def sends_too_much(handler, content, headers):
-    send(handler, 200, headers, content + b"x")
-
-
-def ignores_ranges(handler, content, headers):
-    send(handler, 200, headers, content)
-
-
-def answers_another_range(handler, content, headers):
-    send(handler, 206, {**headers, "Content-Range": f"bytes 5-{len(content) - 1}/{len(content)}"}, content[5:])
-
-
-def hangs_up(handler, content, headers):
-    handler.close_connection = True
-
-
-def is_no_http(handler, content, headers):
-    handler.wfile.write(b"hello\n")
-    handler.close_connection = True
-
-
-def errs(status):
-    return lambda handler, content, headers: send(handler, status)
-
-
-TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_DISABLE_IMPLICIT_TOKEN")
+def sha1(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
-    """An empty `weights/`, an empty HuggingFace cache, an empty current directory, no server."""
+    """An empty `weights/`, an empty HuggingFace cache, an empty current directory, no huggingface_hub."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setattr(hub, "WEIGHTS", home / "weights")
-    for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", *TOKEN_VARIABLES):
+    for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("HF_HOME", str(home / "hf"))
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
-    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
-    monkeypatch.setattr(download, "PAUSE", 0.001)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     return home / "weights"
 
 
-def closed_port():
+@pytest.fixture
+def package(weights, monkeypatch):
+    """huggingface_hub, with an HF_ENDPOINT where nobody answers."""
+    if not huggingface_hub:
+        pytest.skip("downloads need huggingface_hub: pip install -e '.[hub]'")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", huggingface_hub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+        use_endpoint(f"http://127.0.0.1:{server.getsockname()[1]}", monkeypatch)
+
+
+def use_endpoint(url, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 @pytest.fixture
-def fake(weights, monkeypatch):
+def fake(package, monkeypatch):
     server = FakeHub()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    use_endpoint(server.url, monkeypatch)
     yield server
-    server.close()
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """File name -> bytes of a tiny GPT-2, and what else such a repository has."""
     folder = write_tiny_model(tmp_path_factory.mktemp("hub") / "tiny")
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    return {**files, "generation_config.json": b'{"eos_token_id": 50256}', **OTHERS}
+    return {**contents(folder), "generation_config.json": b'{"eos_token_id": 50256}', **OTHERS}
 
 
 def contents(folder):
@@ -212,348 +167,154 @@ def test_download(fake, weights, tiny, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     fake.repositories["openai-community/gpt2-medium"] = tiny
     folder = resolve_model("gpt2-medium")
-    assert folder == weights / "gpt2-medium" and contents(weights / "gpt2-medium") == needed(tiny)
-    assert os.listdir(weights) == ["gpt2-medium"]  # no temporary folder is left
-    assert load.load_model("gpt2-medium").config["n_embd"] == 32 and load_tokenizer("gpt2-medium").encode("a")
+    assert folder == hub_cache() / "models--openai-community--gpt2-medium" / "snapshots" / COMMIT
+    assert contents(folder) == needed(tiny) and sorted(fake.contents()) == sorted(NEEDED)  # each of them once
+    assert {token for _, _, token in fake.requests} == {"Bearer hf_secret"}
     out, err = capsys.readouterr()
-    assert out == "" and err == f"downloading gpt2-medium from {fake.url} to {folder}\n"
+    assert out == "" and "hf_secret" not in err
+    assert err.startswith(f"downloading openai-community/gpt2-medium to {hub_cache()}\n")
 
-    hosts = {(host, token) for host, _, token, _ in fake.requests}
-    assert hosts == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}  # the other host sees no token
-    revisions = [path.split("/")[4] for _, path, _, _ in fake.requests if not path.startswith("/content")]
-    assert revisions == ["main"] + [COMMIT] * 4  # all of one commit, whatever `main` is meanwhile
     before = len(fake.requests)
-    assert resolve_model("gpt2-medium") == folder and len(fake.requests) == before
-
-
-def test_download_of_an_owners_model(fake, weights, tmp_path):
-    folder = write_tiny_bart(tmp_path / "bart")
-    (folder / "merges.txt").rename(folder / "merges")  # the tokeniser is tokenizer.json alone
-    (folder / "tokenizer.json").write_text("{}")
-    fake.repositories["facebook/bart-base"] = contents(folder)
-    assert resolve_model("facebook/bart-base") == weights / "facebook" / "bart-base"
-    assert set(os.listdir(weights / "facebook" / "bart-base")) == {
-        "config.json", "vocab.json", "tokenizer.json", "model.safetensors"
-    }  # fmt: skip
-    assert os.listdir(weights / "facebook") == ["bart-base"]
-    assert model_name(weights / "facebook" / "bart-base") == "facebook/bart-base"
+    assert resolve_model("gpt2-medium") == resolve_model("openai-community/gpt2-medium") == folder
+    assert load.load_model("gpt2-medium").config["n_embd"] == 32 and load_tokenizer("gpt2-medium").encode("a")
+    assert model_name(folder) == "openai-community/gpt2-medium" and len(fake.requests) == before
+    assert not weights.exists()
 
 
 @pytest.mark.parametrize("kind", ["safetensors shards", "bin", "bin shards"])
-def test_other_forms_of_the_weights(fake, weights, tiny, tmp_path, kind):
-    folder = tmp_path / "other"
-    folder.mkdir()
-    whole = weights.parent / "whole"
+def test_other_forms_of_the_weights(fake, tiny, tmp_path, kind):
+    whole, folder = tmp_path / "whole", tmp_path / "other"
     whole.mkdir()
+    folder.mkdir()
     (whole / "model.safetensors").write_bytes(tiny["model.safetensors"])
     tensors = read_tensors(whole)
     halves = [dict(list(tensors.items())[half::2]) for half in (0, 1)] if "shards" in kind else [tensors]
     ending, stem = ("bin", "pytorch_model") if "bin" in kind else ("safetensors", "model")
-    names = [f"{stem}{f'-{i}-of-2' if 'shards' in kind else ''}.{ending}" for i in range(len(halves))]
+    names = [f"{stem}{f'-0000{i}-of-00002' if 'shards' in kind else ''}.{ending}" for i in range(len(halves))]
     for name, half in zip(names, halves, strict=True):
         write_safetensors(folder / name, half) if ending == "safetensors" else torch.save(half, folder / name)
     if "shards" in kind:
         index = {"weight_map": {key: name for name, half in zip(names, halves, strict=True) for key in half}}
         (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
-    rest = {name: tiny[name] for name in ("config.json", "vocab.json", "merges.txt", "README.md")}
-    fake.repositories["my/model"] = {**rest, **contents(folder)}
-    rest.pop("README.md")
+    rest = {name: tiny[name] for name in ("config.json", "vocab.json", "merges.txt")}
+    fake.repositories["my/model"] = {"README.md": b"", **rest, **contents(folder)}
     assert contents(resolve_model("my/model")) == {**rest, **contents(folder)}
-    found = read_tensors(weights / "my" / "model")
+    found = read_tensors(find_model("my/model"))
     assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in found)
 
 
-TROUBLE = {
-    "breaks off again and again": ([breaks_off] * 6, 7),
-    "stalls": ([stalls], 2),
-    "corrupts": ([corrupts], 2),
-    "corrupts what it resumes": ([breaks_off, corrupts], 3),
-    "cuts short": ([cuts_short_and_says_so], 2),
-    "sends too much": ([sends_too_much], 2),
-    "ignores ranges": ([breaks_off, ignores_ranges], 2),
-    "answers another range": ([breaks_off, answers_another_range], 3),
-    "hangs up": ([hangs_up], 2),
-    "hangs up midway": ([breaks_off, hangs_up], 3),
-    "is no HTTP": ([is_no_http], 2),
-    "overloaded": ([errs(503), errs(429), errs(500)], 4),
-}
-
-
-@pytest.mark.parametrize("name", TROUBLE)
-def test_trouble_that_passes(fake, weights, tiny, monkeypatch, name):
-    troubles, requests = TROUBLE[name]
-    if name == "stalls":  # only there: elsewhere a busy machine might need the time
-        monkeypatch.setattr(download, "TIMEOUT", 0.3)
-    fake.repositories["openai-community/gpt2"] = tiny
-    fake.trouble["model.safetensors"] = list(troubles)
-    assert contents(resolve_model("gpt2")) == needed(tiny) and os.listdir(weights) == ["gpt2"]
-    ranges = fake.ranges("model.safetensors")
-    assert len(ranges) == requests and fake.trouble["model.safetensors"] == []
-    if troubles[0] is breaks_off:
-        assert ranges[1] == "bytes=19999-"
-    if len(troubles) == 6:  # each try goes on where the last one stopped, from its last byte
-        assert ranges == [None] + [f"bytes={20_000 * i - i}-" for i in range(1, 7)]
-
-
-@pytest.mark.parametrize(
-    "trouble, reason",
-    [
-        (corrupts, "its SHA256 is"), (hangs_up, "closed connection"), (errs(503), "HTTP Error 503"),
-        (sends_too_much, "more than"), (is_no_http, "hello"), (cuts_short_and_says_so, "broke off after 20000 of"),
-    ],
-)  # fmt: skip
-def test_trouble_that_stays(fake, weights, tiny, trouble, reason):
-    fake.repositories["openai-community/gpt2"] = tiny
-    fake.trouble["model.safetensors"] = [trouble] * 100
-    message = complaint("gpt2")
-    assert reason in message and "model.safetensors" in message and "try again" in message
-    assert not (weights / "gpt2").exists() and find_model("gpt2") is None
-    assert len(fake.ranges("model.safetensors")) <= download.TRIES + 1
-    fake.trouble.clear()
-    assert contents(resolve_model("gpt2")) == needed(tiny) and os.listdir(weights) == ["gpt2"]
-
-
-def test_a_later_run_goes_on(fake, weights, tiny):
-    fake.repositories["openai-community/gpt2"] = tiny
-    fake.trouble["model.safetensors"] = [breaks_off, *[hangs_up] * 3]
-    assert "what has arrived is kept" in complaint("gpt2")
-    (part,) = (weights / ".gpt2.part").glob("model.safetensors.*.part")
-    assert part.read_bytes() == tiny["model.safetensors"][:20_000]
-    fake.requests.clear()
-    assert contents(resolve_model("gpt2")) == needed(tiny) and os.listdir(weights) == ["gpt2"]
-    assert fake.ranges("model.safetensors") == ["bytes=19999-"]
-    last = len(tiny["vocab.json"]) - 1
-    assert fake.ranges("vocab.json") == [f"bytes={last}-"]  # complete already: one byte asks whether it still is so
-
-
-@pytest.mark.parametrize("change", ["other bytes", "shorter", "gone"])
-def test_a_later_run_finds_another_version(fake, weights, tiny, change):
-    fake.repositories["openai-community/gpt2"] = tiny
-    fake.trouble["model.safetensors"] = [breaks_off, *[hangs_up] * 3]
-    complaint("gpt2")
-    new = {**tiny, "model.safetensors": tiny["model.safetensors"][::-1]}
-    if change == "shorter":
-        new["model.safetensors"] = new["model.safetensors"][:5000]
-    if change == "gone":
-        new.pop("model.safetensors")
-    fake.repositories["openai-community/gpt2"] = new
-    names = NEEDED if change != "gone" else NEEDED - {"model.safetensors"} | {"pytorch_model.bin"}
-    assert contents(resolve_model("gpt2")) == {name: new[name] for name in names}
-
-
-def test_two_at_once(fake, weights, tiny, capsys):
-    fake.repositories["openai-community/gpt2"] = tiny
-    fake.trouble["model.safetensors"] = [lambda *arguments: (time.sleep(0.5), breaks_off(*arguments))]
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(resolve_model("gpt2"))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert found == [weights / "gpt2"] * 4
-    assert contents(weights) == {f"gpt2/{name}": content for name, content in needed(tiny).items()}
-    assert len(fake.ranges("model.safetensors")) == 2 and len(fake.ranges("vocab.json")) == 1
-    assert capsys.readouterr().err.count("waiting for another process") == 3
-
-
-# ---- the token ----
-
-
-def set_token(case, home, monkeypatch):
-    """Set a case's variables and write its files, HF_HOME's among them; HERE stands for the folder."""
-    for key in (*TOKEN_VARIABLES, "HF_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(key, raising=False)
-    for name, text in case.items():
-        if "/" in name:
-            (home / name).parent.mkdir(parents=True, exist_ok=True)
-            (home / name).write_text(text)
-        else:
-            monkeypatch.setenv(name, text.replace("HERE", str(home)))
-
-
-LOGIN = {"HF_HOME": "HERE/hf", "hf/token": "hf_file"}
-TOKENS = {  # what is set, files by their paths -> the token
-    "nothing": ({"HF_HOME": "HERE/hf"}, None),
-    "the login's": (LOGIN, "hf_file"),
-    "with a line end": ({"HF_HOME": "HERE/hf", "hf/token": " hf_file\r\n"}, "hf_file"),
-    "an empty file": ({"HF_HOME": "HERE/hf", "hf/token": "\n"}, None),
-    "a variable before the file": ({"HF_TOKEN": "hf_new", **LOGIN}, "hf_new"),
-    "new before old": ({"HF_TOKEN": "hf_new", "HUGGING_FACE_HUB_TOKEN": "hf_old", "HF_HOME": "HERE/hf"}, "hf_new"),
-    "the old one before the file": ({"HF_TOKEN": "", "HUGGING_FACE_HUB_TOKEN": "hf_old", **LOGIN}, "hf_old"),
-    "a blank variable": ({"HF_TOKEN": " \n", "HUGGING_FACE_HUB_TOKEN": "hf_old", **LOGIN}, "hf_file"),
-    "a file of one's own": ({"HF_TOKEN_PATH": "HERE/mine/secret", "mine/secret": "hf_mine", **LOGIN}, "hf_mine"),
-    "a file that is not there": ({"HF_TOKEN_PATH": "HERE/mine/none", **LOGIN}, None),
-    "~ and variables": (
-        {"HOME": "HERE", "MINE": "mine", "HF_TOKEN_PATH": "~/${MINE}/secret", "mine/secret": "hf_mine"}, "hf_mine"),
-    "the usual place": ({"HOME": "HERE", ".cache/huggingface/token": "hf_file"}, "hf_file"),
-    "XDG's place": ({"XDG_CACHE_HOME": "HERE/xdg", "xdg/huggingface/token": "hf_file"}, "hf_file"),
-    "forbidden": ({"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_TOKEN": "hf_new", **LOGIN}, None),
-    "not forbidden": ({"HF_HUB_DISABLE_IMPLICIT_TOKEN": "0", "HF_TOKEN": "hf_new", "HF_HOME": "HERE/hf"}, "hf_new"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", TOKENS)
-def test_the_token_is_found_and_seen_by_the_hub_alone(name, fake, weights, tiny, tmp_path, monkeypatch):
-    case, token = TOKENS[name]
-    set_token(case, tmp_path / "user", monkeypatch)
-    monkeypatch.setattr(hub, "CACHE", Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser())
-    fake.repositories["openai-community/gpt2"] = tiny
-    assert contents(resolve_model("gpt2")) == needed(tiny)
-    seen = {(host, header) for host, _, header, _ in fake.requests}
-    assert seen == {("127.0.0.1", token and f"Bearer {token}"), ("localhost", None)}
-
-
-ASK = """
-import importlib, json, os, sys
-from huggingface_hub import constants, get_token
-from huggingface_hub.utils import build_hf_headers
-before, tokens = dict(os.environ), []
-for variables in json.load(sys.stdin):
-    os.environ.clear()
-    os.environ.update(before | variables)
-    importlib.reload(constants)
-    tokens.append(build_hf_headers().get("authorization"))
-json.dump(tokens, sys.stdout)
-"""
-
-
-def test_the_token_is_huggingface_hubs(tmp_path, monkeypatch):
-    """The table above against the package itself."""
-    pytest.importorskip("huggingface_hub")
-    variables = []
-    for i, (case, _) in enumerate(TOKENS.values()):
-        with monkeypatch.context() as context:
-            set_token(case, tmp_path / str(i), context)
-            variables.append({name: os.environ[name] for name in case if "/" not in name})
-    for key in (*TOKEN_VARIABLES, "HF_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(key, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
-    asked = subprocess.run([sys.executable, "-c", ASK], input=json.dumps(variables), capture_output=True, text=True)
-    expected = [token and f"Bearer {token}" for _, token in TOKENS.values()]
-    assert dict(zip(TOKENS, json.loads(asked.stdout), strict=True)) == dict(zip(TOKENS, expected, strict=True))
-
-
-def test_no_token_goes_with_a_refusal_into_the_message(fake, weights, monkeypatch):
-    """But where it stood: an expired one is the reason why a public model is refused."""
-    (weights.parent / "hf").mkdir()
-    (weights.parent / "hf" / "token").write_text("hf_expired")
-    fake.refuse = 401
-    message = complaint("nobody/nothing")
-    assert f"(what {weights.parent}/hf/token holds was sent)" in message and "hf_expired" not in message
-    monkeypatch.setenv("HF_TOKEN", "hf_expired")
-    message = complaint("nobody/nothing")
-    assert "(what HF_TOKEN holds was sent)" in message and "hf_expired" not in message
-
-
-def test_a_token_that_is_none(fake, weights, monkeypatch):
-    path = weights.parent / "hf" / "token"
-    path.mkdir(parents=True)
-    assert f"cannot read {path}: Is a directory" in complaint("gpt2")
-    path.rmdir()
-    path.write_bytes(b"\xff\xfe")
-    assert f"{path} is not UTF-8 text" in complaint("gpt2")
-    path.write_text("hf_a hf_b")
-    message = complaint("gpt2")
-    assert f"the token in {path} has blanks" in message and "hf_a" not in message
-    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_\xe9")
-    message = complaint("gpt2")
-    assert "the token in HUGGING_FACE_HUB_TOKEN has blanks or other" in message and "hf_" not in message
-    assert fake.requests == []
+def test_several_processes_at_once(fake, weights, tiny):
+    """Each set up by environment variables alone; huggingface_hub looks for its cache in the same place."""
+    program = (
+        "from huggingface_hub.constants import HF_HUB_CACHE; from minprefix.formats.hub import *\n"
+        "assert Path(HF_HUB_CACHE) == hub_cache(); print(resolve_model('my/gpt2'))"
+    )
+    fake.repositories["my/gpt2"] = tiny
+    command = [sys.executable, "-c", program]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    folders = {Path(process.communicate(timeout=100)[0].strip()) for process in processes}
+    assert folders == {find_model("my/gpt2")} and contents(find_model("my/gpt2")) == needed(tiny)
 
 
 # ---- what cannot be downloaded ----
 
 
-def test_no_such_model(fake, weights, tiny):
-    for status, advice in ((401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "check the name")):
-        fake.refuse = status
-        message = complaint("nobody/nothing")
-        assert str(status) in message and advice in message and fake.url in message and str(weights) in message
-    assert not weights.exists() or os.listdir(weights) == []
-    fake.refuse = 503
-    assert "HTTP Error 503" in complaint("gpt2")
-
-
 @pytest.mark.parametrize(
-    "lacking, reason",
-    [("vocab.json tokenizer.json", "no tokeniser"), ("config.json", "answers 404"),
-     ("model.safetensors pytorch_model.bin", "has no weights")],
-)  # fmt: skip
-def test_incomplete_repository(fake, weights, tiny, lacking, reason):
+    "refuse, parts",
+    [
+        ((404, "RepoNotFound"), "does not exist, or is private: check the name|HF_TOKEN"),
+        ((404, ""), "does not exist, or is private: check the name"),
+        ((404, "RevisionNotFound"), "has no revision main"),
+        ((401, "RepoNotFound"), "does not exist, or is private"),
+        ((401, ""), "refuses access (401): check the name, and correct or remove the token|HF_TOKEN"),
+        ((403, "GatedRepo"), "is gated: accept its terms there|HF_TOKEN|hf auth login"),
+        ((403, ""), "refuses access (403)"),
+        ((500, ""), "failed|500|HF_ENDPOINT|give a model's folder"),
+    ],
+)
+def test_refusals(fake, weights, monkeypatch, refuse, parts):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fake.refuse = refuse
+    message = complaint("nobody/nothing")
+    for part in (*parts.split("|"), f"{fake.url}/nobody/nothing", str(weights), str(hub_cache())):
+        assert part in message
+    assert "hf_secret" not in message and find_model("nobody/nothing") is None
+
+
+@pytest.mark.parametrize("lacking, reason", [
+    ("vocab.json", "lacks config.json, or vocab.json and merges.txt, or tokenizer.json"),
+    ("config.json", "lacks config.json"), ("model.safetensors pytorch_model.bin", "lacks weights"),
+])  # fmt: skip
+def test_incomplete_repository(fake, tiny, lacking, reason):
     fake.repositories["a/b"] = {name: content for name, content in tiny.items() if name not in lacking.split()}
-    assert reason in complaint("a/b") and not (weights / "a" / "b").exists()
+    assert reason in complaint("a/b") and fake.contents() == []
 
 
 def test_a_model_of_another_kind_is_refused_before_its_weights(fake, tiny):
     fake.repositories["a/b"] = {**tiny, "config.json": b'{"model_type": "llama"}'}
     assert "'llama' model, minprefix runs gpt2 and bart" in complaint("a/b")
-    assert all(path.endswith("config.json") for _, path, _, _ in fake.requests)
-    assert list(load.CLASSES) == list(hub.KINDS)
+    assert fake.contents() == ["config.json"] and list(load.CLASSES) == list(hub.KINDS)
 
 
-def test_hostile_index(fake, weights, tiny):
-    for shard in ("../../secret", "/etc/passwd", "a/b", 5, ""):
-        index = json.dumps({"weight_map": {"wte": shard}}).encode()
-        files = {**tiny, "model.safetensors.index.json": index}
-        files.pop("model.safetensors")
-        fake.repositories["a/b"] = files
-        assert "expected a plain file name" in complaint("a/b")
-    assert not (weights / "a" / "b").exists()
+def test_no_network(package, weights, tiny, monkeypatch):
+    write_snapshot(hub_cache() / "models--openai-community--gpt2-medium", {"config.json": tiny["config.json"]})
+    message = complaint("gpt2-medium")  # of which a part is in the cache
+    for what in (str(weights), str(hub_cache()), os.environ["HF_ENDPOINT"], "Connect", "check the network", "folder"):
+        assert what in message
+    use_endpoint("no.url", monkeypatch)
+    assert "the download of no.url/openai-community/gpt2 failed" in complaint("gpt2")
 
 
-def test_an_answer_that_is_no_hubs(fake, weights, tiny):
+def test_full_disk(fake, tiny):
+    """A limit on the size of files stands for it; the next try completes the model."""
     fake.repositories["a/b"] = tiny
-    fake.trouble["config.json"] = [lambda handler, content, headers: send(handler, 200, {}, b"<html>log in</html>")]
-    assert "not a file of the hub" in complaint("a/b")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(tiny["model.safetensors"]) - 1, before[1]))
+    try:
+        with pytest.raises(WriteError, match="cannot write .*: File too large; make room, or set HF_HUB_CACHE to"):
+            resolve_model("a/b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert find_model("a/b") is None
+    assert contents(resolve_model("a/b")) == needed(tiny)
+
+
+def test_cache_that_cannot_be_written(fake, tiny):
+    fake.repositories["a/b"] = tiny
+    hub_cache().parent.mkdir()
+    hub_cache().write_text("a file")
+    message = complaint("a/b")
+    assert f"cannot write {hub_cache()}" in message and os.strerror(errno.ENOTDIR) in message
+
+
+def test_a_token_does_not_appear_in_the_message(fake, monkeypatch):
+    for token in ("hf_se\1cret", "hf_s\xe9cret", "hf_se cret"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        assert "hf_s" not in complaint("gpt2") and "cret" not in complaint("gpt2")
+
+
+def test_without_the_package(weights, tiny):
+    assert "nor a complete one" in complaint("gpt2-medium")
+    assert "the download needs huggingface_hub" in complaint("gpt2-medium")
+    assert "pip install -e '.[hub]'" in complaint("gpt2-medium")
 
 
 def test_offline(weights, monkeypatch):
-    begin = time.monotonic()
-    message = complaint("gpt2-medium")
-    assert time.monotonic() - begin < 5
-    for what in (str(weights), str(hub_cache()), "cannot be reached", "give a model's folder", "'gpt2-medium'"):
-        assert what in message
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    message = complaint("gpt2-medium")
-    assert "HF_HUB_OFFLINE" in message and str(weights) in message and str(hub_cache()) in message
-    assert not weights.exists()
-
-
-@pytest.mark.parametrize("answer", ["silent", "dripping headers"])
-def test_server_that_does_not_answer(fake, monkeypatch, answer):
-    def drip(handler):
-        while answer == "dripping headers" and not fake.stop.wait(0.02):
-            handler.wfile.write(b"x")
-        fake.stop.wait(5)
-
-    monkeypatch.setattr(download, "TIMEOUT", 0.3)
-    fake.answer = drip
-    assert "cannot be reached (timed out" in complaint("gpt2")
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(variable, "1")
+        message = complaint("gpt2-medium")
+        assert "HF_HUB_OFFLINE forbids a download" in message and str(hub_cache()) in message
+        monkeypatch.delenv(variable)
 
 
 @pytest.mark.parametrize("name", [
     "../up", "a/../b", "...", ".hidden", "a/.b", "/nowhere", "a//b", "a/b/c", "a\\b", "a--b", "a..b", "a b", "a\0b",
     "é", "-x", "a/", "/a", "n" * 97, "gpt2?x", "gpt2#x", "gpt2%2e", "a\n", "http://x/y", "~", "$HOME",
 ])  # fmt: skip
-def test_names_that_are_none(fake, weights, name):
+def test_names_that_are_none(weights, name):
     (weights.parent / "up").mkdir()  # what a path out of weights/ would find
     weights.mkdir()
-    assert not is_hub_name(name) and "no model" in complaint(name) and fake.requests == []
-
-
-@pytest.mark.parametrize("key, value", [
-    ("HF_ENDPOINT", "file:///etc"), ("HF_ENDPOINT", "huggingface.co"), ("HF_ENDPOINT", "http://a b"),
-    ("HF_TOKEN", "a\r\nX: y"), ("HF_TOKEN", "tökén"), ("HF_TOKEN", "a b"),
-])  # fmt: skip
-def test_settings_that_make_no_sense(fake, monkeypatch, key, value):
-    monkeypatch.setenv(key, value)
-    assert key in complaint("gpt2") and fake.requests == []
-
-
-def test_weights_folder_cannot_be_written(fake, weights, tiny):
-    fake.repositories["openai-community/gpt2"] = tiny
-    weights.write_text("a file")
-    assert "cannot write" in complaint("gpt2")
+    assert not is_hub_name(name) and "no model" in complaint(name) and "download" not in complaint(name)
 
 
 # ---- what is there already ----
@@ -603,7 +364,7 @@ def write_snapshot(repository, files, commit=COMMIT):
 def test_cache(weights, tiny, monkeypatch):
     repository = hub_cache() / "models--openai-community--gpt2"
     assert hub_cache() == weights.parent / "hf" / "hub"
-    snapshot = write_snapshot(repository, tiny)
+    snapshot = write_snapshot(repository, needed(tiny))
     assert resolve_model("gpt2") == resolve_model("openai-community/gpt2") == snapshot
     assert model_name(snapshot) == "openai-community/gpt2" and load.load_model("gpt2").config["n_embd"] == 32
     (weights / "gpt2").mkdir(parents=True)
@@ -641,20 +402,6 @@ def test_incomplete_snapshots_do_not_count(weights, tiny):
     for reference in ("", "../..", "f" * 40, "\xff"):
         (repository / "refs" / "main").write_bytes(reference.encode("latin-1"))
         assert find_model("a/b") is None
-
-
-def test_huggingface_hubs_own_cache(fake, weights, tiny, monkeypatch, tmp_path):
-    """What the package itself downloads from the same server is found, and is the same."""
-    package = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    fake.repositories["my/gpt2"] = tiny
-    for name in sorted(NEEDED):  # vocab.json is the last
-        assert find_model("my/gpt2") is None
-        path = package.hf_hub_download("my/gpt2", name, endpoint=fake.url, cache_dir=hub_cache())
-    snapshot = Path(path).parent
-    assert resolve_model("my/gpt2") == snapshot and model_name(snapshot) == "my/gpt2"
-    shutil.rmtree(hub_cache())
-    assert contents(resolve_model("my/gpt2")) == needed(tiny)
 
 
 def test_a_misspelt_name_is_told_what_it_may_mean(monkeypatch):
