@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from minprefix.core.batches import Batch, Pair, batches_per_epoch, bucket_batches, collate, pair_lengths, sorted_batches
 from minprefix.core.checkpointing import Log, read_checkpoint, same_form, save_checkpoint, too_little_memory
-from minprefix.core.linear import packed_weights
+from minprefix.core.kernels import packed_weights
 from minprefix.core.loss import target_loss
 from minprefix.core.model import Model, Tokenizer
 from minprefix.core.muon import Muon
