@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from minprefix.system.errors import InputError
 
-FUSED_FROM = 16  # query tokens: from so many on, a GPU's fused kernel is used
+FEW_QUERIES = 16  # tokens: with fewer, as in decoding, keys are never copied
+SHORT_PREFIX = 64  # virtual tokens: up to so many, copying them before the tokens' keys is faster on CPU
 
 
 class KV(NamedTuple):
@@ -35,17 +36,28 @@ class KV(NamedTuple):
 def attend(q: Tensor, kv: KV, prefix: KV | None = None) -> Tensor:
     """Scaled dot-product attention of the queries q (B, H, T, D) over the prefix and the tokens -> (B, H, T, D).
 
-    softmax(q [K_prefix; K]^T / sqrt(D) + mask) [V_prefix; V], as in Li & Liang (2021), section 4. The keys are not
-    copied together: the scores are.
+    softmax(q [K_prefix; K]^T / sqrt(D) + mask) [V_prefix; V], as in Li & Liang (2021), section 4.
     """
-    if q.is_cuda and q.size(2) >= FUSED_FROM:
-        return fused_attend(q, kv, prefix)
+    T, gpu = q.size(2), q.is_cuda
+    if prefix is not None and T >= FEW_QUERIES and (gpu or prefix.k.size(2) <= SHORT_PREFIX):
+        kv, prefix = concat(prefix, kv, len(q), T), None
+    return fused_attend(q, kv) if gpu and T >= FEW_QUERIES else plain_attend(q, kv, prefix)
+
+
+def plain_attend(q: Tensor, kv: KV, prefix: KV | None = None) -> Tensor:
+    """`attend` by two products for each part; the prefix's keys are not copied, only the scores are concatenated."""
     q = q * q.size(-1) ** -0.5
     if prefix is None:
         return product(scores(q, kv).softmax(dim=-1), kv.v)
     P = prefix.k.size(2)
     weights = torch.cat([scores(q, prefix), scores(q, kv)], dim=-1).softmax(dim=-1)
     return product(weights[..., :P], prefix.v) + product(weights[..., P:], kv.v)
+
+
+def fused_attend(q: Tensor, kv: KV) -> Tensor:
+    """`attend` without a prefix by torch's fused kernel, which keeps no scores in memory: for a GPU."""
+    k, v = kv.k.expand(len(q), -1, -1, -1), kv.v.expand(len(q), -1, -1, -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=kv.mask)
 
 
 def scores(q: Tensor, kv: KV) -> Tensor:
@@ -60,14 +72,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     B, H, T, X = a.shape
     return (a.transpose(0, 1).reshape(H, B * T, X) @ b[0]).unflatten(1, (B, T)).transpose(0, 1)
-
-
-def fused_attend(q: Tensor, kv: KV, prefix: KV | None) -> Tensor:
-    """`attend` by torch's fused kernel over [prefix; tokens], which keeps no scores in memory: for a GPU."""
-    k, v, mask = kv if prefix is None else concat(prefix, kv, len(q), q.size(2))
-    B = len(q)
-    k, v = k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def concat(prefix: KV, kv: KV, B: int, T: int) -> KV:
