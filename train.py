@@ -76,6 +76,7 @@ def parse_args() -> Namespace:
     duration("--epochs", type=float, metavar="X", help="passes over the training pairs (by model)")
     duration("--steps", type=int, metavar="N", help="steps, instead of --epochs (by model)")
     add("--batch-size", type=int, metavar="N", help="pairs in a step (by model)")
+    add("--group", type=int, metavar="N", help="at most N references share one reading of their source (by model)")
     add("--lr", type=float, metavar="X", help="learning rate, decays to 0 (by model and method)")
     add("--warmup", type=int, metavar="N", default=0, help="steps in which it rises first (%(default)s)")
     add("--seed", type=int, metavar="N", default=101, help="of the first numbers and the order (%(default)s)")
@@ -102,7 +103,7 @@ def parse_args() -> Namespace:
 def check(args: Namespace) -> None:
     """InputError where a number makes no sense, or an option has no effect."""
     above_zero = ("epochs", "steps", "limit", "low_data", "batch_size", "lr", "eval_every", "beams", "max_source")
-    check_above_zero(args, (*above_zero, "prefix_length", "adapter_width"))
+    check_above_zero(args, (*above_zero, "group", "prefix_length", "adapter_width"))
     if args.out == Path():
         raise InputError("--out is empty, or the current folder: give a folder for the run")
     check_not_negative(args, ("hidden", "warmup", "eval_inputs", "seed", "low_data_seed", "offset"))
@@ -168,8 +169,8 @@ def run(args: Namespace) -> None:
     with autocast:
         log, best_step = train(
             model, trainable, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
-            lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, resume=args.resume,
-            settings={key: value for key, value in vars(args).items() if key not in MAY_CHANGE},
+            lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, group=args.group,
+            resume=args.resume, settings={key: value for key, value in vars(args).items() if key not in MAY_CHANGE},
         )  # fmt: skip
     if distributed.rank() > 0:  # the rest is one process's work
         return

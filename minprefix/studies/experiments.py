@@ -33,7 +33,7 @@ from minprefix.core.batches import Example, batches_per_epoch, collate, encode_p
 from minprefix.core.generate import generate
 from minprefix.core.kernels import packed_weights
 from minprefix.core.prefix import Prefix
-from minprefix.core.training import DIVERGED, batch_stream, make_optimizer, training_step
+from minprefix.core.training import DIVERGED, batch_stream, make_optimizer, pair_count, training_step
 from minprefix.data.tasks import TASKS, find_e2e, json_rows, load_examples, load_on_topics
 from minprefix.formats.hub import model_name, resolve_model
 from minprefix.formats.load import empty_model, load_model
@@ -199,10 +199,10 @@ def measure(args: Namespace) -> dict[str, float]:
     pairs = encode_pairs(examples, tokenizer, model, what=None)
     batches = list(islice(batch_stream(pairs, 16, 0, 0, model.encoder_decoder), 4))
     with packed_weights(model, training=True):
-        for pairs in [*batches, *batches]:
+        for groups in [*batches, *batches]:
             started = time.perf_counter()
-            training_step(model, prefix, collate(pairs, tokenizer, model).to(args.device), optimizer).item()
-            seconds.append((time.perf_counter() - started) / len(pairs))
+            training_step(model, prefix, collate(groups, tokenizer, model).to(args.device), optimizer).item()
+            seconds.append((time.perf_counter() - started) / pair_count(groups))
     seconds = seconds[len(batches) :]  # the first time includes compiling
     sources = [example.source for example in examples[:16]]
     started = time.perf_counter()
