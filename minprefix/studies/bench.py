@@ -29,7 +29,7 @@ from torch import Tensor
 from torch._dynamo.utils import calculate_time_spent, counters  # no public interface gives these
 from torch.utils.flop_counter import FlopCounterMode
 
-from minprefix.cli.options import DEVICES, DTYPES, Parser, check_above_zero, check_not_negative, flag
+from minprefix.cli.options import Parser, add_device_options, check_above_zero, check_not_negative, flag
 from minprefix.core.batches import Pair, collate, encode_pairs, pad, pair_lengths, start_id
 from minprefix.core.generate import generate_ids
 from minprefix.core.linear import Linear, pack_weights
@@ -64,8 +64,7 @@ def parse_args() -> Namespace:
     add("--steps", type=int, metavar="N", default=8, help="batches in a round (%(default)s)")
     add("--rounds", type=int, metavar="N", default=3, help="rounds after the first (%(default)s)")
     add("--threads", type=int, metavar="N", help="of the CPU (torch's default)")
-    add("--device", choices=DEVICES, metavar="NAME", default="auto", help="cpu, cuda or mps (%(default)s)")
-    add("--dtype", choices=DTYPES, metavar="TYPE", default="auto", help="float32 or bfloat16 (%(default)s)")
+    add_device_options(parser)
     add("--peer", action="store_true", help="transformers + PEFT as well (pip install -e '.[parity]')")
     add("--sweep", nargs="+", metavar=("OPTION", "N"), help="measure for each value of an option: beams 1 5 10")
     add("--json", action="store_true", help="print JSON lines only, minprefix's own the last")
