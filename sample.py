@@ -30,7 +30,7 @@ from minprefix.core.model import Model
 from minprefix.core.prefix_kv import KVPrefix
 from minprefix.formats.load import pick_writing_dtype
 from minprefix.formats.tokenizer import Tokenizer
-from minprefix.methods.baselines import (
+from minprefix.methods.files import (
     find_trained,
     finetune_metadata,
     load_trained,

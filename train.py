@@ -21,7 +21,7 @@ import torch
 from minprefix import load_model, load_tokenizer
 from minprefix.cli.curve import plot_curve, text_curve
 from minprefix.cli.evaluation import NAMES, compare, load_before_after
-from minprefix.cli.runs import disk_size, has_checkpoint, remove_half_written, resumable, run_folder, sample_command
+from minprefix.cli.runs import disk_size, has_checkpoint, resumable, run_folder, sample_command
 from minprefix.cli.search import recipe
 from minprefix.cli.train_args import MAY_CHANGE, parse_args
 from minprefix.core.batches import batches_per_epoch, check_vocabulary, sequence_form
@@ -31,7 +31,8 @@ from minprefix.core.training import train
 from minprefix.data.examples import evenly_spaced
 from minprefix.data.pairs import load_inputs, load_pairs
 from minprefix.formats.load import pick_writing_dtype
-from minprefix.methods.baselines import make_method, save_method
+from minprefix.methods.baselines import make_method
+from minprefix.methods.files import save_method
 from minprefix.system import distributed
 from minprefix.system.device import keep_freed_memory, pick_device, pick_dtype
 from minprefix.system.errors import run_main
@@ -88,8 +89,6 @@ def run(args: Namespace) -> None:
           f"saves {saved:,} ({saved / total:.2%})")  # fmt: skip
     if args.resume and not resuming:
         print(f"nothing to resume in {args.out}: starting")
-    if distributed.rank() == 0:
-        remove_half_written(args.out)
 
     # Train. Autocast without its cache, for the weights change.
     with torch.autocast(device, dtype, enabled=finetune and dtype != torch.float32, cache_enabled=False):

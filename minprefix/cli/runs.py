@@ -56,6 +56,7 @@ def take_folder(out: Path | None, resume: bool, name: str, locks: contextlib.Exi
     folder = out or next(filter(is_run, reversed(existing)), Path("runs", name))  # the last run that was started
     locks.enter_context(locked(folder))
     check_free(folder, resume)
+    remove_half_written(folder)
     return folder
 
 
