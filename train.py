@@ -30,7 +30,6 @@ from minprefix.core.prefix import Prefix, count_parameters, fingerprint
 from minprefix.core.training import train
 from minprefix.data.examples import evenly_spaced
 from minprefix.data.pairs import load_inputs, load_pairs
-from minprefix.formats.load import pick_writing_dtype
 from minprefix.methods.baselines import make_method
 from minprefix.methods.files import save_method
 from minprefix.system import distributed
@@ -81,8 +80,7 @@ def run(args: Namespace) -> None:
         trainable.init_from_words(model, tokenizer, args.init)
 
     trained, saved, total = count_parameters(trainable, model)
-    several = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    print(f"{args.model} in {dtype} on {device}{several}")
+    print(f"{args.model} in {dtype} on {device}")
     print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}, results in {args.out}")
     sites = f" of length {args.prefix_length} at {', '.join(trainable.sites)}" if type(trainable) is Prefix else ""
     print(f"{args.method}{sites}: trains {trained:,} numbers ({trained / total:.2%} of the model's {total:,}), "
@@ -113,8 +111,7 @@ def run(args: Namespace) -> None:
     # Compare texts before and after training; what was trained is read back from its file.
     scores: dict[str, dict[str, float]] = {}
     if test:
-        writing_dtype = pick_writing_dtype(args.dtype, device, args.model)  # as sample.py writes
-        models = load_before_after(args.method, path, model, args.model, device, writing_dtype)
+        models = load_before_after(args.method, path, model, args.model, device, args.dtype)
         scores = compare(NAMES[args.method], *models, tokenizer, test, args.task, args.data, args.max_source, search)
 
     # Write the result.

@@ -4,15 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minprefix import metrics
 from minprefix.core.batches import Example
 from minprefix.core.generate import generate
 from minprefix.core.model import Model
 from minprefix.core.prefix_kv import KVPrefix
 from minprefix.data.tasks import SUMMARISATION, find_e2e
-from minprefix.formats.load import load_model
+from minprefix.formats.load import load_model, pick_writing_dtype
 from minprefix.formats.tokenizer import Tokenizer
 from minprefix.methods.files import load_trained
 from minprefix.metrics.slots import slot_accuracy
@@ -68,12 +66,14 @@ def is_sample(task: str | None, data: str | None) -> bool:
 
 
 def load_before_after(
-    method: str, path: Path, model: Model, base: Path, device: str, dtype: torch.dtype
+    method: str, path: Path, model: Model, base: Path, device: str, dtype_name: str
 ) -> tuple[Model, Model, KVPrefix | None]:
     """The model as it was before training, the model after it, and the prefix that the latter takes.
 
     What was trained is read back from its file, `path`. model: the one that was trained with; base: its folder.
+    dtype_name: see `pick_writing_dtype`, which sample.py asks too.
     """
+    dtype = pick_writing_dtype(dtype_name, device, base)
     frozen = method in ("prefix", "embedding", "infix")
     before = model if frozen and model.head.weight.dtype == dtype else load_model(base, device, dtype)
     if method == "finetune":
