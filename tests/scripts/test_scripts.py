@@ -510,7 +510,6 @@ WITHOUT_EFFECT = {
     "an unknown method": (train, "--method magic", "invalid choice: 'magic'"),
     "no number": (train, "--steps many", "invalid int value: 'many'"),
     "an unknown split": (sample, "--task e2e --split nose", "invalid choice: 'nose'"),
-    "samples of all data": (experiments, "full --samplings 2", "--samplings does nothing for the study full"),
     "an unknown study": (experiments, "fuller", "invalid choice: 'fuller'"),
 }
 
