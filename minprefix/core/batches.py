@@ -37,6 +37,10 @@ def check_vocabulary(tokenizer: Tokenizer, model: Model, where: object = "the to
     """InputError if the tokeniser is not of the model's kind, or has ids that the model has no embedding for."""
     if model.encoder_decoder and "<s>" not in tokenizer.special:
         raise InputError(f"{where}: the tokeniser lacks <s>: it is not BART's")
+    for token, i in tokenizer.added.items():
+        if i >= model.config["vocab_size"]:
+            ids = f"added token {token!r:.80} has the id {i}, beyond the model's embeddings"
+            raise InputError(f"{where}: the {ids}: resize those, or remove the token from the tokeniser's files")
     # Only ids that a text can come to: bart-large-cnn's tokeniser has a <mask> that its model has no embedding for.
     ids = [*tokenizer.rank_to_id, tokenizer.end_id, tokenizer.pad_id]
     if max(ids) >= model.config["vocab_size"]:

@@ -24,7 +24,10 @@ CLASSES: dict[str, tuple[type[Model], FromHuggingFace]] = {
     "gpt2": (GPT2, gpt2_from_huggingface),
     "bart": (BART, bart_from_huggingface),
 }
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
