@@ -41,6 +41,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         raise InputError(f"{folder} has no config.json: give a HuggingFace model folder (config, weights, tokeniser)")
     config = read_object(path)
+    if config.get("force_bos_token_to_be_generated") is True and config.get("forced_bos_token_id") is None:
+        config["forced_bos_token_id"] = config.get("bos_token_id", 0)  # BART before transformers 4.7
     path = folder / "generation_config.json"
     if not path.is_file():
         return config

@@ -226,3 +226,26 @@ def test_the_tokens_that_generation_config_names(tmp_path):
     (folder / "generation_config.json").write_text("[]")
     with pytest.raises(InputError, match="generation_config.json holds a JSON list"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"force_bos_token_to_be_generated": True, "bos_token_id": 0}, 0),
+        ({"force_bos_token_to_be_generated": True, "bos_token_id": 3, "forced_bos_token_id": None}, 3),
+        ({"force_bos_token_to_be_generated": False, "bos_token_id": 3}, None),
+        ({"force_bos_token_to_be_generated": True, "bos_token_id": 0, "forced_bos_token_id": 0}, 0),
+    ],
+)
+def test_old_bart_configs_force_the_first_token(tmp_path, config, expected):
+    """As in transformers; a generation_config.json goes before it there, too."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    folder = write_tiny_bart(tmp_path / "bart")
+    written = {key: v for key, v in json.loads((folder / "config.json").read_text()).items() if "forced_bos" not in key}
+    (folder / "config.json").write_text(json.dumps({**written, **config}))
+    for generation in (None, {"forced_bos_token_id": 5}, {"eos_token_id": 2}):
+        if generation:
+            (folder / "generation_config.json").write_text(json.dumps(generation))
+            expected = generation.get("forced_bos_token_id")
+        theirs = transformers.BartForConditionalGeneration.from_pretrained(folder).generation_config
+        assert load_model(folder).config["forced_bos_token_id"] == theirs.forced_bos_token_id == expected
