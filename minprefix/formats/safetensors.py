@@ -153,7 +153,8 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     try:
         with open(path, "rb") as file:
             header, data_start = read_header(file, path)
-            metadata = header.pop("__metadata__", {})
+            metadata = header.pop("__metadata__", None)
+            metadata = {} if metadata is None else metadata
             if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
                 raise InputError(f"{path}: `__metadata__` must be an object of strings: the file is damaged")
             entries = {name: check_entry(name, entry, path) for name, entry in header.items()}

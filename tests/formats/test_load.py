@@ -123,10 +123,66 @@ def test_untied_head(tmp_path, tiny):
         load_model(write(tmp_path / "m", TENSORS, config=config))
 
 
+@pytest.mark.parametrize("start", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_of_wrapped_models(tmp_path, tiny, start):
+    """As torch.compile and DDP save them, whole or in part."""
+    assert_same(load_model(write(tmp_path / "m", renamed(start)), dtype=torch.float64), tiny)
+    part = {name.replace(".h.1.", f".h.1.{start}"): tensor for name, tensor in TENSORS.items()}
+    assert_same(load_model(write(tmp_path / "part", part), dtype=torch.float64), tiny)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+def test_what_safetensors_save_model_writes(tmp_path, kind):
+    """Of tensors that share their memory it keeps one name: GPT-2's table is lm_head.weight then, and nothing else."""
+    transformers = pytest.importorskip("transformers", reason="saves a model of transformers")
+    save_model = pytest.importorskip("safetensors.torch", reason="saves by the safetensors package").save_model
+    folder = shutil.copytree(TINY, tmp_path / "m") if kind == "gpt2" else write_tiny_bart(tmp_path / "m")
+    names = {"gpt2": "GPT2LMHeadModel", "bart": "BartForConditionalGeneration"}
+    theirs = getattr(transformers, names[kind]).from_pretrained(folder)
+    expected = load_model(folder)
+    save_model(theirs, folder / "model.safetensors")
+    stored = read_safetensors(folder / "model.safetensors")[0]
+    assert kind == "bart" or ("lm_head.weight" in stored and "transformer.wte.weight" not in stored)
+    assert all(torch.equal(p, expected.state_dict()[name]) for name, p in load_model(folder).state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["GPT2ForSequenceClassification", "GPT2DoubleHeadsModel", "GPT2ForTokenClassification", "GPT2ForQuestionAnswering",
+     "BartForSequenceClassification", "BartForQuestionAnswering"],
+)  # fmt: skip
+def test_heads_that_generation_does_not_need(tmp_path, capsys, name):
+    """They are left out, and that is said in one line; the rest is what transformers takes for generation."""
+    transformers = pytest.importorskip("transformers", reason="saves a model of transformers")
+    folder = shutil.copytree(TINY, tmp_path / "m") if "GPT2" in name else write_tiny_bart(tmp_path / "m")
+    getattr(transformers, name).from_pretrained(folder).save_pretrained(folder)
+    language = "GPT2LMHeadModel" if "GPT2" in name else "BartForConditionalGeneration"
+    theirs = getattr(transformers, language).from_pretrained(folder).eval()
+    inputs = {"input_ids": IDS, **({} if "GPT2" in name else {"decoder_input_ids": IDS})}
+    capsys.readouterr()
+    ours = load_model(folder)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "which generation does not need" in lines[0], lines
+    torch.testing.assert_close(ours(*inputs.values()), theirs(**inputs).logits, rtol=0, atol=1e-5)
+
+
+def test_a_value_head_is_left_out(tmp_path, tiny, capsys):
+    """As trl saves it for reinforcement learning."""
+    head = {"v_head.summary.weight": torch.zeros(1, 16), "v_head.summary.bias": torch.zeros(1)}
+    folder = write(tmp_path / "m", {**TENSORS, **head})
+    assert_same(load_model(folder, dtype=torch.float64), tiny)
+    left_out = "left out v_head.summary.bias, v_head.summary.weight, which generation does not need"
+    assert capsys.readouterr().err == f"{folder}: {left_out}\n"
+
+
 def changed(**change):
     """The tensors with some replaced, or dropped where the new one is None."""
     change = {f"transformer.{name.replace('__', '.')}": tensor for name, tensor in change.items()}
     return {name: tensor for name, tensor in {**TENSORS, **change}.items() if tensor is not None}
+
+
+def renamed(start):
+    return {start + name: tensor for name, tensor in TENSORS.items()}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +196,9 @@ def changed(**change):
         (changed(h__1__mlp__c_fc__weight=torch.zeros(640)), r"'h.1.mlp.c_fc.weight' has shape \(640,\)"),
         (changed(ln_f__bias=torch.zeros(16, dtype=torch.int32)), "'ln_f.bias' holds torch.int32"),
         ({**TENSORS, "wte.weight": torch.zeros(37, 16)}, "'wte.weight' is there twice"),
+        ({**TENSORS, "module.transformer.wpe.weight": torch.zeros(24, 16)}, "is there twice, with and without"),
+        (renamed("lm."), "it has 'lm.transformer.h.0.attn.c_attn.bias': rename its tensors without 'lm.transformer.'"),
+        ({"layers.0.bias": torch.zeros(3)}, "lacks 28 of .*; it has 'layers.0.bias' instead: it is of another kind"),
     ],
 )
 def test_other_tensors_are_refused(tmp_path, tensors, message):
