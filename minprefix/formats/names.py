@@ -33,7 +33,7 @@ def without_wrappers(tensors: dict[str, Tensor], folder: str | Path) -> dict[str
 
 
 def without_heads(tensors: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
-    """The tensors without those of classification, value and similar heads; one line on stderr names what is dropped."""
+    """The tensors without classification, value and similar heads; one line on stderr names what is dropped."""
     heads = [name for name in tensors if name.startswith(HEADS)]
     if heads:
         print(f"{folder}: left out {', '.join(heads):.200}, which generation does not need", file=sys.stderr)
