@@ -23,7 +23,15 @@ import torch
 
 from minprefix import generate, load_model, load_tokenizer
 from minprefix.cli.evaluation import check_scorable, evaluate
-from minprefix.cli.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, fill
+from minprefix.cli.options import (
+    DEVICES,
+    DTYPES,
+    Parser,
+    check_above_zero,
+    check_not_negative,
+    check_requires,
+    fill_defaults,
+)
 from minprefix.cli.requests import load_prefixes, prefix_name, read_requests, write_requests
 from minprefix.cli.runs import is_run, texts_file
 from minprefix.cli.search import search_options
@@ -31,11 +39,11 @@ from minprefix.core.batches import Example, check_vocabulary
 from minprefix.data.tasks import WEBNLG_SPLITS, check_place, format_source, load_on_topics
 from minprefix.formats.load import pick_writing_dtype
 from minprefix.methods.baselines import (
-    base_folder,
+    find_trained,
+    finetune_metadata,
     load_trained,
     read_trained,
-    told_by_config,
-    trained_file,
+    resolve_base_model,
     trained_max_source,
 )
 from minprefix.system import distributed
@@ -96,7 +104,9 @@ def parse_args() -> Namespace:
     split = "test" if args.task and not args.task.endswith(".jsonl") else "all"
     if args.evaluate and args.task and split == "all" and not args.split:
         print(f"scoring all of {args.task}: if it was trained on, --split test is what was held out", file=sys.stderr)
-    fill(args, {"split": split, "topic_field": "topic", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 101})
+    fill_defaults(
+        args, {"split": split, "topic_field": "topic", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 101}
+    )
     args.prefix = next(iter(args.prefixes), None)  # the first, mostly the only one
     if args.evaluate and not args.output:
         inputs = args.split if args.task else Path(args.file or "input").stem
@@ -113,8 +123,8 @@ def check(args: Namespace) -> None:
     """InputError where a number makes no sense, or an option has no effect."""
     check_above_zero(args, ("limit", "max_source"))
     check_not_negative(args, ("seed",))
-    check_needed(args, dict.fromkeys(("temperature", "top_k", "top_p", "seed"), "sample"))
-    check_needed(args, {"split": "task", "data": "task", "topics": "task", "topic_field": "topics"})
+    check_requires(args, dict.fromkeys(("temperature", "top_k", "top_p", "seed"), "sample"))
+    check_requires(args, {"split": "task", "data": "task", "topics": "task", "topic_field": "topics"})
     if args.length_penalty is not None and (args.sample or args.beams == 1):
         raise InputError("--length-penalty does nothing without a search by several --beams: leave it out")
     if len(args.prefixes) > 1 and (args.evaluate or not str(args.file).endswith(".jsonl")):
@@ -148,7 +158,7 @@ def main() -> None:
     args = parse_args()
     keep_freed_memory()
     trained, info = read_prefix(args)
-    device, folder = pick_device(args.device), base_folder(args.model, args.prefix, info)
+    device, folder = pick_device(args.device), resolve_base_model(args.model, args.prefix, info)
     model = load_model(folder, device, pick_writing_dtype(args.dtype, device, folder))
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, model, folder)
@@ -166,7 +176,7 @@ def main() -> None:
         return
 
     prefix = load_trained(trained, model) if trained else None
-    info = info or told_by_config(model.config)
+    info = info or finetune_metadata(model.config)
     trained_task = info.get("task", "")
     # Decides how texts are searched for and scored; a file of rows is only where the inputs come from.
     task = args.task if args.task and not args.task.endswith(".jsonl") else trained_task
@@ -175,10 +185,10 @@ def main() -> None:
         check_scorable(task, examples)
     max_source, search = args.max_source or trained_max_source(info), search_options(task, vars(args))
     texts = generate(
-        model, tokenizer, distributed.share([example.source for example in examples]), prefix=prefix,
+        model, tokenizer, distributed.shard([example.source for example in examples]), prefix=prefix,
         max_source=max_source, **search, **drawing, progress=len(examples) > 1 and rank == 0,
     )  # fmt: skip
-    lines = write_lines(distributed.joined(texts), args.output)
+    lines = write_lines(distributed.unshard(texts), args.output)
     if args.evaluate and rank == 0:
         settings = {**vars(args), **search, "max_source": max_source}
         evaluate(task, examples, lines, args.output.with_suffix(".json"), settings)
@@ -188,7 +198,7 @@ def read_prefix(args: Namespace) -> tuple[Path | None, dict[str, str]]:
     """The file that --prefix means, and what it says of itself; a fine-tuned model becomes --model instead."""
     if not args.prefix:
         return None, {}
-    trained = trained_file(args.prefix)
+    trained = find_trained(args.prefix)
     if not (trained / "config.json").is_file():
         return trained, read_trained(trained)[1]
     if args.model:
@@ -248,4 +258,4 @@ def write_lines(texts: list[str], output: Path | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_main(distributed.each_rank(main))
+    run_main(distributed.distributed_main(main))

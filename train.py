@@ -20,23 +20,23 @@ import torch
 
 from minprefix import load_model, load_tokenizer
 from minprefix.cli.curve import plot_curve, text_curve
-from minprefix.cli.evaluation import compare, load_writers
-from minprefix.cli.options import DEVICES, DTYPES, Parser, check_above_zero, check_needed, check_not_negative, flag
+from minprefix.cli.evaluation import compare, load_before_after
+from minprefix.cli.options import DEVICES, DTYPES, Parser, check_above_zero, check_not_negative, check_requires, flag
 from minprefix.cli.runs import disk_size, has_checkpoint, remove_half_written, resumable, run_folder, sample_command
 from minprefix.cli.search import recipe
 from minprefix.cli.settings import OPTIONS, fill_settings, other_options, settings_table
 from minprefix.core.batches import Example, Pair, batches_per_epoch, check_vocabulary, sequence_form
 from minprefix.core.generate import Search
 from minprefix.core.model import Model
-from minprefix.core.prefix import Prefix, count_numbers, fingerprint
+from minprefix.core.prefix import Prefix, count_parameters, fingerprint
 from minprefix.core.training import train
-from minprefix.data.examples import spread
+from minprefix.data.examples import evenly_spaced
 from minprefix.data.pairs import load_inputs, load_pairs
 from minprefix.data.tasks import TRIPLES, check_place
 from minprefix.formats.hub import resolve_model
 from minprefix.formats.load import pick_writing_dtype
 from minprefix.formats.tokenizer import Tokenizer
-from minprefix.methods.baselines import make_tuned, save_tuned
+from minprefix.methods.baselines import make_method, save_method
 from minprefix.system import distributed
 from minprefix.system.device import keep_freed_memory, pick_device, pick_dtype
 from minprefix.system.errors import InputError, run_main
@@ -108,7 +108,7 @@ def check(args: Namespace) -> None:
     for key in sorted(other_options(args.method)):
         if getattr(args, key) is not None:
             raise InputError(f"{flag(key)} has no effect with --method {args.method}: leave it out")
-    check_needed(args, {"topic_field": "topics", "low_data_seed": "low_data", "beams": "eval_inputs"})
+    check_requires(args, {"topic_field": "topics", "low_data_seed": "low_data", "beams": "eval_inputs"})
     if args.steps and args.warmup >= args.steps:
         raise InputError(f"--warmup is {args.warmup}: it must be less than the {args.steps} steps")
     if args.topic_field and args.task in ("e2e", *TRIPLES):
@@ -139,22 +139,22 @@ def run(args: Namespace) -> None:
         Search(args.beams).check(model, tokenizer.newline_ids)
 
     # What is trained, and on what.
-    tuned = make_tuned(
-        args.method, model, length=args.prefix_length or 0, hidden=args.hidden or 0,
+    trainable = make_method(
+        args.method, model, length=args.prefix_length or 0, mlp_width=args.hidden or 0,
         adapter_width=args.adapter_width or 0, position_offset=args.offset, sites=args.sites,
     )  # fmt: skip
-    tuned.to(device)
-    train_pairs, dev_pairs, test = load_data(args, tokenizer, model, tuned.position_offset)
+    trainable.to(device)
+    train_pairs, dev_pairs, test = load_data(args, tokenizer, model, trainable.position_offset)
     steps = args.steps or math.ceil(args.epochs * batches_per_epoch(train_pairs, args.batch_size))
     resuming = args.resume and has_checkpoint(args.out)
-    if args.init is not None and not resuming and isinstance(tuned, Prefix):
-        tuned.init_from_words(model, tokenizer, args.init)
+    if args.init is not None and not resuming and isinstance(trainable, Prefix):
+        trainable.init_from_words(model, tokenizer, args.init)
 
     several = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     print(f"{args.model} in {dtype} on {device}{several}")
     print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}, results in {args.out}")
-    place = f" of length {args.prefix_length} at {', '.join(tuned.parts)}" if type(tuned) is Prefix else ""
-    trained, saved, total = count_numbers(tuned, model)
+    place = f" of length {args.prefix_length} at {', '.join(trainable.sites)}" if type(trainable) is Prefix else ""
+    trained, saved, total = count_parameters(trainable, model)
     print(f"{args.method}{place}: trains {trained:,} numbers ({trained / total:.2%} of the model's {total:,}), "
           f"saves {saved:,} ({saved / total:.2%})")  # fmt: skip
     if args.resume and not resuming:
@@ -166,14 +166,14 @@ def run(args: Namespace) -> None:
     autocast = torch.autocast(device, dtype, enabled=mixed, cache_enabled=False)  # no cache: the weights change
     with autocast:
         log, best_step = train(
-            model, tuned, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
+            model, trainable, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
             lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, resume=args.resume,
             settings={key: value for key, value in vars(args).items() if key not in MAY_CHANGE},
         )  # fmt: skip
     if distributed.rank() > 0:  # the rest is one process's work
         return
 
-    path = save_tuned(tuned, model, args.method, args.out, args.model, base_fingerprint, task=args.task,
+    path = save_method(trainable, model, args.method, args.out, args.model, base_fingerprint, task=args.task,
                       sequence=sequence_form(model), max_source=args.max_source)  # fmt: skip
     best = min(row["dev_loss"] for row in log)
     print(f"dev loss {log[0]['dev_loss']:.3f} before training, {best:.3f} at step {best_step} (kept)")
@@ -186,7 +186,7 @@ def run(args: Namespace) -> None:
     scores: dict[str, dict[str, float]] = {}
     if test:
         writing = pick_writing_dtype(args.dtype, device, args.model)  # as sample.py writes
-        writers = load_writers(args.method, path, model, args.model, device, writing)
+        writers = load_before_after(args.method, path, model, args.model, device, writing)
         scores = compare(args.task, args.data, tokenizer, writers, test, args.max_source, search)
     seconds = round(time.time() - started, 1)
     result = {"dev_loss": best, "best_step": best_step, "scores": scores, "steps": steps, "seconds": seconds,
@@ -213,8 +213,8 @@ def load_data(
     new_tokens = recipe(args.task)["max_new_tokens"]
     test = load_inputs(args.task, "test", args.eval_inputs, *common, data=args.data, topics=args.topics,
                        topic_field=args.topic_field, new_tokens=new_tokens)  # fmt: skip
-    return train_pairs, spread(dev_pairs, 500), test
+    return train_pairs, evenly_spaced(dev_pairs, 500), test
 
 
 if __name__ == "__main__":
-    run_main(distributed.each_rank(main))
+    run_main(distributed.distributed_main(main))

@@ -46,10 +46,10 @@ from minprefix.methods.baselines import (
     Embedding,
     Finetune,
     Infix,
+    find_trained,
     load_trained,
     save_trained,
     top_layers,
-    trained_file,
 )
 from minprefix.system.errors import InputError
 from minprefix.system.files import read_text
@@ -264,21 +264,21 @@ def run_tokenizer(folder):
 def write_comparator(folder, method):
     model = copy.deepcopy(MODEL)
     if method == "top2":
-        tuned = Finetune(model, top_layers(model))
+        trainable = Finetune(model, top_layers(model))
     else:
-        tuned = {"adapter": Adapters, "embedding": Embedding, "infix": Infix}[method](model, 3)
+        trainable = {"adapter": Adapters, "embedding": Embedding, "infix": Infix}[method](model, 3)
     info = {"method": method, "base_model": "tiny", "position_offset": "3"}
-    save_trained(folder / f"{method}.safetensors", tuned.fold(), fingerprint(MODEL), info)
+    save_trained(folder / f"{method}.safetensors", trainable.fold(), fingerprint(MODEL), info)
 
 
 def run_comparator(folder):
     model = copy.deepcopy(MODEL)  # for it may be changed
-    prefix = load_trained(trained_file(folder), model)
+    prefix = load_trained(find_trained(folder), model)
     generate(model, TOKENIZER, ["name : a"], prefix=prefix, beams=1, max_new_tokens=2)
 
 
 def write_prefix(folder):
-    prefix = Prefix(MODEL, 3, hidden=0)
+    prefix = Prefix(MODEL, 3, mlp_width=0)
     save_prefix(folder / "prefix.safetensors", prefix.fold(), MODEL, {"base_model": "tiny", "task": "e2e"})
 
 
@@ -288,7 +288,7 @@ def run_prefix(folder):
 
 
 def write_peft(folder):
-    write_adapter(folder, Prefix(MODEL, 3, hidden=0).fold()["decoder"], False, {"base_model": "tiny"})
+    write_adapter(folder, Prefix(MODEL, 3, mlp_width=0).fold()["decoder"], False, {"base_model": "tiny"})
 
 
 def write_peft_bin(folder):
@@ -306,7 +306,7 @@ def run_checkpoint(folder):
     pairs = [([5, 6], [7, 4095]), ([8], [9, 4095])]
     torch.manual_seed(0)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        train(MODEL, Prefix(MODEL, 2, hidden=0), TOKENIZER, pairs, pairs, folder, steps=2, batch_size=2, lr=1e-3,
+        train(MODEL, Prefix(MODEL, 2, mlp_width=0), TOKENIZER, pairs, pairs, folder, steps=2, batch_size=2, lr=1e-3,
               eval_every=1, resume=True)  # fmt: skip
 
 

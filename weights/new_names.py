@@ -13,9 +13,9 @@ from pathlib import Path
 from minprefix import generate, load_model, load_tokenizer, metrics
 from minprefix.cli.options import Parser, check_above_zero
 from minprefix.core.batches import Example
-from minprefix.data.examples import spread
+from minprefix.data.examples import evenly_spaced
 from minprefix.data.tasks import load_examples
-from minprefix.methods.baselines import load_trained, trained_file
+from minprefix.methods.baselines import find_trained, load_trained
 from minprefix.metrics.slots import slot_accuracy
 from minprefix.system.device import keep_freed_memory
 from minprefix.system.errors import run_main
@@ -57,12 +57,12 @@ def parse_args() -> Namespace:
 def main() -> None:
     args = parse_args()
     keep_freed_memory()
-    examples = spread(load_examples("e2e", "dev", args.data), args.inputs)
+    examples = evenly_spaced(load_examples("e2e", "dev", args.data), args.inputs)
     examples = [renamed(example, number) for number, example in enumerate(examples)]
     sources, references = [example.source for example in examples], [example.references for example in examples]
     tokenizer = load_tokenizer(args.model)
     for path in args.prefixes:
-        trained = trained_file(path)
+        trained = find_trained(path)
         model = load_model(trained if trained.is_dir() else args.model)  # anew each time: adapters change it
         prefix = None if trained.is_dir() else load_trained(trained, model)
         texts = generate(model, tokenizer, sources, prefix=prefix, progress=True)

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from minprefix.cli.options import Parser, check_above_zero, check_not_negative, fill
+from minprefix.cli.options import Parser, check_above_zero, check_not_negative, fill_defaults
 from minprefix.core import bart, gpt2
 from minprefix.core.attention import length_mask
 from minprefix.core.batches import pad
@@ -259,7 +259,7 @@ def loss_of(model: Model, batch: Rows, device: str, backward: bool = False) -> T
     """
     inputs, labels, start = batch
     chunk = 1024 if device == "cpu" else 16384
-    states = model.hidden(*(x.to(device) for x in inputs), start=start).flatten(0, 1)
+    states = model.hidden_states(*(x.to(device) for x in inputs), start=start).flatten(0, 1)
     real = labels.flatten() != IGNORE
     states, labels = states[real.nonzero()[:, 0].to(device)], labels.flatten()[real].to(device)
     leaf = states.detach().requires_grad_(backward)
@@ -307,7 +307,7 @@ def copying_loss(model: gpt2.GPT2, ids: np.ndarray, device: str, rows: int = 32,
     losses = {}
     for name, first in (("text", passages), ("random", rng.integers(model.config["vocab_size"], size=(rows, length)))):
         repeated = torch.from_numpy(np.concatenate([first, first], axis=1).astype(np.int64)).to(device)
-        logits = model.logits(model.hidden(repeated[:, :-1], start=0)[:, length:])  # all but its first token
+        logits = model.logits(model.hidden_states(repeated[:, :-1], start=0)[:, length:])  # all but its first token
         losses[name] = F.cross_entropy(logits.float().flatten(0, 1), repeated[:, length + 1 :].flatten()).item()
     return losses
 
@@ -505,7 +505,7 @@ def parse_args() -> argparse.Namespace:
     check_not_negative(args, ("save_every", "seed"))
     if args.vocab_size > 2**16:
         raise InputError(f"--vocab-size is {args.vocab_size}: the encoded corpus has room for {2**16} (uint16)")
-    fill(args, {"layers": 6 if args.what == "gpt2" else 4, "state": Path("runs", f"pretrain-{args.out.name}")})
+    fill_defaults(args, {"layers": 6 if args.what == "gpt2" else 4, "state": Path("runs", f"pretrain-{args.out.name}")})
     return args
 
 

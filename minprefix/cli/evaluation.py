@@ -70,7 +70,7 @@ def quick_scores(task: str, texts: list[str], references: list[list[str]]) -> di
 # ---- without and with what was trained ----
 
 
-def load_writers(
+def load_before_after(
     method: str, path: Path, model: Model, base: Path, device: str, dtype: torch.dtype
 ) -> dict[str, Writer]:
     """Those who write at the end of a run, without what was trained and with it: name -> (model, prefix).
@@ -94,7 +94,7 @@ def compare(
     task: str, data: str | None, tokenizer: Tokenizer, writers: dict[str, Writer], test: list[Example],
     max_source: int | None, search: dict[str, Any],
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Texts for the test inputs by both writers (see `load_writers`): name -> scores, none if a package is missing.
+    """Texts for the test inputs by both (see `load_before_after`): name -> scores, none if a package is missing.
 
     Prints the texts for the first input, and the scores.
     """

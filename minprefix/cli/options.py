@@ -28,7 +28,7 @@ def flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def fill(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
+def fill_defaults(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
     """Put defaults in where the command line said nothing."""
     for key, value in defaults.items():
         if getattr(args, key) is None:
@@ -52,7 +52,7 @@ def check_not_negative(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
                 raise InputError(f"{flag(key)} is {value}: it must be at least 0, and less than 2 ** 63")
 
 
-def check_needed(args: argparse.Namespace, needs: dict[str, str]) -> None:
+def check_requires(args: argparse.Namespace, needs: dict[str, str]) -> None:
     """InputError if an option is given that does nothing without another: option -> that other one."""
     for key, other in needs.items():
         if getattr(args, key) is not None and not getattr(args, other):

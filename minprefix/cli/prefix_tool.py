@@ -30,7 +30,7 @@ from minprefix.formats.load import load_model
 from minprefix.formats.peft import write_adapter
 from minprefix.formats.prefix_file import FORMS, load_prefix, save_prefix
 from minprefix.formats.tokenizer import Tokenizer, load_tokenizer
-from minprefix.methods.baselines import base_folder, load_trained, read_trained, trained_file, trained_max_source
+from minprefix.methods.baselines import find_trained, load_trained, read_trained, resolve_base_model, trained_max_source
 from minprefix.system.errors import InputError
 from minprefix.system.files import atomic_write
 
@@ -68,7 +68,7 @@ def main() -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Write a prefix as the folder of a PEFT adapter."""
-    path = trained_file(args.prefix)
+    path = find_trained(args.prefix)
     method = read_trained(path)[1].get("method", "prefix")
     if method != "prefix":
         raise InputError(f"{path} is of --method {method}: only a prefix can be a PEFT adapter")
@@ -91,7 +91,7 @@ def import_adapter(args: argparse.Namespace) -> None:
     """Write a PEFT adapter as a prefix file."""
     if not (args.prefix / "adapter_config.json").is_file():
         raise InputError(f"{args.prefix} is no PEFT adapter: there is no adapter_config.json in it")
-    folder = base_folder(args.model, args.prefix, load_prefix(args.prefix).info)
+    folder = resolve_base_model(args.model, args.prefix, load_prefix(args.prefix).info)
     model = load_model(folder)
     prefix = load_prefix(args.prefix, model)
     info = {key: value for key, value in prefix.info.items() if key != "task_type"}  # PEFT's word for the kind of model
@@ -108,7 +108,7 @@ def show(args: argparse.Namespace) -> None:
         import_figure()  # if the package is missing, say so before the work
         if not args.input:
             raise InputError("--plot draws what the model looks at on a text: give --input TEXT")
-    path = trained_file(args.prefix)
+    path = find_trained(args.prefix)
     tensors, info = read_trained(path)
     method = info.get("method", "prefix")
     if method == "finetune":
@@ -120,7 +120,7 @@ def show(args: argparse.Namespace) -> None:
         return
     if method not in (*FORMS, "embedding"):
         raise InputError(f"{path} is of --method {method}, there is no prefix to look at: leave out --input")
-    folder = base_folder(args.model, args.prefix, info)
+    folder = resolve_base_model(args.model, args.prefix, info)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     prefix = load_trained(path, model)
     if method == "embedding" and not model.encoder_decoder:
@@ -201,13 +201,13 @@ def attention_shares(model: Model, prefix: KVPrefix, batch: Batch) -> dict[str, 
         # Attention whose values are 1 at the prefix and 0 elsewhere.
         kv = kv._replace(v=torch.zeros_like(kv.v[..., :1]))
         share = attend(q, kv, own_prefix._replace(v=torch.ones_like(own_prefix.v[..., :1])))[0, :, :, 0]  # (H, T)
-        shares[site].append((share if site == "encoder" else share[:, batch.index]).mean(dim=1))
+        shares[site].append((share if site == "encoder" else share[:, batch.target_positions]).mean(dim=1))
 
     for site, modules in attention_modules(model).items():
         for module in modules if site in prefix else ():
             handles.append(module.register_forward_pre_hook(partial(record, site)))
     try:
-        model.hidden(*batch.inputs, prefix=prefix)
+        model.hidden_states(*batch.inputs, prefix=prefix)
     finally:
         for handle in handles:
             handle.remove()

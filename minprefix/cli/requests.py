@@ -10,7 +10,7 @@ from minprefix.core.prefix import stack_prefixes
 from minprefix.core.prefix_kv import KVPrefix
 from minprefix.data.tasks import format_source, load_examples
 from minprefix.formats.tokenizer import Tokenizer
-from minprefix.methods.baselines import load_trained, read_trained, trained_file, trained_max_source
+from minprefix.methods.baselines import find_trained, load_trained, read_trained, trained_max_source
 from minprefix.system import distributed
 from minprefix.system.errors import InputError
 
@@ -29,7 +29,7 @@ def load_prefixes(paths: list[Path], model: Model) -> dict[str, KVPrefix]:
         name = prefix_name(path)
         if name in prefixes:
             raise InputError(f"two --prefix are called {name!r}: rename one, or give its run's folder instead")
-        file = trained_file(path)
+        file = find_trained(path)
         method = read_trained(file)[1].get("method", "prefix")
         prefix = load_trained(file, model) if method in ("prefix", "embedding") else None
         if prefix is None:
@@ -70,12 +70,12 @@ def write_requests(
         groups.setdefault(tuple(search.items()), []).append(i)
     texts = [""] * len(requests)
     for options, group in groups.items():
-        mine = distributed.share(group)
+        mine = distributed.shard(group)
         stacked = stack_prefixes(list(prefixes.values()), [places[requests[i][1]] for i in mine])
         progress = len(group) > 1 and distributed.rank() == 0
         written = generate(
             model, tokenizer, [sources[i] for i in mine], stacked, **dict(options), **drawing, progress=progress
         )
-        for i, text in zip(group, distributed.joined(written), strict=True):
+        for i, text in zip(group, distributed.unshard(written), strict=True):
             texts[i] = text
     return texts

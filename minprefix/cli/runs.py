@@ -14,7 +14,7 @@ from minprefix.formats.hub import model_name
 from minprefix.formats.safetensors import read_object
 from minprefix.methods.baselines import METHODS
 from minprefix.system import distributed, signals
-from minprefix.system.errors import InputError, MemoryShort, WriteError, one_line_errors
+from minprefix.system.errors import InputError, OutOfMemory, WriteError, one_line_errors
 from minprefix.system.files import locked
 
 EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], near[The Mill]"
@@ -36,7 +36,7 @@ def run_folder(out: Path | None, resume: bool, task: str, model: Path) -> Iterat
     check_out(out)
     name = Path(model_name(model) or model.resolve()).name
     with contextlib.ExitStack() as locks:
-        yield distributed.from_first(lambda: take_folder(out, resume, f"{Path(task).stem}-{name}", locks))
+        yield distributed.broadcast_from_rank0(lambda: take_folder(out, resume, f"{Path(task).stem}-{name}", locks))
 
 
 def check_out(out: Path | None) -> None:
@@ -84,7 +84,7 @@ def resumable(out: Path) -> Iterator[None]:
     try:
         with one_line_errors():
             yield
-    except (KeyboardInterrupt, WriteError, MemoryShort, distributed.RankLost) as error:
+    except (KeyboardInterrupt, WriteError, OutOfMemory, distributed.RankLost) as error:
         signals.ignore()  # torchrun sends one when a process has ended: it would take this error's place
         if error.args and has_checkpoint(out):
             error.args = (f"{error.args[0]}; go on with: {resume_command(out)}", *error.args[1:])

@@ -7,7 +7,7 @@ import math
 from argparse import Namespace
 from typing import Any
 
-from minprefix.cli.options import fill, flag
+from minprefix.cli.options import fill_defaults, flag
 from minprefix.cli.search import recipe
 from minprefix.formats.hub import model_name
 from minprefix.formats.load import model_kind
@@ -79,7 +79,7 @@ def fill_settings(args: Namespace) -> None:
         settings["lr"] = OTHER_FORM_LR["MLP" if args.hidden else "direct"]
     if args.epochs is not None or args.steps is not None:
         settings = {key: value for key, value in settings.items() if key not in ("epochs", "steps")}
-    fill(args, {"topic_field": "topic", "low_data_seed": 0, "beams": recipe(args.task)["beams"], **settings})
+    fill_defaults(args, {"topic_field": "topic", "low_data_seed": 0, "beams": recipe(args.task)["beams"], **settings})
 
 
 def learning_rate(name: str | None, kind: str, task: str, method: str, low_data: bool = False) -> float | None:

@@ -136,7 +136,7 @@ class BART(nn.Module):
         source_mask (B, S): true or 1 at tokens (one in a row at least), false or 0 at padding; None: no padding.
         prefix: {site: (L, 2, [B,] H, P, D)}, any of the sites "encoder", "decoder", "cross"; or None.
         """
-        return self.logits(self.hidden(source_ids, target_ids, source_mask, prefix))
+        return self.logits(self.hidden_states(source_ids, target_ids, source_mask, prefix))
 
     def logits(self, states: Tensor) -> Tensor:
         """Decoder states (..., C) -> logits (..., V)."""
@@ -147,7 +147,7 @@ class BART(nn.Module):
         """The layer whose weight (V, C) makes logits of states."""
         return self.shared if self.config["tie_word_embeddings"] else self.lm_head
 
-    def hidden(
+    def hidden_states(
         self, source_ids: Tensor, target_ids: Tensor, source_mask: Tensor | None = None,
         prefix: PrefixDict | None = None, start: int | Tensor | None = None,
     ) -> Tensor:  # fmt: skip

@@ -136,14 +136,16 @@ def check_lengths(pairs: list[Pair], model: Model, start: int, what: str) -> Non
 
 @dataclass
 class Batch:
-    inputs: tuple[Any, ...]  # what model.hidden takes: GPT-2's (ids,), BART's (source_ids, target_ids, source_mask)
-    index: Tensor  # (N,) int64, places b * T + t of the states (of model.hidden) whose next token is in the target
+    inputs: tuple[
+        Any, ...
+    ]  # model.hidden_states' arguments: GPT-2's (ids,), BART's (source_ids, target_ids, source_mask)
+    target_positions: Tensor  # (N,) int64, b * T + t where the next token is in the target
     labels: Tensor  # (N,) int64, those next tokens
     source_lengths: Tensor  # (B,) int64
 
     def to(self, device: str | torch.device) -> "Batch":
         inputs = tuple(x.to(device) for x in self.inputs)
-        index, labels, lengths = (x.to(device) for x in (self.index, self.labels, self.source_lengths))
+        index, labels, lengths = (x.to(device) for x in (self.target_positions, self.labels, self.source_lengths))
         return Batch(inputs, index, labels, lengths)
 
 

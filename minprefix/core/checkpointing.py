@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from minprefix.system.errors import InputError, MemoryShort, out_of_memory
+from minprefix.system.errors import InputError, OutOfMemory, out_of_memory
 from minprefix.system.files import atomic_write
 
 Log = list[dict[str, float]]  # rows: see `training.train`
@@ -37,8 +37,8 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def too_little_memory(path: Path) -> MemoryShort:
-    return MemoryShort(f"there is too little memory to resume from {path}, unless it is damaged: free some, try again")
+def too_little_memory(path: Path) -> OutOfMemory:
+    return OutOfMemory(f"there is too little memory to resume from {path}, unless it is damaged: free some, try again")
 
 
 def same_form(saved: object, own: object) -> bool:

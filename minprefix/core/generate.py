@@ -20,7 +20,7 @@ from minprefix.core.model import Model, Tokenizer
 from minprefix.core.prefix_kv import BatchedPrefix, PrefixDict, row_count
 from minprefix.system.errors import InputError
 
-LEAVE = 0.75  # finished texts leave a batch as soon as no more than this share of it is unfinished
+COMPACT_BELOW = 0.75  # finished texts leave a batch as soon as no more than this share of it is unfinished
 Constrain = Callable[[Tensor, Tensor], None]  # scores (R, V), past (R, t): sets what may not follow to -inf
 
 
@@ -118,14 +118,14 @@ def generate_ids(
         if t < search.min_new_tokens:
             scores[:, end_id] = float("-inf")
         if search.no_repeat_ngram:
-            bar_repeats(scores, past, search.no_repeat_ngram)
+            ban_repeated_ngrams(scores, past, search.no_repeat_ngram)
         forced = forced_last if t + 1 == search.max_new_tokens else None
         forced = forced_first if t == 0 and forced is None else forced
         if forced is not None:
             scores.fill_(float("-inf"))[:, forced] = 0.0
 
     def choose(logits: Tensor) -> Tensor:
-        return draw(logits, search, generator) if search.sample else logits.argmax(dim=-1)
+        return sample_next(logits, search, generator) if search.sample else logits.argmax(dim=-1)
 
     # The longest first: batches of like lengths, and what does not fit (model or memory) fails at once.
     order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
@@ -137,14 +137,14 @@ def generate_ids(
             if search.beams > 1:
                 tokens = beam_search(model, cache, start, end_id, search, constrain)
             else:
-                tokens = one_by_one(model, cache, start, end_id, search.max_new_tokens, constrain, choose)
+                tokens = greedy_or_sample(model, cache, start, end_id, search.max_new_tokens, constrain, choose)
             for i, row in zip(batch, tokens.tolist(), strict=True):
                 targets[i] = row[: row.index(end_id)] if end_id in row else row
             bar.update(len(batch))
     return targets
 
 
-def one_by_one(
+def greedy_or_sample(
     model: Model, cache: Cache, ids: Tensor, end_id: int, max_new_tokens: int, constrain: Constrain,
     choose: Callable[[Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
@@ -160,13 +160,13 @@ def one_by_one(
         running = unfinished.nonzero()[:, 0]
         if len(running) == 0:
             break
-        if len(running) <= LEAVE * len(ids):
+        if len(running) <= COMPACT_BELOW * len(ids):
             ids, place, unfinished = ids[running], place[running], unfinished[running]
             cache.keep(running)
     return tokens
 
 
-def bar_repeats(scores: Tensor, past: Tensor, n: int) -> None:
+def ban_repeated_ngrams(scores: Tensor, past: Tensor, n: int) -> None:
     """Set those scores (R, V) to -inf whose token would complete an n-gram that is in past (R, t) already."""
     if past.size(1) < n:
         return
@@ -176,7 +176,7 @@ def bar_repeats(scores: Tensor, past: Tensor, n: int) -> None:
     scores.scatter_add_(1, ngrams[:, :, -1], scores.new_zeros(repeats.shape).masked_fill(repeats, -torch.inf))
 
 
-def draw(logits: Tensor, search: Search, generator: torch.Generator | None) -> Tensor:
+def sample_next(logits: Tensor, search: Search, generator: torch.Generator | None) -> Tensor:
     """Logits (B, V) -> a sampled token id for each row (B,)."""
     logits = logits / search.temperature
     if search.top_k:
@@ -231,7 +231,7 @@ def beam_search(model: Model, cache: Cache, ids: Tensor, end_id: int, search: Se
         if len(running) == 0:  # so it is after the last step: nothing runs on
             break
         cache.reorder((example * rows_each + parent.gather(1, best)).flatten())
-        if len(running) <= LEAVE * len(scores):
+        if len(running) <= COMPACT_BELOW * len(scores):
             result[place], place = finished[:, 0], place[running]
             cache.keep(running)
             scores, tokens, finished_scores, finished, improvable = (

@@ -91,7 +91,7 @@ class GPT2(nn.Module):
 
     def forward(self, ids: Tensor, prefix: PrefixDict | None = None) -> Tensor:
         """ids (B, T), prefix {"decoder": (L, 2, [B,] H, P, D)} or None -> logits (B, T, V)."""
-        return self.logits(self.hidden(ids, prefix))
+        return self.logits(self.hidden_states(ids, prefix))
 
     def logits(self, states: Tensor) -> Tensor:
         """States (..., C) -> logits (..., V)."""
@@ -102,7 +102,7 @@ class GPT2(nn.Module):
         """The layer whose weight (V, C) makes logits of states."""
         return self.wte if self.config["tie_word_embeddings"] else self.lm_head
 
-    def hidden(self, ids: Tensor, prefix: PrefixDict | None = None, start: int | Tensor | None = None) -> Tensor:
+    def hidden_states(self, ids: Tensor, prefix: PrefixDict | None = None, start: int | Tensor | None = None) -> Tensor:
         """As `forward`, but the states (B, T, C) before `logits`: the loss needs few of those.
 
         start: position id of the first token, if it is not the one that the prefix sets.

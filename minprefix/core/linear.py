@@ -70,7 +70,7 @@ def pack_weights(model: Any, training: bool = False) -> list[Tensor]:  # a GPT2 
     changes. -> the weights that were not packed before.
     """
     weights = {model.head.weight, *(layer.weight for layer in model.modules() if isinstance(layer, Linear))}
-    weights = [w for w in weights if packs(w) and not hasattr(w, "packed")]
+    weights = [w for w in weights if can_pack(w) and not hasattr(w, "packed")]
     for weight in weights:
         weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
         if training and weight is not model.head.weight:
@@ -93,12 +93,12 @@ def packed_weights(model: Any, training: bool = False) -> Iterator[None]:
             del weight.packed
 
 
-def packs(weight: Tensor) -> bool:
+def can_pack(weight: Tensor) -> bool:
     return (weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.requires_grad
-            and packs_bfloat16())  # fmt: skip
+            and can_pack_bfloat16())  # fmt: skip
 
 
-def packs_bfloat16() -> bool:
+def can_pack_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

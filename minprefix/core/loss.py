@@ -21,7 +21,7 @@ def target_loss(model: Model, batch: Batch, prefix: PrefixDict | None) -> Tensor
     """Negative log-likelihood of all target tokens of a batch, summed (nats)."""
     if isinstance(prefix, KVInfix):
         prefix = prefix.with_source_lengths(batch.source_lengths)
-    states = model.hidden(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.index]
+    states = model.hidden_states(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.target_positions]
     if model.head.weight.requires_grad or states.device.type == "meta":  # meta: bench.py counts operations by shapes
         return F.cross_entropy(model.logits(states).float(), batch.labels, reduction="sum")
     return HeadLoss.apply(states, model, batch.labels)

@@ -34,12 +34,12 @@ class Muon(torch.optim.Optimizer):
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
                 momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                direction = orthogonal(p.grad.lerp(momentum, group["momentum"]))  # Nesterov's
+                direction = newton_schulz(p.grad.lerp(momentum, group["momentum"]))  # Nesterov's
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(direction, alpha=group["lr"] * max(p.shape[-2:]) ** 0.5)
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def newton_schulz(matrices: Tensor) -> Tensor:
     """(..., P, D) -> the same with all singular values near 1, by Newton-Schulz iterations; zeros stay zeros."""
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices

@@ -42,7 +42,7 @@ def stack_prefixes(prefixes: list[KVPrefix], rows: list[int]) -> BatchedPrefix:
 class Prefix(nn.Module):
     """A prefix under training, one part for each site of the model; calling it gives what the model takes.
 
-    hidden: width of the MLP that reparametrises it (paper section 4.3: 512 for table-to-text, 800 for summarisation);
+    mlp_width: width of the MLP that reparametrises it (paper section 4.3: 512 for table-to-text, 800 for summarisation);
     0 makes the keys and values themselves the parameters, which train.py steps by Muon. position_offset: position id of
     the (decoder's) first token, by default the length of the prefix before it. sites: some of the model's, by default
     all.
@@ -52,7 +52,7 @@ class Prefix(nn.Module):
     form: type[KVPrefix] = KVPrefix  # of what calling it gives
 
     def __init__(
-        self, model: Model, length: int, hidden: int = 512, position_offset: int | None = None,
+        self, model: Model, length: int, mlp_width: int = 512, position_offset: int | None = None,
         sites: str | list[str] | None = None,
     ):  # fmt: skip
         super().__init__()
@@ -61,26 +61,26 @@ class Prefix(nn.Module):
             raise InputError(f"a prefix needs at least one of the model's sites: {', '.join(model.prefix_sites)}")
         if unknown := set(sites) - set(model.prefix_sites):
             raise InputError(f"the model has no prefix site {min(unknown)!r}, only {', '.join(model.prefix_sites)}")
-        if length < 1 or hidden < 0:
-            raise InputError(f"prefix length {length} must be at least 1, hidden width {hidden} at least 0")
-        self.length, self.hidden = length, hidden
+        if length < 1 or mlp_width < 0:
+            raise InputError(f"prefix length {length} must be at least 1, MLP width {mlp_width} at least 0")
+        self.length, self.mlp_width = length, mlp_width
         default = length if "decoder" in sites else 0  # nothing stands before the decoder's tokens then
         self.position_offset = default if position_offset is None else position_offset
-        self.parts = nn.ModuleDict(
+        self.sites = nn.ModuleDict(
             {
-                site: MLPPart(*shape, length, hidden) if hidden else DirectPart(*shape, length)
+                site: MLPReparam(*shape, length, mlp_width) if mlp_width else DirectKV(*shape, length)
                 for site, shape in model.prefix_sites.items()
                 if site in sites
             }
         )
 
     def forward(self) -> KVPrefix:
-        return self.form({site: part() for site, part in self.parts.items()}, self.position_offset)
+        return self.form({site: part() for site, part in self.sites.items()}, self.position_offset)
 
     @torch.no_grad()
     def fold(self, info: dict[str, str] | None = None) -> KVPrefix:
         """The keys and values alone, the MLP dropped: what is saved, and all that inference needs."""
-        return self.form({site: part().clone() for site, part in self.parts.items()}, self.position_offset, info)
+        return self.form({site: part().clone() for site, part in self.sites.items()}, self.position_offset, info)
 
     def init_from_words(self, model: Model, tokenizer: Tokenizer, words: str) -> None:
         """Start from the activations of real words (paper section 7.4), repeated or cut to the prefix length."""
@@ -88,11 +88,11 @@ class Prefix(nn.Module):
         if not ids:
             raise InputError(f"the words {words!r} to start the prefix from hold no token")
         activations = word_activations(model, list(islice(cycle(ids), self.length)))
-        for site, part in self.parts.items():
+        for site, part in self.sites.items():
             part.fit(activations[site].float())
 
 
-class DirectPart(nn.Module):
+class DirectKV(nn.Module):
     """One site, its keys and values trained as they are."""
 
     def __init__(self, L: int, H: int, D: int, length: int):
@@ -107,14 +107,14 @@ class DirectPart(nn.Module):
         self.kv.copy_(kv)
 
 
-class MLPPart(nn.Module):
+class MLPReparam(nn.Module):
     """One site, its keys and values computed from a smaller embedding: P' (P, C) -> MLP -> (L, 2, H, P, D)."""
 
-    def __init__(self, L: int, H: int, D: int, length: int, hidden: int):
+    def __init__(self, L: int, H: int, D: int, length: int, mlp_width: int):
         super().__init__()
         self.shape = (length, L, 2, H, D)
         self.embedding = nn.Parameter(torch.randn(length, H * D))
-        self.mlp = nn.Sequential(nn.Linear(H * D, hidden), nn.Tanh(), nn.Linear(hidden, L * 2 * H * D))
+        self.mlp = nn.Sequential(nn.Linear(H * D, mlp_width), nn.Tanh(), nn.Linear(mlp_width, L * 2 * H * D))
 
     def forward(self) -> Tensor:
         return self.mlp(self.embedding).view(self.shape).permute(1, 2, 3, 0, 4)
@@ -136,9 +136,9 @@ def word_activations(model: Model, ids: list[int]) -> dict[str, Tensor]:
     return {site: torch.stack([layer.stacked()[:, 0] for layer in kv]) for site, kv in activations.items()}
 
 
-def count_numbers(tuned: nn.Module, model: nn.Module) -> list[int]:
+def count_parameters(trainable: nn.Module, model: nn.Module) -> list[int]:
     """How many numbers of a prefix (or a comparator of baselines.py) are trained, how many saved, the model's own."""
-    counted = tuned.parameters(), tuned.fold().values(), model.parameters()
+    counted = trainable.parameters(), trainable.fold().values(), model.parameters()
     return [sum(tensor.numel() for tensor in tensors) for tensors in counted]
 
 

@@ -52,7 +52,7 @@ class KVPrefix(dict[str, Tensor]):
 class KVInfix(KVPrefix):
     """A prefix between source and target: only the target's tokens see it, and their positions follow its own.
 
-    `generate` takes it as it is; a model's `hidden` and `forward` take `with_source_lengths(lengths)`.
+    `generate` takes it as it is; a model's `hidden_states` and `forward` take `with_source_lengths(lengths)`.
     """
 
     method = "infix"

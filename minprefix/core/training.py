@@ -33,38 +33,38 @@ DIVERGED = "the loss became"  # by which experiments.py knows a run whose learni
 NO_SUMS: dict[str, float] = {"loss": 0.0, "tokens": 0, "examples": 0, "seconds": 0.0}
 
 
-def make_optimizer(tuned: Method, lr: float) -> Optimizer:
+def make_optimizer(trainable: Method, lr: float) -> Optimizer:
     """Muon for keys and values that are trained directly, AdamW, as the paper, for all else."""
-    if isinstance(tuned, Prefix) and tuned.hidden == 0:
-        return Muon(tuned.parameters(), lr)
-    return torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    if isinstance(trainable, Prefix) and trainable.mlp_width == 0:
+        return Muon(trainable.parameters(), lr)
+    return torch.optim.AdamW(trainable.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
-def training_step(model: Model, tuned: Method, batch: Batch, optimizer: Optimizer, share: float = 1.0) -> Tensor:
+def training_step(model: Model, trainable: Method, batch: Batch, optimizer: Optimizer, share: float = 1.0) -> Tensor:
     """One step of the optimiser on a batch -> its `target_loss`, without a gradient.
 
     share: what part of the whole batch this is (of its sentences, or for BART of its tokens), the rest being that of
     other ranks; the loss returned is the whole batch's.
     """
-    loss = target_loss(model, batch, tuned())
+    loss = target_loss(model, batch, trainable())
     (loss / len(batch.labels if model.encoder_decoder else batch.source_lengths) * share).backward()
     loss = loss.detach() if share else torch.zeros_like(loss)
-    distributed.add_up([*(p.grad for p in tuned.parameters() if p.grad is not None), loss])
-    torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
+    distributed.all_reduce_sum([*(p.grad for p in trainable.parameters() if p.grad is not None), loss])
+    torch.nn.utils.clip_grad_norm_(trainable.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss
 
 
 @torch.no_grad()
-def dev_loss(model: Model, tuned: Method, pairs: list[Pair], tokenizer: Tokenizer, batch_size: int) -> float:
+def dev_loss(model: Model, trainable: Method, pairs: list[Pair], tokenizer: Tokenizer, batch_size: int) -> float:
     """Nats per target token over (source, target) pairs."""
     device = next(model.parameters()).device
-    prefix, total = tuned(), torch.zeros((), device=device)
-    for picked in distributed.share(sorted_batches(pair_lengths(pairs), batch_size)):
+    prefix, total = trainable(), torch.zeros((), device=device)
+    for picked in distributed.shard(sorted_batches(pair_lengths(pairs), batch_size)):
         batch = collate([pairs[i] for i in picked], tokenizer, model).to(device)
         total = total + target_loss(model, batch, prefix)
-    distributed.add_up([total])
+    distributed.all_reduce_sum([total])
     return float(total) / target_tokens(pairs)
 
 
@@ -100,13 +100,13 @@ class Run:
     """
 
     def __init__(
-        self, model: Model, tuned: Method, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
+        self, model: Model, trainable: Method, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
         out: Path, settings: dict[str, Any], resume: bool,
     ) -> None:  # fmt: skip
-        self.model, self.tuned, self.tokenizer, self.out, self.settings = model, tuned, tokenizer, out, settings
+        self.model, self.trainable, self.tokenizer, self.out, self.settings = model, trainable, tokenizer, out, settings
         self.train_pairs, self.dev_pairs = train_pairs, dev_pairs
         self.steps, self.batch_size, self.lr = (settings[key] for key in ("steps", "batch_size", "lr"))
-        self.optimizer = make_optimizer(tuned, self.lr)
+        self.optimizer = make_optimizer(trainable, self.lr)
         self.schedule = LambdaLR(
             self.optimizer, lambda step: linear_schedule(step, settings["steps"], settings["warmup"])
         )
@@ -121,7 +121,7 @@ class Run:
         self.bar = tqdm(total=self.steps, initial=self.step, desc="training", unit="step", dynamic_ncols=True,
                         disable=distributed.rank() > 0)  # fmt: skip
 
-    def is_due(self) -> bool:
+    def eval_due(self) -> bool:
         """Whether the present step is one with a dev loss that is not taken yet."""
         due = self.step % self.settings["eval_every"] == 0 or self.step == self.steps
         return due and (not self.log or self.log[-1]["step"] < self.step)
@@ -131,21 +131,21 @@ class Run:
         seed = self.settings["seed"]
         return batch_stream(self.train_pairs, self.batch_size, seed, start, self.model.encoder_decoder)
 
-    def make_step(self, pairs: list[Pair]) -> None:
+    def train_step(self, pairs: list[Pair]) -> None:
         """One step on a batch of pairs, of which this rank takes its share."""
-        mine, device = distributed.share(pairs), next(self.model.parameters()).device
-        # A rank without a share takes one pair, of weight 0: `add_up` needs a gradient of every rank.
+        mine, device = distributed.shard(pairs), next(self.model.parameters()).device
+        # A rank without a share takes one pair, of weight 0: `all_reduce_sum` needs a gradient of every rank.
         batch = collate(mine or pairs[:1], self.tokenizer, self.model).to(device)
         share = target_tokens(mine) / target_tokens(pairs) if self.model.encoder_decoder else len(mine) / len(pairs)
-        with signals.put_off():  # a step is made whole or not at all
-            self.losses.append(training_step(self.model, self.tuned, batch, self.optimizer, share))
+        with signals.defer_signals():  # a step is made whole or not at all
+            self.losses.append(training_step(self.model, self.trainable, batch, self.optimizer, share))
             self.schedule.step()
             self.step += 1
             self.sums["tokens"] += target_tokens(pairs)
             self.sums["examples"] += len(pairs)
             self.bar.update()
             if self.step % 10 == 0:
-                self.read_losses()
+                self.sync_losses()
                 speed = (self.bar.format_dict["rate"] or 0.0) * self.batch_size
                 self.bar.set_postfix(
                     loss=f"{self.sums['loss'] / self.sums['tokens']:.3f}",
@@ -153,7 +153,7 @@ class Run:
                     examples_per_s=f"{speed:.0f}",
                 )
 
-    def read_losses(self) -> None:
+    def sync_losses(self) -> None:
         """Put the losses of the last steps into the sums, which waits for the device: not at every step."""
         losses = torch.stack(self.losses).tolist() if self.losses else []
         for at, loss in enumerate(losses, self.step - len(losses) + 1):
@@ -168,18 +168,18 @@ class Run:
 
     def evaluate(self) -> None:
         """Take the dev loss, keep the best weights, and write everything down."""
-        with signals.put_off():
-            self.read_losses()
-        loss = dev_loss(self.model, self.tuned, self.dev_pairs, self.tokenizer, self.batch_size)
+        with signals.defer_signals():
+            self.sync_losses()
+        loss = dev_loss(self.model, self.trainable, self.dev_pairs, self.tokenizer, self.batch_size)
         if not math.isfinite(loss) and self.step == 0:
             raise InputError(f"the loss is {loss} before any training: look at the model's weights, or try --dtype")
         if not math.isfinite(loss):
             where = f"on the dev data after step {self.step}: lower the learning rate (--lr, now {self.lr})"
             raise diverged(loss, where, self.out)
-        with signals.put_off():
+        with signals.defer_signals():
             self.log.append(self.new_row(loss))
             if self.best is None or loss < self.best["dev_loss"]:
-                weights = {name: p.detach().clone() for name, p in self.tuned.state_dict().items()}
+                weights = {name: p.detach().clone() for name, p in self.trainable.state_dict().items()}
                 self.best = {"dev_loss": loss, "step": self.step, "weights": weights}
             self.sums.update(NO_SUMS)
             self.save()
@@ -206,7 +206,7 @@ class Run:
         """All that the next step depends on."""
         return {
             "settings": self.settings, "step": self.step, "log": self.log, "best": self.best, "sums": self.sums,
-            "tuned": self.tuned.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "tuned": self.trainable.state_dict(), "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }  # fmt: skip
 
@@ -216,7 +216,7 @@ class Run:
         try:
             if not self.could_have_saved(state):
                 raise ValueError("its contents have another form")
-            self.tuned.load_state_dict(state["tuned"])
+            self.trainable.load_state_dict(state["tuned"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.step, self.log, self.best, self.sums = (state[key] for key in ("step", "log", "best", "sums"))
@@ -231,7 +231,7 @@ class Run:
         own, first, adamw = self.state(), torch.zeros(()), not isinstance(self.optimizer, Muon)
         own["best"] = {"dev_loss": 0.0, "step": 0, "weights": own["tuned"]}
         moments = {i: {"step": first, "exp_avg": p, "exp_avg_sq": p} if adamw else {"momentum": p}
-                   for i, p in enumerate(self.tuned.parameters())}  # fmt: skip
+                   for i, p in enumerate(self.trainable.parameters())}  # fmt: skip
         own["optimizer"]["state"] = {i: moments[i] for i in state["optimizer"]["state"]}  # none before the first step
         rows = [row for row in state["log"] if {"step", "dev_loss"} <= row.keys()]
         numbers = [value for row in rows for value in row.values()]
@@ -245,19 +245,19 @@ class Run:
 
     def save_present_step(self) -> None:
         """What can be saved of a run that was stopped between two dev losses."""
-        self.read_losses()
-        if self.log and all(p.isfinite().all() for p in self.tuned.parameters()):  # before the first row all is to do
+        self.sync_losses()
+        if self.log and all(p.isfinite().all() for p in self.trainable.parameters()):  # before the first row all is to do
             self.save()
 
 
 def train(
-    model: Model, tuned: Method, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
+    model: Model, trainable: Method, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
     out: str | Path, *, steps: int, batch_size: int, lr: float, warmup: int = 0, eval_every: int = 100,
     seed: int = 101, settings: dict[str, Any] | None = None, resume: bool = False,
 ) -> tuple[Log, int]:  # fmt: skip
-    """Train for `steps` steps; leave the weights with the best dev loss in `tuned` -> (log, best step).
+    """Train for `steps` steps; leave the weights with the best dev loss in `trainable` -> (log, best step).
 
-    tuned: what is trained, a Prefix, or a comparator of baselines.py: calling it gives the prefix that the model takes.
+    trainable: what is trained, a Prefix, or a comparator of baselines.py: calling it gives the prefix that the model takes.
 
     As in the authors' runs the loss is averaged over the batch's sentences for GPT-2 (a sentence's being the sum over
     its tokens), over its tokens for BART; and the gradient's norm is cut to 1.
@@ -274,29 +274,29 @@ def train(
         raise InputError(f"--warmup is {warmup}: it must be less than the {steps} steps, or the rate never decays")
     settings = {
         **(settings or {}),
-        "dtype": str(dtype_of_products(model)), "model": fingerprint(model), "trained": type(tuned).__name__,
+        "dtype": str(dtype_of_products(model)), "model": fingerprint(model), "trained": type(trainable).__name__,
         "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "eval_every": eval_every, "seed": seed,
-        "position_offset": tuned.position_offset,
+        "position_offset": trainable.position_offset,
         "training data": digest(train_pairs), "dev data": digest(dev_pairs),
     }  # fmt: skip
-    distributed.check_alike(settings)  # one rank may have fallen back to the bundled sample
-    run = Run(model, tuned, tokenizer, train_pairs, dev_pairs, Path(out), settings, resume)
+    distributed.check_same_on_ranks(settings)  # one rank may have fallen back to the bundled sample
+    run = Run(model, trainable, tokenizer, train_pairs, dev_pairs, Path(out), settings, resume)
     # Rank 0 acts on signals, the others end when it does.
-    others = signals.put_off() if distributed.rank() else contextlib.nullcontext()
+    others = signals.defer_signals() if distributed.rank() else contextlib.nullcontext()
     batches = run.batches(run.step)
     with run.bar, others, packed_weights(model, training=True):
         try:
             while True:
-                if run.is_due():
+                if run.eval_due():
                     run.evaluate()
                 if run.step == steps:
                     break
-                run.make_step(next(batches))
+                run.train_step(next(batches))
         except (KeyboardInterrupt, distributed.RankLost, OSError):  # the last: the output finds no room
-            with contextlib.suppress(KeyboardInterrupt), signals.put_off():  # one is enough
+            with contextlib.suppress(KeyboardInterrupt), signals.defer_signals():  # one is enough
                 run.save_present_step()
             raise
-    tuned.load_state_dict(run.best["weights"])
+    trainable.load_state_dict(run.best["weights"])
     return run.log, run.best["step"]
 
 

@@ -17,7 +17,7 @@ class EmptyText(InputError):
     """A text of the input is empty. Its own class, for XSum has such rows and goes on without them."""
 
 
-def collapse(text: str) -> str:
+def collapse_whitespace(text: str) -> str:
     """A text with each run of white space, line ends included, as one blank."""
     return " ".join(text.split())
 
@@ -33,7 +33,7 @@ def check_text(text: object, where: str) -> str:
     return text.strip()
 
 
-def grouped(examples: list[Example]) -> list[Example]:
+def group_by_source(examples: list[Example]) -> list[Example]:
     """One Example for each distinct source and topic, in the order of the first, with all of its references."""
     by_source: dict[tuple[str, str | None], Example] = {}
     for example in examples:
@@ -52,7 +52,7 @@ def held_out(sources: Sequence[str]) -> set[str]:
     return {sources[int(rng.integers(start, end))] for start, end in pairwise(ends)}
 
 
-def on_topics(examples: list[Example], topics: Sequence[str] | None, where: str) -> list[Example]:
+def filter_topics(examples: list[Example], topics: Sequence[str] | None, where: str) -> list[Example]:
     """The Examples on one of these topics, in order, or without topics all; InputError if none is on one of them.
 
     where: for the message.
@@ -66,7 +66,7 @@ def on_topics(examples: list[Example], topics: Sequence[str] | None, where: str)
     return [example for example in examples if example.topic in topics]
 
 
-def draw_pairs(examples: list[Example], count: int, seed: int, where: str) -> list[Example]:
+def sample_pairs(examples: list[Example], count: int, seed: int, where: str) -> list[Example]:
     """`count` of the examples' (source, reference) pairs, drawn at random from `seed` alone: Examples of one reference.
 
     A smaller draw from the same seed is the beginning of a larger one. InputError if there are too few pairs.
@@ -77,7 +77,7 @@ def draw_pairs(examples: list[Example], count: int, seed: int, where: str) -> li
     return [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[:count]]
 
 
-def spread(items: Sequence[T], most: int) -> list[T]:
+def evenly_spaced(items: Sequence[T], most: int) -> list[T]:
     """At most so many of the items, evenly spaced."""
     count = min(most, len(items))
     return [items[i * len(items) // count] for i in range(count)]

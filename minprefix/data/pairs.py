@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from minprefix.core.batches import Example, Pair, check_lengths, encode_pairs, encode_sources
 from minprefix.core.model import Model
-from minprefix.data.examples import draw_pairs, spread
+from minprefix.data.examples import evenly_spaced, sample_pairs
 from minprefix.data.tasks import load_on_topics
 from minprefix.formats.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ def load_pairs(
             asked = f"the {count} of --low-data {low_data}"
             print(f"{where} has {there} pairs, not {asked}: all are taken", file=sys.stderr)
             count = there
-        examples = draw_pairs(examples, count, seed, where)
+        examples = sample_pairs(examples, count, seed, where)
     pairs = encode_pairs(examples[:limit], tokenizer, model, max_source, f"{split} sources")[:limit]
     check_lengths(pairs, model, start, where)
     return pairs
@@ -45,7 +45,7 @@ def load_inputs(
     """At most `count` Examples of a task's split, on these topics, evenly spaced; new_tokens fit behind each."""
     if count == 0:
         return []  # there need not be such a split
-    examples = spread(load_on_topics(task, split, data, topics, topic_field), count)
+    examples = evenly_spaced(load_on_topics(task, split, data, topics, topic_field), count)
     sources = encode_sources([example.source for example in examples], tokenizer, model, max_source, what=None)
     longest = [(source, [0] * new_tokens) for source in sources]
     check_lengths(longest, model, start, f"{task}, {split} split with {new_tokens} new tokens")

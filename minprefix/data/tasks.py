@@ -12,7 +12,7 @@ from typing import Any
 
 from minprefix.core.batches import Example
 from minprefix.data.download import GET_E2E, find_e2e
-from minprefix.data.examples import EmptyText, check_text, collapse, grouped, held_out, on_topics
+from minprefix.data.examples import EmptyText, check_text, collapse_whitespace, filter_topics, group_by_source, held_out
 from minprefix.data.sample_e2e import sample_rows
 from minprefix.data.triples import DART_LAYOUT, WEBNLG_LAYOUT, linearise_triples, load_dart, load_webnlg, split_triples
 from minprefix.system.errors import InputError
@@ -102,7 +102,7 @@ def load_on_topics(
     topic_field: str = "topic",
 ) -> list[Example]:  # fmt: skip
     """As `load_examples`, but only the Examples on these topics; without topics all."""
-    return on_topics(load_examples(task, split, data, topic_field), topics, f"{task}, {split} split")
+    return filter_topics(load_examples(task, split, data, topic_field), topics, f"{task}, {split} split")
 
 
 def format_source(task: str, text: str, where: str = "the input") -> str:
@@ -120,7 +120,7 @@ def format_source(task: str, text: str, where: str = "the input") -> str:
         return linearise_e2e(text, where)
     if task in TRIPLES:
         return linearise_triples(split_triples(text, where))
-    return collapse(text) if task in SUMMARISATION else text
+    return collapse_whitespace(text) if task in SUMMARISATION else text
 
 
 @functools.cache  # once for each slot, however many inputs have it
@@ -148,7 +148,7 @@ def load_e2e(split: str, folder: Path | None) -> list[Example]:
         rows = [(f"bundled {split} sample", mr, ref) for mr, ref in sample_rows(split)]
     else:
         rows = read_e2e_csv(folder / E2E_FILES[split])
-    return grouped([Example(linearise_e2e(mr, where), [ref]) for where, mr, ref in rows])
+    return group_by_source([Example(linearise_e2e(mr, where), [ref]) for where, mr, ref in rows])
 
 
 def read_e2e_csv(path: Path) -> list[tuple[str, str, str]]:
@@ -191,10 +191,10 @@ def load_jsonl(path: Path, split: str, topic_field: str) -> list[Example]:
     dev, test = path.with_name("dev.jsonl"), path.with_name("test.jsonl")
     has_dev, has_test = (path.name == "train.jsonl" and file.is_file() for file in (dev, test))
     if split == "test" and has_test:
-        return grouped(read_jsonl(test, topic_field, labelled=True))
+        return group_by_source(read_jsonl(test, topic_field, labelled=True))
     if split != "train" and has_dev:
-        return grouped(read_jsonl(dev, topic_field, labelled=True))
-    examples = grouped(read_jsonl(path, topic_field, labelled=True))
+        return group_by_source(read_jsonl(dev, topic_field, labelled=True))
+    examples = group_by_source(read_jsonl(path, topic_field, labelled=True))
     if has_dev:
         return examples
     sources = list(dict.fromkeys(example.source for example in examples))  # one may be there on several topics
@@ -245,7 +245,7 @@ def parse_row(row: dict[str, Any], where: str, topic_field: str, labelled: bool 
     if isinstance(source, list):
         if not all(isinstance(sentence, str) for sentence in source):
             raise InputError(f"{where}: {x} is a list of other things than strings: give a string, or a list of them")
-        source = collapse(" ".join(source))  # SciTLDR's sentences end in line breaks, and one is blank
+        source = collapse_whitespace(" ".join(source))  # SciTLDR's sentences end in line breaks, and one is blank
     if isinstance(references, str) and y != "references":
         references, kind = [references], y
     if not isinstance(references, list):
@@ -332,4 +332,5 @@ def read_lines(path: Path) -> list[str]:
 
 def collapse_example(example: Example) -> Example:
     """An Example with the white space in its texts collapsed."""
-    return Example(collapse(example.source), [collapse(y) for y in example.references], example.topic)
+    references = [collapse_whitespace(y) for y in example.references]
+    return Example(collapse_whitespace(example.source), references, example.topic)

@@ -12,7 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from minprefix.core.batches import Example
-from minprefix.data.examples import check_text, collapse, grouped
+from minprefix.data.examples import check_text, collapse_whitespace, group_by_source
 from minprefix.system.errors import InputError
 from minprefix.system.files import read_json, read_text
 
@@ -27,7 +27,7 @@ Triple = list[str]  # subject, property, object
 
 def linearise_triples(triples: Iterable[Triple]) -> str:
     """[(subject, property, object)] -> `| subject : property : object | ...`, white space collapsed."""
-    return " ".join(collapse("| " + " : ".join(triple)) for triple in triples)
+    return " ".join(collapse_whitespace("| " + " : ".join(triple)) for triple in triples)
 
 
 def split_triples(text: str, where: str = "the input") -> list[Triple]:
@@ -35,7 +35,7 @@ def split_triples(text: str, where: str = "the input") -> list[Triple]:
 
     Only bars and colons with blanks on both sides separate, so an object may be a URL. A bar at either end is ignored.
     """
-    triples = [part.strip().split(" : ", 2) for part in re.split(r" \|(?= )", collapse(text).strip("| "))]
+    triples = [part.strip().split(" : ", 2) for part in re.split(r" \|(?= )", collapse_whitespace(text).strip("| "))]
     if not all(len(triple) == 3 for triple in triples):
         raise InputError(
             f"{where}: {text!r:.200} is not a set of triples: expected subject : property : object, with blanks around "
@@ -58,7 +58,7 @@ def load_webnlg(split: str, folder: Path) -> list[Example]:
         examples = [example for example in examples if (example.topic in UNSEEN) == (split == "test_unseen")]
     if not examples:
         raise InputError(f"{folder} has no texts for WebNLG's {split} split: {WEBNLG_LAYOUT}")
-    return grouped(examples)
+    return group_by_source(examples)
 
 
 def find_webnlg(split: str, folder: Path) -> list[Path]:
@@ -87,7 +87,7 @@ def read_webnlg(path: Path, good_only: bool) -> list[Example]:
         if not entry.get("category"):
             raise InputError(f"{where} has no category")
         texts = [lex.text for lex in entry.iterfind("lex") if lex.get("comment") == "good" or not good_only]
-        texts = [collapse(check_text(text or "", f"{where}: a lex")) for text in texts]
+        texts = [collapse_whitespace(check_text(text or "", f"{where}: a lex")) for text in texts]
         if texts:
             examples.append(Example(linearise_triples(triples), texts, entry.get("category")))
     return examples
@@ -121,7 +121,7 @@ def load_dart(split: str, folder: Path) -> list[Example]:
     for number, entry in enumerate(entries, 1):
         where = f"{path}: entry {number}"
         triples, texts = dart_entry(entry, where)
-        kept = [collapse(check_text(text, f"{where}: a text")) for text in texts if text.strip()]
+        kept = [collapse_whitespace(check_text(text, f"{where}: a text")) for text in texts if text.strip()]
         empty += len(texts) - len(kept)
         if kept:
             examples.append(Example(check_text(linearise_triples(triples), f"{where}: tripleset"), kept))
@@ -129,7 +129,7 @@ def load_dart(split: str, folder: Path) -> list[Example]:
         raise InputError(f"{path} has no texts: {DART_LAYOUT}")
     if empty:
         print(f"skipped {empty} empty text{'s' * (empty > 1)} of {path}", file=sys.stderr)
-    return grouped(examples)
+    return group_by_source(examples)
 
 
 def dart_entry(entry: Any, where: str) -> tuple[list[Triple], list[str]]:

@@ -114,22 +114,24 @@ class Adapters(nn.Module):
         return {f"{name}.{key}": p for name, adapter in adapters for key, p in adapter.state_dict().items()}
 
 
-class Embedding(nn.Module):
+class EmbeddingOnly(nn.Module):
     """P virtual tokens at the input embedding alone, [EMB; x; y], for GPT-2 (paper 7.2); x begins at position P.
 
     What a causal model computes for them does not depend on what follows: they are the prefix of the keys and values
-    that the frozen model has for them. hidden: width of an MLP that they come out of; 0 trains them directly.
+    that the frozen model has for them. mlp_width: width of an MLP that they come out of; 0 trains them directly.
     """
 
-    def __init__(self, model: Model, length: int, hidden: int = 512):
+    def __init__(self, model: Model, length: int, mlp_width: int = 512):
         super().__init__()
         if model.encoder_decoder:
             raise InputError("--method embedding needs GPT-2: in BART's encoder such tokens would see the text, too")
         words = model.wte.weight.float()
-        C, std = words.size(1), 1.0 if hidden else words.std()
+        C, std = words.size(1), 1.0 if mlp_width else words.std()
         self.position_offset = length
         self.embedding = nn.Parameter(torch.randn(length, C, device=words.device) * std)
-        self.mlp = nn.Sequential(nn.Linear(C, hidden), nn.Tanh(), nn.Linear(hidden, C)) if hidden else nn.Identity()
+        self.mlp = (
+            nn.Sequential(nn.Linear(C, mlp_width), nn.Tanh(), nn.Linear(mlp_width, C)) if mlp_width else nn.Identity()
+        )
         self.model = (model,)  # in a tuple, for its parameters are not this module's
 
     def forward(self) -> KVPrefix:
@@ -160,22 +162,22 @@ class Infix(Prefix):
 
     form = KVInfix
 
-    def __init__(self, model: Model, length: int, hidden: int = 512):
+    def __init__(self, model: Model, length: int, mlp_width: int = 512):
         if model.encoder_decoder:
             raise InputError("--method infix needs GPT-2: in BART, source and target are not one sequence")
-        super().__init__(model, length, hidden)
+        super().__init__(model, length, mlp_width)
 
 
-Tuned = Prefix | Finetune | Adapters | Embedding  # what is trained
+Method = Prefix | Finetune | Adapters | EmbeddingOnly  # what is trained
 
 
-def make_tuned(
-    method: str, model: Model, *, length: int = 0, hidden: int = 0, adapter_width: int = 0,
+def make_method(
+    method: str, model: Model, *, length: int = 0, mlp_width: int = 0, adapter_width: int = 0,
     position_offset: int | None = None, sites: list[str] | None = None,
-) -> Tuned:  # fmt: skip
+) -> Method:  # fmt: skip
     """What a method trains on a model: a `Prefix`, or what takes its place. 0, None: the method does without."""
     if method == "prefix":
-        return Prefix(model, length, hidden, position_offset, sites)
+        return Prefix(model, length, mlp_width, position_offset, sites)
     if method == "finetune":
         return Finetune(model)
     if method == "top2":
@@ -183,17 +185,17 @@ def make_tuned(
     if method == "adapter":
         return Adapters(model, adapter_width)
     if method == "embedding":
-        return Embedding(model, length, hidden)
+        return EmbeddingOnly(model, length, mlp_width)
     if method == "infix":
-        return Infix(model, length, hidden)
+        return Infix(model, length, mlp_width)
     raise InputError(f"there is no method {method!r}, only {', '.join(METHODS)}")
 
 
 # ---- files ----
 
 
-def save_tuned(
-    tuned: Tuned, model: Model, method: str, out: Path, base: Path, base_fingerprint: list[float], *,
+def save_method(
+    trainable: Method, model: Model, method: str, out: Path, base: Path, base_fingerprint: list[float], *,
     task: str, sequence: str, max_source: int | None = None,
 ) -> Path:  # fmt: skip
     """Write what was trained into a run's folder, METHOD.safetensors or the folder of a fine-tuned model -> its path.
@@ -209,14 +211,14 @@ def save_tuned(
         return out / "model"
     path = out / f"{method}.safetensors"
     info |= {"method": method, "base_model": model_name(base) or str(base.resolve())}
-    if isinstance(tuned, Prefix):
-        save_prefix(path, tuned.fold(), model, info)
+    if isinstance(trainable, Prefix):
+        save_prefix(path, trainable.fold(), model, info)
     else:
-        save_trained(path, tuned.fold(), base_fingerprint, info)
+        save_trained(path, trainable.fold(), base_fingerprint, info)
     return path
 
 
-def trained_file(path: str | Path) -> Path:
+def find_trained(path: str | Path) -> Path:
     """What a run saved: that file itself; in a run's folder METHOD.safetensors, or the folder of a fine-tuned model.
 
     A PEFT folder stands for itself, so does that of a fine-tuned model.
@@ -226,7 +228,7 @@ def trained_file(path: str | Path) -> Path:
         return path / "model"
     if (path / "adapter_config.json").is_file():
         return path
-    if (path / "config.json").is_file() and told_by_config(read_config(path)):
+    if (path / "config.json").is_file() and finetune_metadata(read_config(path)):
         return path
     for file in (path, *(path / f"{method}.safetensors" for method in METHODS)):
         if file.is_file():
@@ -244,13 +246,13 @@ def save_trained(
     write_safetensors(path, tensors, info)
 
 
-def told_by_config(config: dict[str, Any]) -> dict[str, str]:
+def finetune_metadata(config: dict[str, Any]) -> dict[str, str]:
     """What train.py wrote into the config.json of a fine-tuned model; nothing of any other model."""
     info = config.get("minprefix")
     return {key: str(value) for key, value in info.items()} if isinstance(info, dict) else {}
 
 
-def base_folder(given: str | None, path: Path | None, info: dict[str, str]) -> Path:
+def resolve_base_model(given: str | None, path: Path | None, info: dict[str, str]) -> Path:
     """The folder of the model that is given on the command line, or else of the one that what was trained names.
 
     path: what was trained, named in errors; info: its metadata.
@@ -281,7 +283,7 @@ def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Of a fine-tuned model's folder no tensors.
     """
     if (Path(path) / "config.json").is_file():
-        return {}, {"method": "finetune", **told_by_config(read_config(path))}
+        return {}, {"method": "finetune", **finetune_metadata(read_config(path))}
     if Path(path).is_dir():
         prefix = load_prefix(path)
         return prefix, prefix.info

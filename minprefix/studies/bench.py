@@ -257,7 +257,7 @@ def peer(args: Namespace) -> Work:
         task_type="CAUSAL_LM" if decoder_only else "SEQ_2_SEQ_LM", num_virtual_tokens=args.prefix_length,
         prefix_projection=args.hidden > 0, encoder_hidden_size=args.hidden,
     )  # fmt: skip
-    tuned = get_peft_model(base, config).to(args.device)
+    trainable = get_peft_model(base, config).to(args.device)
 
     def tensors(rows: Iterable[list[int]], padding: int, left: bool = False) -> Tensor:
         padded = pad([row[::-1] for row in rows], padding).flip(1) if left else pad(list(rows), padding)
@@ -267,7 +267,7 @@ def peer(args: Namespace) -> Work:
         sources, targets = zip(*batches[i], strict=True)
         read = [s + t for s, t in batches[i]] if decoder_only else sources
         labels = [[-100] * len(s) + t for s, t in batches[i]] if decoder_only else targets
-        tuned(input_ids=tensors(read, tokenizer.pad_id), attention_mask=tensors([[1] * len(row) for row in read], 0),
+        trainable(input_ids=tensors(read, tokenizer.pad_id), attention_mask=tensors([[1] * len(row) for row in read], 0),
               labels=tensors(labels, -100)).loss.backward()  # fmt: skip
         optimizer.step()
         optimizer.zero_grad()
@@ -275,7 +275,7 @@ def peer(args: Namespace) -> Work:
     @torch.no_grad()
     def write(i: int) -> None:
         sources = [source + [tokenizer.end_id] * decoder_only for source, _ in batches[i]]
-        tuned.generate(
+        trainable.generate(
             input_ids=tensors(sources, tokenizer.pad_id, left=decoder_only), num_beams=args.beams, do_sample=False,
             attention_mask=tensors([[1] * len(source) for source in sources], 0, left=decoder_only),
             min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens, pad_token_id=tokenizer.pad_id,
@@ -283,9 +283,9 @@ def peer(args: Namespace) -> Work:
         )  # fmt: skip
 
     if args.what == "generate":
-        tuned.eval()
+        trainable.eval()
         return write, facts
-    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=8e-5, fused=True)
+    optimizer = torch.optim.AdamW([p for p in trainable.parameters() if p.requires_grad], lr=8e-5, fused=True)
     return train, facts
 
 

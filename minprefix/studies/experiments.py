@@ -75,11 +75,11 @@ def parse_args() -> Namespace:
     check_out(args.out)
     if args.samplings is not None and args.study not in ("low-data", "init"):
         raise InputError(f"--samplings does nothing for the study {args.study}: leave it out")
-    complete(args)
+    resolve_defaults(args)
     return args
 
 
-def complete(args: Namespace) -> None:
+def resolve_defaults(args: Namespace) -> None:
     """What the command line leaves open, and what model, data and machine say."""
     folder = resolve_model(args.model)
     args.model, args.kind = model_name(folder) or args.model, str(read_config(folder).get("model_type"))
@@ -140,25 +140,25 @@ def main() -> None:
     shared = args.out / f"tune-{data}"  # by several studies
     if args.dry_run:
         speed = measure(args)
-        show(untuned, shared, args, speed)
+        print_plan(untuned, shared, args, speed)
         done = read_rows(shared, untuned)
         add_losses(losses, [done[run.name] for run in untuned if run.name in done])
-        unknown = {run.what["method"] for run in untuned if run.name not in done}
+        unknown = {run.factors["method"] for run in untuned if run.name not in done}
         args.lr = {method: "TUNED" if method in unknown else best(losses[method]) for method in methods}
-        show(study(args), args.out / args.study, args, speed)
+        print_plan(study(args), args.out / args.study, args, speed)
         times = ", ".join(f"{1000 * seconds:.1f} ms for a {what}" for what, seconds in speed.items())
         print(f"estimated from what was measured just now on {args.device}, {args.threads} thread(s): {times}")
         return
     with locked(shared, wait=f"waiting for another study that works in {shared}"):
-        add_losses(losses, execute(untuned, shared, args))
+        add_losses(losses, run_all(untuned, shared, args))
         known = read_rates(args.out / rates)
         with atomic_write(args.out / rates) as file:  # put beside the model it spares other studies the tuning
             json.dump(known | losses, file, indent=2)
     args.lr = {method: best(losses[method]) for method in methods}
     runs, folder = study(args), args.out / args.study
     with locked(folder):
-        take_over(runs, args.out, folder)
-        rows = execute(runs, folder, args)
+        reuse_runs(runs, args.out, folder)
+        rows = run_all(runs, folder, args)
         text = table(rows, {method: losses[method] for method in methods}, args)
         with atomic_write(folder / "table.md") as file:
             file.write(text)
@@ -217,7 +217,7 @@ def estimate(run: Run, args: Namespace, speed: dict[str, float]) -> float:
     return START + trained * speed["training example"] + texts * speed["text"]
 
 
-def show(runs: list[Run], folder: Path, args: Namespace, speed: dict[str, float]) -> None:
+def print_plan(runs: list[Run], folder: Path, args: Namespace, speed: dict[str, float]) -> None:
     """Print the runs that are not done yet, with their commands, and what all of it comes to."""
     done = read_rows(folder, runs)
     left = [run for run in runs if run.name not in done]
@@ -246,7 +246,7 @@ def commands(run: Run, folder: Path) -> Iterator[list[str]]:
         yield [sample, "--prefix", str(out), *arguments, "--evaluate", "--output", str(out / f"{name}.txt")]
 
 
-def take_over(runs: list[Run], out: Path, folder: Path) -> None:
+def reuse_runs(runs: list[Run], out: Path, folder: Path) -> None:
     """Put a study's runs into its folder that were trained already, to tune a learning rate or for another study."""
     there = {tuple(read_json(path)): path.parent for path in out.glob(f"*/*/{TRAINED}") if path.parent.suffix != ".tmp"}
     for run in runs:
@@ -263,7 +263,7 @@ def is_trained(run: Run, out: Path) -> bool:
     return (out / TRAINED).is_file() and read_json(out / TRAINED) == run.train
 
 
-def execute(runs: list[Run], folder: Path, args: Namespace) -> list[Row]:
+def run_all(runs: list[Run], folder: Path, args: Namespace) -> list[Row]:
     """Do the runs that have no row yet, args.jobs at a time -> the rows of all. InputError when one fails.
 
     However it ends, no process is left; a run that was stopped goes on from its checkpoint.
@@ -287,7 +287,7 @@ def execute(runs: list[Run], folder: Path, args: Namespace) -> list[Row]:
                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")  # fmt: skip
     try:
         while waiting or running:
-            with signals.put_off():  # no process is started and then forgotten
+            with signals.defer_signals():  # no process is started and then forgotten
                 for process in [process for process in running if process.poll() is not None]:
                     run, left, began = running.pop(process)
                     out = folder / run.name
@@ -350,7 +350,7 @@ def last_line(out: Path) -> str:
 
 def make_row(run: Run, out: Path, diverged: bool) -> Row:
     """What there is to know of a run that is done; one that diverged has no dev loss."""
-    row: Row = {"run": run.name, "what": run.what, "train": run.train, "samples": run.samples, "dev_loss": None}
+    row: Row = {"run": run.name, "what": run.factors, "train": run.train, "samples": run.samples, "dev_loss": None}
     if not diverged:
         result = read_json(out / "result.json")
         row |= {key: result[key] for key in ("dev_loss", "best_step", "share", "seconds")}

@@ -17,7 +17,7 @@ from minprefix.data.tasks import SUMMARISATION
 from minprefix.system.errors import InputError
 
 METHODS = ("prefix", "finetune", "top2", "adapter 3%", "adapter 0.1%", "embedding")  # --method, and what it may train
-TEN_TOKENS = ("prefix 10", "embedding", "infix")  # tuned with 10 virtual tokens: fewer need a larger learning rate
+TEN_TOKENS = ("prefix 10", "embedding", "infix")  # trainable with 10 virtual tokens: fewer need a larger learning rate
 SIZES = (50, 100, 200, 500)
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
 VIRTUAL_TOKENS = (1, 10, 20)  # of prefix, embedding and infix when these are compared
@@ -26,13 +26,13 @@ WORDS = (*TASK_WORDS, "elephant banana keep", None)  # two that name a task, oth
 UNSEEN = ("Building", "Food", "SportsTeam")  # every third of WebNLG's ten categories, in the alphabet's order
 SEEN = ("Airport", "Astronaut", "City", "ComicsCharacter", "Monument", "University", "WrittenWork")
 
-What = dict[str, str | int]  # what a study varies -> its value for a run
+Factors = dict[str, str | int]  # what a study varies -> its value for a run
 
 
 @dataclass
 class Run:
     name: str  # of its folder
-    what: What  # but for the seeds: runs alike in this are one row of the table
+    factors: Factors  # but for the seeds: runs alike in this are one row of the table
     train: list[str]  # train.py's arguments
     samples: dict[str, list[str]]  # name of a set of scores -> sample.py's arguments
     examples: int  # that training sees
@@ -134,12 +134,12 @@ def tuning(args: Namespace, data: str, method: str) -> list[Run]:
     if middle is None:
         raise InputError(f"{args.model} cannot be trained with {method}")
     for lr in (f"{middle * factor:.2g}" for factor in (1 / 3, 1, 3)):
-        what: What = {"method": method, "lr": lr}
+        factors: Factors = {"method": method, "lr": lr}
         if data == "low-data":
-            runs.append(low_data_run(args, what, method, 200, 1, 101, from_words(args, method), lr=lr, tested=False))
+            runs.append(low_data_run(args, factors, method, 200, 1, 101, from_words(args, method), lr=lr, tested=False))
         else:
             options = ["--topics", *SEEN] if data == "topics" else []
-            runs.append(make_run(args, what, method, 101, options, lr=lr, tested=False))
+            runs.append(make_run(args, factors, method, 101, options, lr=lr, tested=False))
     return runs
 
 
@@ -152,18 +152,18 @@ def from_words(args: Namespace, method: str) -> list[str]:
 
 
 def low_data_run(
-    args: Namespace, what: What, method: str, size: int, sampling: int, seed: int, options: Sequence[str] = (), *,
+    args: Namespace, factors: Factors, method: str, size: int, sampling: int, seed: int, options: Sequence[str] = (), *,
     lr: str | None = None, tested: bool = True,
 ) -> Run:  # fmt: skip
     """A run on a sample of the training data with the paper's settings: 400 steps of 10, 100 of them warm-up."""
     steps = min(400, args.steps)
     options = [*options, "--low-data", str(size), "--low-data-seed", str(sampling), "--warmup", str(steps // 4)]
-    return make_run(args, what, method, seed, options, name=f"sampling{sampling}", lr=lr, steps=steps, batch_size=10,
+    return make_run(args, factors, method, seed, options, name=f"sampling{sampling}", lr=lr, steps=steps, batch_size=10,
                     evaluations=8, dev=math.ceil(0.3 * size), tested=tested)  # fmt: skip
 
 
 def make_run(
-    args: Namespace, what: What, method: str, seed: int, options: Sequence[str] = (), *, name: str | None = None,
+    args: Namespace, factors: Factors, method: str, seed: int, options: Sequence[str] = (), *, name: str | None = None,
     lr: str | None = None, steps: int | None = None, batch_size: int | None = None, evaluations: int = 5,
     dev: int = 500, tested: bool = True,
 ) -> Run:  # fmt: skip
@@ -183,6 +183,6 @@ def make_run(
     limit = ["--limit", str(args.limit_test)] if args.limit_test else []
     for test, (split, topics) in test_sets(args).items() if tested else ():
         samples[test] = [*data, "--split", split, *(["--topics", *topics] if topics else []), *limit]
-    parts = [*what.values(), name, f"seed{seed}"]
+    parts = [*factors.values(), name, f"seed{seed}"]
     folder = "-".join(re.sub(r"[^\w.%]+", "-", str(part)).strip("-") for part in parts if part)
-    return Run(folder, what, train, samples, steps * batch_size, dev * (evaluations + 1))
+    return Run(folder, factors, train, samples, steps * batch_size, dev * (evaluations + 1))

@@ -24,7 +24,7 @@ class RankLost(InputError):
     """Another process of the run has ended, killed perhaps."""
 
 
-def each_rank(main: Callable[[], None]) -> Callable[[], None]:
+def distributed_main(main: Callable[[], None]) -> Callable[[], None]:
     """A script's `main` as each process of torchrun runs it; an error that ends several of them is printed by one."""
     if not dist.is_torchelastic_launched():
         return main
@@ -39,7 +39,7 @@ def each_rank(main: Callable[[], None]) -> Callable[[], None]:
             with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence if rank else sys.stdout):
                 with one_line_errors():
                     main()
-            with others_alive():  # or one that ends early can be torn down while its connections are in use
+            with raise_rank_lost():  # or one that ends early can be torn down while its connections are in use
                 dist.barrier()
         except (InputError, KeyboardInterrupt) as error:
             if store.add(str(error), 1) > 1:  # counts who has this message: the first prints it
@@ -71,41 +71,41 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(items: list[T]) -> list[T]:
+def shard(items: list[T]) -> list[T]:
     """What this rank does of a list that all ranks have: every world_size-th item."""
     return items[rank() :: world_size()]
 
 
-def joined(items: list[T]) -> list[T]:
+def unshard(items: list[T]) -> list[T]:
     """What all ranks made of their shares, in the order of the whole list."""
     if world_size() == 1:
         return items
-    parts = gathered(items)
+    parts = all_gather(items)
     whole: list[Any] = [None] * sum(map(len, parts))
     for i, part in enumerate(parts):
         whole[i :: len(parts)] = part
     return whole
 
 
-def gathered(item: Any) -> list[Any]:
+def all_gather(item: Any) -> list[Any]:
     """What each rank has for it, in the order of the ranks."""
     every: list[Any] = [None] * world_size()
-    with others_alive():
+    with raise_rank_lost():
         dist.all_gather_object(every, item)
     return every
 
 
-def check_alike(settings: dict[str, Any]) -> None:
+def check_same_on_ranks(settings: dict[str, Any]) -> None:
     """InputError on every rank, the same, where the ranks' settings (name -> value) differ."""
     if world_size() == 1:
         return
-    every = gathered(settings)
+    every = all_gather(settings)
     if differing := [name for name in every[0] if any(other.get(name) != every[0].get(name) for other in every)]:
         what = ", ".join(name.replace("_", " ") for name in differing)
         raise InputError(f"the processes differ in {what}: give all of them the same files and options")
 
 
-def from_first(choose: Callable[[], T]) -> T:
+def broadcast_from_rank0(choose: Callable[[], T]) -> T:
     """What a function gives on rank 0, for all ranks; so with an InputError of it."""
     if world_size() == 1:
         return choose()
@@ -115,26 +115,26 @@ def from_first(choose: Callable[[], T]) -> T:
             made = [choose()]
         except InputError as error:
             made = [error]
-    with others_alive():
+    with raise_rank_lost():
         dist.broadcast_object_list(made)
     if isinstance(made[0], InputError):
         raise made[0]
     return made[0]
 
 
-def add_up(tensors: list[Tensor]) -> None:
+def all_reduce_sum(tensors: list[Tensor]) -> None:
     """Replace tensors by their sums over all ranks, in one message."""
     if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    with others_alive():
+    with raise_rank_lost():
         dist.all_reduce(flat)
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
 @contextlib.contextmanager
-def others_alive() -> Iterator[None]:
+def raise_rank_lost() -> Iterator[None]:
     """RankLost where a collective operation fails."""
     try:
         yield

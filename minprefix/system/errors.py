@@ -30,7 +30,7 @@ class WriteError(InputError):
     """A file could not be written: the disk is full, say. Another try may succeed."""
 
 
-class MemoryShort(InputError):
+class OutOfMemory(InputError):
     """There was too little memory. Another try may succeed."""
 
 
@@ -44,19 +44,19 @@ def run_main(main: Callable[[], None]) -> None:
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
-        with signals.raised(), one_line_errors():
+        with signals.signals_as_exceptions(), one_line_errors():
             main()
             print(end="", flush=True)  # a pipe that is closed shows here, not when Python ends
     except BrokenPipeError:  # `| head`: who reads the output has enough
-        end("", 128 + signal.SIGPIPE)
+        exit_with("", 128 + signal.SIGPIPE)
     except InputError as error:
-        end(f"error: {' '.join(str(error).split())}\n", 2)
+        exit_with(f"error: {' '.join(str(error).split())}\n", 2)
     except KeyboardInterrupt as stop:
         message, number = stop.args or ("interrupted", signal.SIGINT)
-        end(f"{message}\n", 128 + number)
+        exit_with(f"{message}\n", 128 + number)
 
 
-def end(message: str, code: int) -> NoReturn:
+def exit_with(message: str, code: int) -> NoReturn:
     """Exit with a code, after a message on stderr if that can be written to."""
     with contextlib.suppress(OSError):
         sys.stderr.write(message)
@@ -70,14 +70,14 @@ def end(message: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Raise MemoryShort where the block has too little memory, WriteError where its output finds no room."""
+    """Raise OutOfMemory where the block has too little memory, WriteError where its output finds no room."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
         if out_of_memory(error):
             asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
             remedy = "free some, or lower --batch-size, --beams or --max-source, or take a smaller model"
-            raise MemoryShort(f"out of memory{f' ({asked[1]} more needed)' if asked else ''}: {remedy}") from error
+            raise OutOfMemory(f"out of memory{f' ({asked[1]} more needed)' if asked else ''}: {remedy}") from error
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             where = error.filename or "the output"  # of a print
             raise WriteError(f"cannot write {where}: {error.strerror}; make room, or write elsewhere") from error

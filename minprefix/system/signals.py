@@ -29,19 +29,19 @@ def handled(handler: Callable[[int, FrameType | None], object], numbers: Iterabl
             signal.signal(number, earlier)
 
 
-def raised() -> contextlib.AbstractContextManager[None]:
+def signals_as_exceptions() -> contextlib.AbstractContextManager[None]:
     """SIGNALS raise Stopped while the block runs, but for those that are ignored, as in a shell's background."""
     return handled(raise_stopped, [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN])
 
 
 def ignore() -> None:
-    """SIGNALS have no effect from here on, within `raised`: the script ends already, and says why."""
+    """SIGNALS have no effect from here on, within `signals_as_exceptions`: the script ends already, and says why."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
-def put_off() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """SIGNALS that arrive while the block runs take effect when it is done, or has failed."""
     came, handlers = [], {}
     if threading.current_thread() is threading.main_thread():  # no other gets signals, nor may it handle them

@@ -31,11 +31,11 @@ def world(tmp_path_factory):
     write_tiny_bart(folder / "bart")
     gpt2, bart = load_model(folder / "gpt2"), load_model(folder / "bart")
     torch.manual_seed(3)
-    for name, model, tuned in (("gpt2", gpt2, Prefix(gpt2, 5, 0, 2)), ("bart", bart, Prefix(bart, 5, 0)),
+    for name, model, trainable in (("gpt2", gpt2, Prefix(gpt2, 5, 0, 2)), ("bart", bart, Prefix(bart, 5, 0)),
                                ("infix", gpt2, Infix(gpt2, 3, 0))):  # fmt: skip
         method = "infix" if name == "infix" else "prefix"
         info = {"base_model": str(folder / ("bart" if name == "bart" else "gpt2")), "method": method}
-        save_prefix(folder / f"{name}.safetensors", tuned.fold(), model, info)
+        save_prefix(folder / f"{name}.safetensors", trainable.fold(), model, info)
     words = gpt2.wte.weight[load_tokenizer(folder / "gpt2").encode(" restaurant")[:1]]
     info = {"base_model": str(folder / "gpt2"), "method": "embedding", "task": "a\x1b[2Jb\nc"}
     save_trained(folder / "embedding.safetensors", {"embedding": 3 * words}, fingerprint(gpt2), info)
@@ -90,7 +90,7 @@ def test_an_infix_is_seen_by_the_target_alone(world):
     infix = KVInfix(Prefix(model, 3, 0).fold(), 3)
     batch = collate([([11, 12, 13, 14], [21, 22, 23])], tokenizer, model)
     assert (prefix_tool.attention_shares(model, infix, batch)["decoder"] > 0.01).all()
-    batch.index = torch.arange(4)
+    batch.target_positions = torch.arange(4)
     assert (prefix_tool.attention_shares(model, infix, batch)["decoder"] == 0).all()
 
 

@@ -113,7 +113,7 @@ def test_golden_logits_from_the_folder(golden):
     prefix = {"decoder": golden["shared"]}
     assert_equal(model(golden["source"], golden["target"], mask, prefix), golden["gelu.shared"])
     assert not model.training and not any(p.requires_grad for p in model.parameters())
-    states = model.hidden(golden["source"], golden["target"], mask, prefix)
+    states = model.hidden_states(golden["source"], golden["target"], mask, prefix)
     assert_equal(model.logits(states.flatten(0, 1)[[3, 5]]), golden["gelu.shared"].flatten(0, 1)[[3, 5]])
 
 
@@ -233,7 +233,7 @@ def test_position_offset():
                 assert torch.equal(logits, model(source, target, mask, kv))
             else:
                 assert (logits - model(source, target, mask, kv)).abs().max() > 0.1
-            assert torch.equal(logits, model.logits(model.hidden(source, target, mask, kv, start=offset)))
+            assert torch.equal(logits, model.logits(model.hidden_states(source, target, mask, kv, start=offset)))
 
 
 def test_every_virtual_token_is_seen_and_no_later_target():
@@ -363,8 +363,8 @@ def test_prefix_gradients(rows):
     sites = [torch.randn(L, 2, *b, H, P, D).double().requires_grad_() for L, H, D in model.prefix_sites.values()]
 
     def loss(*kv):
-        states = model.hidden(*batch.inputs, prefix=dict(zip(model.prefix_sites, kv, strict=True)))
-        logits = model.logits(states.flatten(0, 1)[batch.index])
+        states = model.hidden_states(*batch.inputs, prefix=dict(zip(model.prefix_sites, kv, strict=True)))
+        logits = model.logits(states.flatten(0, 1)[batch.target_positions])
         return F.cross_entropy(logits, batch.labels, reduction="sum")
 
     assert torch.autograd.gradcheck(loss, sites, eps=1e-6, atol=1e-7, rtol=1e-5)
@@ -386,7 +386,7 @@ def test_only_the_prefix_is_trained(tmp_path, hidden):
     target_loss(model, collate(pairs, tokenizer, model), prefix()).backward()
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     assert not model.final_logits_bias.requires_grad
-    assert list(prefix.parts) == ["encoder", "decoder", "cross"]
+    assert list(prefix.sites) == ["encoder", "decoder", "cross"]
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in prefix.parameters())
 
 

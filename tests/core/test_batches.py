@@ -80,7 +80,7 @@ def test_exact_ids(tiny):
         [a, blank, end, blank, c, a, blank],
         [blank, b, blank, end, a, blank, 999],
     ]
-    assert batch.index.tolist() == [2, 3, 4, 5, 9, 10, 11, 12, 13, 17, 18, 19]
+    assert batch.target_positions.tolist() == [2, 3, 4, 5, 9, 10, 11, 12, 13, 17, 18, 19]
     assert batch.labels.tolist() == [blank, b, blank, end, blank, c, a, blank, end, a, blank, end]
 
 
@@ -108,7 +108,7 @@ def test_exact_ids_of_an_encoder_decoder(tiny_bart, start):
     assert target_ids.tolist() == [[start, s, b, pad], [start, s, c, _a], [start, s, a, pad], [start, s, pad, pad]]
     assert source_mask.dtype == torch.bool
     assert source_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch.index.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 12, 13]
+    assert batch.target_positions.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 12, 13]
     assert batch.labels.tolist() == [s, b, end, s, c, _a, end, s, a, end, s, end]
 
 
@@ -123,8 +123,8 @@ def test_the_sequence_reads_as_in_the_paper():
     T = ids.size(1)
     for b, ((source, _), (x, y)) in enumerate(zip(pairs, texts, strict=True)):
         assert [source] == encode_sources([x], tokenizer, model)
-        here = (batch.index >= b * T) & (batch.index < (b + 1) * T)
-        labels, begin = batch.labels[here].tolist(), int(batch.index[here][0]) - b * T
+        here = (batch.target_positions >= b * T) & (batch.target_positions < (b + 1) * T)
+        labels, begin = batch.labels[here].tolist(), int(batch.target_positions[here][0]) - b * T
         seen = ids[b, : begin + len(labels)].tolist() + labels[-1:]  # what is read, and the last prediction
         assert tokenizer.decode(seen) == f" {x} <|endoftext|> {y} <|endoftext|>"
         assert sequence_form(model).format(x=x, y=y) == tokenizer.decode(seen)
@@ -250,16 +250,18 @@ def check_labels(batch, ids, pairs, before):
     for b, (_, target) in enumerate(pairs):
         row, begin = ids[b].tolist(), before[b]
         assert row[begin] == 50
-        index = batch.index[at : at + len(target)].tolist()
+        index = batch.target_positions[at : at + len(target)].tolist()
         assert batch.labels[at : at + len(target)].tolist() == target
         assert index == list(range(b * T + begin, b * T + begin + len(target)))
         # every label but the last is the next input of its row; after the last one there is only padding
         assert [int(inputs[i + 1]) for i in index[:-1]] == target[:-1]
         assert set(row[index[-1] - b * T + 1 :]) <= {51}
         at += len(target)
-    assert at == len(batch.labels) == len(batch.index)
-    assert 51 not in inputs[batch.index] and 51 not in batch.labels
-    assert batch.index.dtype == batch.labels.dtype == torch.int64 and len(batch.source_lengths) == B == len(pairs)
+    assert at == len(batch.labels) == len(batch.target_positions)
+    assert 51 not in inputs[batch.target_positions] and 51 not in batch.labels
+    assert batch.target_positions.dtype == batch.labels.dtype == torch.int64 and len(batch.source_lengths) == B == len(
+        pairs
+    )
 
 
 SPECIAL = SimpleNamespace(end_id=50, pad_id=51)
@@ -304,7 +306,7 @@ def test_a_batch_shares_no_memory(model):
     """Not with the pairs, not among its tensors, not with another batch: all may be changed in place."""
     pairs = [([1, 2], [3, 4]), ([5, 6], [7, 8])]
     batch, other = (collate(pairs, SPECIAL, model) for _ in range(2))
-    tensors = [*batch.inputs, batch.index, batch.labels]
+    tensors = [*batch.inputs, batch.target_positions, batch.labels]
     assert len({x.untyped_storage().data_ptr() for x in tensors}) == len(tensors)
     for x in tensors:
         x.zero_()

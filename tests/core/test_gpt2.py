@@ -53,7 +53,7 @@ def test_golden_logits_from_the_folder(golden):
 def test_hidden_states_and_logits(golden):
     """`hidden` then `logits` is `forward`; `logits` takes states of any leading shape."""
     model, prefix = golden_model(), {"decoder": golden["shared"]}
-    states, expected = model.hidden(golden["ids"], prefix), model(golden["ids"], prefix)
+    states, expected = model.hidden_states(golden["ids"], prefix), model(golden["ids"], prefix)
     assert torch.equal(model.logits(states), expected)
     torch.testing.assert_close(model.logits(states.flatten(0, 1)[[3, 5]]), expected.flatten(0, 1)[[3, 5]])
 
@@ -68,7 +68,7 @@ def test_position_offset(golden):
     shifted = golden_model()
     shifted.wpe.weight.copy_(model.wpe.weight.roll(P, dims=0))
     torch.testing.assert_close(shifted(ids, kv), at_zero, rtol=0, atol=1e-12)
-    assert torch.equal(model.logits(model.hidden(ids, kv, start=0)), at_zero)
+    assert torch.equal(model.logits(model.hidden_states(ids, kv, start=0)), at_zero)
 
 
 def test_causal(golden):
@@ -123,7 +123,7 @@ def test_untied_head():
     untied = GPT2({**CONFIG, "tie_word_embeddings": False}).double()
     untied.load_state_dict(from_huggingface(tensors, untied.config))
     ids = torch.tensor([[1, 2, 3]])
-    torch.testing.assert_close(untied(ids), model.hidden(ids) @ head.T)
+    torch.testing.assert_close(untied(ids), model.hidden_states(ids) @ head.T)
     assert torch.equal(to_huggingface(untied)["lm_head.weight"], head)
 
 

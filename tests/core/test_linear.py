@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from minprefix import generate, load_model, load_tokenizer
-from minprefix.core.linear import ACTIVATIONS, Linear, gelu_new, linear, packed_weights, packs_bfloat16
+from minprefix.core.linear import ACTIVATIONS, Linear, can_pack_bfloat16, gelu_new, linear, packed_weights
 from tests.tiny import write_tiny_bart, write_tiny_model
 
-needs_onednn = pytest.mark.skipif(not packs_bfloat16(), reason="oneDNN makes no bfloat16 products on this CPU")
+needs_onednn = pytest.mark.skipif(not can_pack_bfloat16(), reason="oneDNN makes no bfloat16 products on this CPU")
 WRITERS = pytest.mark.parametrize("write", [write_tiny_model, write_tiny_bart])
 
 

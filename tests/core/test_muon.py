@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from minprefix.core.muon import Muon, orthogonal
+from minprefix.core.muon import Muon, newton_schulz
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (100, 64), (3, 2, 20, 64), (2, 2, 7, 7)])
 def test_orthogonal_keeps_the_directions_and_evens_their_lengths(shape):
     torch.manual_seed(0)
     matrices = torch.randn(shape, dtype=torch.float64)
-    u, s, vh = torch.linalg.svd(orthogonal(matrices), full_matrices=False)
+    u, s, vh = torch.linalg.svd(newton_schulz(matrices), full_matrices=False)
     assert 0.3 < s.min() and s.max() < 1.3  # from 0.0x to 1 before
     before, _, v = torch.linalg.svd(matrices, full_matrices=False)
     aligned = before @ v  # the nearest matrix with all singular values 1
@@ -16,7 +16,7 @@ def test_orthogonal_keeps_the_directions_and_evens_their_lengths(shape):
 
 
 def test_zeros_stay_zeros():
-    assert torch.equal(orthogonal(torch.zeros(2, 5, 3)), torch.zeros(2, 5, 3))
+    assert torch.equal(newton_schulz(torch.zeros(2, 5, 3)), torch.zeros(2, 5, 3))
 
 
 def test_a_stack_is_trained_as_torch_trains_each_of_its_matrices():

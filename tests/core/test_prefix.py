@@ -94,7 +94,7 @@ def test_a_folded_prefix_is_a_copy(model):
 def test_mlp_part_is_its_definition(model):
     """P[i] = MLP(P'[i]), read as (layer, key or value, head, dim): the layout of the authors and of PEFT."""
     prefix = make_prefix(model, 16)
-    part = prefix.parts["decoder"]
+    part = prefix.sites["decoder"]
     first, _, second = part.mlp
     assert part.embedding.shape == (P, H * D) and first.weight.shape == (16, H * D)
     for i in range(P):
@@ -132,7 +132,7 @@ def test_all_sites_by_default(tmp_path, bart, hidden):
 def test_only_some_sites(tmp_path, bart, sites, hidden):
     prefix = make_prefix(bart, hidden, sites=sites)
     folded = prefix.fold()
-    assert list(prefix.parts) == [site for site in SITES if site in sites] == list(prefix()) == list(folded)
+    assert list(prefix.sites) == [site for site in SITES if site in sites] == list(prefix()) == list(folded)
     loaded = load_prefix(saved(tmp_path, bart, prefix), bart)
     logits = bart(IDS, IDS, prefix=loaded)
     assert loaded.keys() == set(sites) and torch.equal(logits, bart(IDS, IDS, prefix=folded))

@@ -19,7 +19,7 @@ from minprefix.core.loss import target_loss
 from minprefix.core.muon import Muon
 from minprefix.core.training import batch_stream, dev_loss, linear_schedule, make_optimizer, train
 from minprefix.data.tasks import Example
-from minprefix.system.errors import InputError, MemoryShort
+from minprefix.system.errors import InputError, OutOfMemory
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 PAIRS = [([5 + i, 6, 7 + i], [40 + i, 50, 60, 4095]) for i in range(12)] + [([9], [8, 4095])]
@@ -41,7 +41,7 @@ def bart_folder(tmp_path_factory):
 def run(folder, out, steps=20, pairs=PAIRS, **options):
     torch.manual_seed(1)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    prefix = Prefix(model, 3, hidden=8)
+    prefix = Prefix(model, 3, mlp_width=8)
     dev = pairs[:4]
     log = train(model, prefix, tokenizer, pairs, dev, out, steps=steps, batch_size=4, lr=1e-2, eval_every=5, **options)
     return model, prefix, log
@@ -49,7 +49,7 @@ def run(folder, out, steps=20, pairs=PAIRS, **options):
 
 def test_loss_is_that_of_the_target_tokens_alone(model_folder):
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
-    prefix = Prefix(model, 3, hidden=0)()
+    prefix = Prefix(model, 3, mlp_width=0)()
     batch = collate(PAIRS, tokenizer, model)
     expected = 0.0
     for source, target in PAIRS:  # one row at a time, over the whole sequence, source positions left out by hand
@@ -78,7 +78,7 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(model_folder, tmp_p
 def test_one_step_is_adamw_on_the_sentence_mean(model_folder, tmp_path):
     torch.manual_seed(1)
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
-    prefix = Prefix(model, 3, hidden=8)
+    prefix = Prefix(model, 3, mlp_width=8)
     kv = {name: p.detach().clone().requires_grad_() for name, p in prefix.named_parameters()}
     loss = 0.0
     for source, target in PAIRS:
@@ -100,7 +100,7 @@ def bart_row_loss(model, source, target, prefix):
 
 def test_loss_of_an_encoder_decoder_is_that_of_its_targets(bart_folder):
     model, tokenizer = load_model(bart_folder), load_tokenizer(bart_folder)
-    prefix = Prefix(model, 3, hidden=0)()
+    prefix = Prefix(model, 3, mlp_width=0)()
     expected = sum(bart_row_loss(model, *pair, prefix) for pair in BART_PAIRS).item()
     loss = target_loss(model, collate(BART_PAIRS, tokenizer, model), prefix).item()
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -112,7 +112,7 @@ def test_gradient_of_an_encoder_decoder_is_of_the_token_mean(bart_folder, tmp_pa
     """Seen by the optimizer before it is cut to the norm 1, since AdamW's first step hardly depends on its scale."""
     torch.manual_seed(1)
     model, tokenizer = load_model(bart_folder), load_tokenizer(bart_folder)
-    prefix = Prefix(model, 3, hidden=8)
+    prefix = Prefix(model, 3, mlp_width=8)
     losses = [bart_row_loss(model, *pair, prefix()) for pair in BART_PAIRS]
     (sum(losses) / sum(len(target) for _, target in BART_PAIRS)).backward()
     expected = {name: p.grad.clone() for name, p in prefix.named_parameters()}
@@ -178,7 +178,7 @@ def test_a_checkpoint_is_not_called_damaged_for_want_of_memory(model_folder, tmp
 
     run(model_folder, tmp_path)
     for owner, name in ((torch, "load"), (torch.optim.AdamW, "load_state_dict")):
-        with monkeypatch.context() as patch, pytest.raises(MemoryShort, match="too little memory to resume"):
+        with monkeypatch.context() as patch, pytest.raises(OutOfMemory, match="too little memory to resume"):
             patch.setattr(owner, name, hungry)
             run(model_folder, tmp_path, resume=True)
 
@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_refused_or_harmless(model_folder, tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_the_run(model_folder, tmp_path):
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
-    prefix = Prefix(model, 3, hidden=0)
+    prefix = Prefix(model, 3, mlp_width=0)
     with pytest.raises(InputError, match="nan at step"):
         train(model, prefix, tokenizer, PAIRS, PAIRS, tmp_path, steps=20, batch_size=4, lr=1e38, eval_every=50)
 
@@ -223,7 +223,7 @@ def test_the_batch_that_breaks_the_loss_is_named(eval_every, model_folder, tmp_p
     model.wpe.weight[20:] = math.inf
     first = next(islice(batch_stream([*pairs, long], 4, 101, 0), steps[0] - 1, None))[0][0]
     with pytest.raises(InputError) as error:
-        train(model, Prefix(model, 3, hidden=0), tokenizer, [*pairs, long], pairs[:4], tmp_path, steps=60,
+        train(model, Prefix(model, 3, mlp_width=0), tokenizer, [*pairs, long], pairs[:4], tmp_path, steps=60,
               batch_size=4, lr=1e-3, eval_every=eval_every)  # fmt: skip
     text = tokenizer.decode(first).strip()[:80]
     assert f"the loss became nan at step {steps[0]}: lower" in str(error.value)

@@ -1,4 +1,5 @@
 """The bundled E2E-style sample: its counts, its determinism, its English, and that none of it comes from E2E."""
+
 import csv
 import hashlib
 import re
@@ -87,8 +88,10 @@ def test_a_reference_tells_its_slots_and_no_others():
     for (slot, value), (_, *kinds) in WORDINGS.items():
         wordings = [re.sub("^(is|has|gets) ", "", w).format(value) for w in "|".join(kinds).split("|") if w]
         told_by[slot, value] = wordings + [f"{value} food"] * (slot == "food")
-    patterns = {key: re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, ws))})(?![\w-])", re.IGNORECASE)
-                for key, ws in told_by.items()}
+    patterns = {
+        key: re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, ws))})(?![\w-])", re.IGNORECASE)
+        for key, ws in told_by.items()
+    }
     for mr, reference in ALL_ROWS:
         slots = parse(mr)
         text = reference.replace(slots["name"], "").replace(slots.get("near", "\n"), "")
@@ -112,7 +115,7 @@ def test_english():
 def test_nothing_is_taken_from_e2e():
     def runs(text):
         words = re.findall(r"[a-z0-9£']+", text.lower())
-        return [" ".join(words[i:i + 8]) for i in range(len(words) - 7)]
+        return [" ".join(words[i : i + 8]) for i in range(len(words) - 7)]
 
     text = "\n".join(reference for _, reference in ALL_ROWS)
     ours = {run for _, reference in ALL_ROWS for run in runs(reference)}

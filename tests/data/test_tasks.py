@@ -186,12 +186,16 @@ def test_jsonl_rows(tmp_path):
         '{"source": "unlabelled", "references": []}',
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
-    assert load_examples(str(path), "all") == load_examples("own.jsonl", "all", tmp_path) == [
-        Example("x : y", ["z\u2028ü"]),
-        Example("raw \u2028 line separator", ["a", "b[c]"]),
-        Example("unlabelled", []),
-        Example("unlabelled", []),
-    ]
+    assert (
+        load_examples(str(path), "all")
+        == load_examples("own.jsonl", "all", tmp_path)
+        == [
+            Example("x : y", ["z\u2028ü"]),
+            Example("raw \u2028 line separator", ["a", "b[c]"]),
+            Example("unlabelled", []),
+            Example("unlabelled", []),
+        ]
+    )
     for split in SIZES:
         message = complaint(load_examples, str(path), split)
         assert message.startswith(f"{path}:4: ") and "the row has no reference" in message

@@ -8,7 +8,7 @@ import pytest
 
 from minprefix.core.batches import Example
 from minprefix.data import triples
-from minprefix.data.examples import draw_pairs, on_topics
+from minprefix.data.examples import filter_topics, sample_pairs
 from minprefix.data.tasks import format_source, load_examples
 from tests.helpers import complaint, entry, write_xml
 from tests.tiny import ROOT
@@ -220,26 +220,26 @@ def test_topics_of_rows(tmp_path):
 def test_choosing_topics():
     topics = ["news", None, "sport", "arts"]
     examples = [Example(f"{i}", ["x"], topic) for i, topic in enumerate(topics)]
-    assert on_topics(examples, ["sport", "news"], "here") == [examples[0], examples[2]]
-    message = complaint(on_topics, examples, ["sport", "music"], "here")
+    assert filter_topics(examples, ["sport", "news"], "here") == [examples[0], examples[2]]
+    message = complaint(filter_topics, examples, ["sport", "music"], "here")
     assert message == "here has nothing on the topic 'music': the topics there are arts, news, sport"
-    assert "have no topics" in complaint(on_topics, examples[1:2], ["news"], "here")
+    assert "have no topics" in complaint(filter_topics, examples[1:2], ["news"], "here")
 
 
 def test_draws_are_of_the_seed_alone():
     examples = [Example(f"{i}", [f"{i}a", f"{i}b"][: 1 + i % 2], f"{i % 3}") for i in range(40)]
-    draw = draw_pairs(examples, 10, 3, "here")
+    draw = sample_pairs(examples, 10, 3, "here")
     assert [e.references for e in draw[:6]] == [["15a"], ["0a"], ["2a"], ["25b"], ["25a"], ["1b"]]  # now and for ever
-    assert draw == draw_pairs(examples, 10, 3, "here") == draw_pairs(examples, 25, 3, "here")[:10]
-    assert draw != draw_pairs(examples, 10, 4, "here")
-    everything = draw_pairs(examples, 60, 0, "here")
+    assert draw == sample_pairs(examples, 10, 3, "here") == sample_pairs(examples, 25, 3, "here")[:10]
+    assert draw != sample_pairs(examples, 10, 4, "here")
+    everything = sample_pairs(examples, 60, 0, "here")
     assert sorted(e.references[0] for e in everything) == sorted(y for e in examples for y in e.references)
     assert all(e.references[0].startswith(e.source) and e.topic == f"{int(e.source) % 3}" for e in everything)
-    message = complaint(draw_pairs, examples, 61, 0, "here")
+    message = complaint(sample_pairs, examples, 61, 0, "here")
     assert message == "here has 60 pairs of a source and a reference: 61 cannot be drawn"
 
 
 def test_draws_are_even():
     examples = [Example(f"{i}", ["y"]) for i in range(20)]
-    counts = Counter(e.source for seed in range(1000) for e in draw_pairs(examples, 5, seed, "here"))
+    counts = Counter(e.source for seed in range(1000) for e in sample_pairs(examples, 5, seed, "here"))
     assert len(counts) == 20 and all(170 < count < 330 for count in counts.values())  # 250, standard deviation 13.7

@@ -1,6 +1,6 @@
 """Write tiny-gpt2/, tiny-bart/ and their -logits.safetensors: random models, and what transformers computes with them.
 
-    python tests/golden/make_golden.py      (needs transformers; the committed files are of version 5.23, float64)
+python tests/golden/make_golden.py      (needs transformers; the committed files are of version 5.23, float64)
 """
 
 from pathlib import Path

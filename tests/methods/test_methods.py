@@ -11,19 +11,19 @@ from minprefix.core import training
 from minprefix.core.batches import collate
 from minprefix.core.generate import generate_ids
 from minprefix.core.gpt2 import GPT2
-from minprefix.core.prefix import count_numbers, fingerprint
+from minprefix.core.prefix import count_parameters, fingerprint
 from minprefix.formats.load import save_model
 from minprefix.formats.prefix_file import save_prefix
 from minprefix.formats.safetensors import write_safetensors
 from minprefix.methods.baselines import (
     Adapters,
-    Embedding,
+    EmbeddingOnly,
     Finetune,
     Infix,
+    find_trained,
     load_trained,
     save_trained,
     top_layers,
-    trained_file,
 )
 from minprefix.system.errors import InputError
 from tests.helpers import numpy_inputs, numpy_logits, reference_infix
@@ -35,13 +35,13 @@ P, START, END = 3, 4095, 4095
 PAIRS = [([5 + i, 6, 7 + i, 8][: 2 + i % 3], [*[40 + i, 50, 60][i % 2 :], END]) for i in range(12)]
 BART_PAIRS = [([0, *source, 2], [0, *target[:-1], 2]) for source, target in PAIRS]
 METHODS = {
-    "prefix": lambda model: Prefix(model, P, hidden=0),
+    "prefix": lambda model: Prefix(model, P, mlp_width=0),
     "finetune": Finetune,
     "top2": lambda model: Finetune(model, top_layers(model)),
     "adapter": lambda model: Adapters(model, 4),
-    "embedding": lambda model: Embedding(model, P, hidden=0),
-    "embedding through an MLP": lambda model: Embedding(model, P, hidden=8),
-    "infix": lambda model: Infix(model, P, hidden=8),
+    "embedding": lambda model: EmbeddingOnly(model, P, mlp_width=0),
+    "embedding through an MLP": lambda model: EmbeddingOnly(model, P, mlp_width=8),
+    "infix": lambda model: Infix(model, P, mlp_width=8),
 }
 OF_BART = ("finetune", "top2", "adapter")
 
@@ -70,9 +70,9 @@ def make(folder, method, seed=1):
     return model, METHODS[method](model)
 
 
-def optimise(folder, model, tuned, out, steps=20, lr=1e-2, **options):
+def optimise(folder, model, trainable, out, steps=20, lr=1e-2, **options):
     pairs = BART_PAIRS if model.encoder_decoder else PAIRS
-    return training.train(model, tuned, load_tokenizer(folder), pairs, pairs[:4], out, steps=steps, batch_size=4,
+    return training.train(model, trainable, load_tokenizer(folder), pairs, pairs[:4], out, steps=steps, batch_size=4,
                           lr=lr, eval_every=5, **options)  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def target_logits(folder, model, prefix):
     """Of a batch of ragged rows, where the loss looks."""
     batch = collate((BART_PAIRS if model.encoder_decoder else PAIRS)[:4], load_tokenizer(folder), model)
     prefix = prefix.with_source_lengths(batch.source_lengths) if hasattr(prefix, "with_source_lengths") else prefix
-    return model.logits(model.hidden(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.index])
+    return model.logits(model.hidden_states(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.target_positions])
 
 
 # ---- shares ----
@@ -93,7 +93,7 @@ def target_logits(folder, model, prefix):
         (Prefix, (5,), 24 * 2 * 1024 * 5, "0.07%"),
         (Prefix, (10,), 24 * 2 * 1024 * 10, "0.14%"),
         (Infix, (10,), 24 * 2 * 1024 * 10, "0.14%"),
-        (Embedding, (10,), 10 * 1024, "0.00%"),
+        (EmbeddingOnly, (10,), 10 * 1024, "0.00%"),
         (Adapters, (108,), 48 * (2 * 1024 * 108 + 108 + 1024), "3.01%"),
         (Adapters, (3,), 48 * (2 * 1024 * 3 + 3 + 1024), "0.10%"),
         (Finetune, (), 354_823_168, "100.00%"),
@@ -103,10 +103,10 @@ def target_logits(folder, model, prefix):
 def test_shares_of_gpt2_medium(method, options, saved, share):
     with torch.device("meta"):
         model = GPT2({"vocab_size": 50257, "n_positions": 1024, "n_embd": 1024, "n_layer": 24, "n_head": 16})
-        tuned = Finetune(model, top_layers(model)) if method == "top2" else method(model, *options)
-    trained, numbers, total = count_numbers(tuned, model)
+        trainable = Finetune(model, top_layers(model)) if method == "top2" else method(model, *options)
+    trained, numbers, total = count_parameters(trainable, model)
     assert (numbers, f"{numbers / total:.2%}", total) == (saved, share, 354_823_168)
-    through_mlp = {Prefix: 24 * 2 * 1024, Infix: 24 * 2 * 1024, Embedding: 1024}  # what comes out of it for a token
+    through_mlp = {Prefix: 24 * 2 * 1024, Infix: 24 * 2 * 1024, EmbeddingOnly: 1024}  # what comes out of it for a token
     if out := through_mlp.get(method):
         assert trained == options[0] * 1024 + (1024 + 1) * 512 + (512 + 1) * out
     else:
@@ -120,37 +120,37 @@ def test_shares_of_gpt2_medium(method, options, saved, share):
 @pytest.mark.parametrize("method, dtype", [*((m, torch.float32) for m in OF_BART), ("adapter", torch.bfloat16)])
 def test_untrained_it_is_the_model_itself(folders, kind, method, dtype):
     model, before = (load_model(folders[kind], dtype=dtype) for _ in range(2))
-    tuned = METHODS[method](model)
-    logits = [target_logits(folders[kind], m, prefix) for m, prefix in ((model, tuned()), (before, None))]
+    trainable = METHODS[method](model)
+    logits = [target_logits(folders[kind], m, prefix) for m, prefix in ((model, trainable()), (before, None))]
     assert torch.equal(*logits)
 
 
 def test_training_and_a_file_and_back(case, tmp_path):
     """The loss falls, what is not trained stays bit for bit, what is saved gives the same logits on a fresh model."""
     folder, method = case
-    model, tuned = make(folder, method)
+    model, trainable = make(folder, method)
     base = fingerprint(model)
-    log, _ = optimise(folder, model, tuned, tmp_path, lr=0.3 if tuned() else 1e-2)
+    log, _ = optimise(folder, model, trainable, tmp_path, lr=0.3 if trainable() else 1e-2)
     least = 0.01 if "embedding" in method else 0.05  # what random layers tell of an embedding changes little
     assert min(row["dev_loss"] for row in log) < log[0]["dev_loss"] - least
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == (set(tuned.fold()) if isinstance(tuned, Finetune) else set())
+    assert trained == (set(trainable.fold()) if isinstance(trainable, Finetune) else set())
     for name, p in load_model(folder).named_parameters():
         assert torch.equal(p, model.get_parameter(name)) == (name not in trained), name
 
-    logits = target_logits(folder, model, tuned())
+    logits = target_logits(folder, model, trainable())
     if method == "finetune":
         save_model(model, tmp_path / "model", folder, info={"task": "e2e"})
-        assert trained_file(tmp_path) == trained_file(tmp_path / "model") == tmp_path / "model"
-        fresh, prefix = load_model(trained_file(tmp_path)), None
+        assert find_trained(tmp_path) == find_trained(tmp_path / "model") == tmp_path / "model"
+        fresh, prefix = load_model(find_trained(tmp_path)), None
     else:
         info = {"method": method.split()[0], "base_model": "tiny"}
         path = tmp_path / f"{info['method']}.safetensors"
-        if isinstance(tuned, Prefix):
-            save_prefix(path, tuned.fold(), model, info)
+        if isinstance(trainable, Prefix):
+            save_prefix(path, trainable.fold(), model, info)
         else:
-            save_trained(path, tuned.fold(), base, info)
-        assert trained_file(tmp_path) == path
+            save_trained(path, trainable.fold(), base, info)
+        assert find_trained(tmp_path) == path
         fresh = load_model(folder)
         prefix = load_trained(path, fresh)
     assert torch.equal(target_logits(folder, fresh, prefix), logits)
@@ -205,19 +205,19 @@ def gpt2(folders):
 def test_embedding_only_is_the_model_over_the_embeddings_and_the_text(gpt2):
     torch.manual_seed(3)
     ids = torch.randint(4096, (3, 9))
-    tuned = Embedding(gpt2, P, hidden=0).double()
-    logits = gpt2(ids, tuned())
+    trainable = EmbeddingOnly(gpt2, P, mlp_width=0).double()
+    logits = gpt2(ids, trainable())
     for row, expected in zip(logits.detach(), ids.tolist(), strict=True):
-        assert np.abs(row.numpy() - reference_embedding(gpt2, expected, tuned.embedding.detach())).max() < 1e-10
+        assert np.abs(row.numpy() - reference_embedding(gpt2, expected, trainable.embedding.detach())).max() < 1e-10
 
 
 def test_the_target_sees_the_infix_and_the_source_does_not(gpt2):
     torch.manual_seed(3)
-    tuned = Infix(gpt2, P, hidden=0).double()
+    trainable = Infix(gpt2, P, mlp_width=0).double()
     rows = [([5, 6, 7, 8], [START, 40, 50]), ([9], [START, 41, 51, 61, 71, 81]), ([10, 11], [START])]
     width = max(len(source) + len(target) for source, target in rows)
     ids = torch.tensor([[*source, *target, *[1] * (width - len(source + target))] for source, target in rows])
-    infix = tuned().with_source_lengths(torch.tensor([len(source) for source, _ in rows]))
+    infix = trainable().with_source_lengths(torch.tensor([len(source) for source, _ in rows]))
     logits, alone = gpt2(ids, infix).detach(), gpt2(ids)
     for b, (source, target) in enumerate(rows):
         expected = reference_infix(gpt2, source, target, infix["decoder"].detach())
@@ -225,23 +225,23 @@ def test_the_target_sees_the_infix_and_the_source_does_not(gpt2):
         assert torch.allclose(logits[b, : len(source)], alone[b, : len(source)], rtol=0, atol=1e-12)
         assert (logits[b, len(source)] - alone[b, len(source)]).abs().max() > 0.01
     with pytest.raises(InputError, match=r"infix.with_source_lengths\(lengths\)"):
-        gpt2(ids, tuned())
+        gpt2(ids, trainable())
 
 
 @pytest.mark.parametrize("method", ["embedding", "infix"])
 def test_greedy_texts_are_those_of_the_reference(gpt2, method):
     torch.manual_seed(3)
-    tuned = (Embedding if method == "embedding" else Infix)(gpt2, P, hidden=0).double()
+    trainable = (EmbeddingOnly if method == "embedding" else Infix)(gpt2, P, mlp_width=0).double()
     sources = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
     with torch.no_grad():
-        texts = generate_ids(gpt2, sources, START, END, tuned(), beams=1, max_new_tokens=4, batch_size=2)
+        texts = generate_ids(gpt2, sources, START, END, trainable(), beams=1, max_new_tokens=4, batch_size=2)
     for source, text in zip(sources, texts, strict=True):
         target = [START]
         for _ in range(4):
             if method == "infix":
-                logits = reference_infix(gpt2, source, target, tuned.fold()["decoder"])
+                logits = reference_infix(gpt2, source, target, trainable.fold()["decoder"])
             else:
-                logits = reference_embedding(gpt2, source + target, tuned.embedding.detach())
+                logits = reference_embedding(gpt2, source + target, trainable.embedding.detach())
             target.append(int(logits[-1].argmax()))
         assert text == (target[1 : target.index(END, 1)] if END in target[1:] else target[1:])
 
@@ -259,10 +259,10 @@ def test_adapters_stand_after_each_sublayer(folders):
 def test_files_of_other_models_and_damaged_ones(folders, tmp_path):
     path = tmp_path / "x.safetensors"
     for method in ("top2", "adapter", "embedding", "infix"):
-        model, tuned = make(folders["gpt2"], method)
+        model, trainable = make(folders["gpt2"], method)
         info = {"format": "minprefix", "method": method, "base_model": "tiny", "position_offset": "3",
                 "base_fingerprint": json.dumps(fingerprint(load_model(folders["gpt2"])))}  # fmt: skip
-        good = {name: tensor.clone() for name, tensor in tuned.fold().items()}
+        good = {name: tensor.clone() for name, tensor in trainable.fold().items()}
 
         def refused(message, tensors, info=info, folder="gpt2"):
             write_safetensors(path, tensors, info)
@@ -286,4 +286,4 @@ def test_files_of_other_models_and_damaged_ones(folders, tmp_path):
         load_prefix(path)
     for nothing in (tmp_path, folders["gpt2"]):  # a model that was not trained by minprefix is none
         with pytest.raises(InputError, match="nothing at .* that train.py saved"):
-            trained_file(nothing)
+            find_trained(nothing)

@@ -16,10 +16,13 @@ from minprefix.system.errors import InputError
 
 needs_rouge_score = pytest.mark.skipif(
     importlib.util.find_spec("rouge_score") is None,
-    reason='ROUGE of summaries is computed by the optional package rouge-score: pip install -e ".[eval]"')
+    reason='ROUGE of summaries is computed by the optional package rouge-score: pip install -e ".[eval]"',
+)
 MEASURES = ["ROUGE-1", "ROUGE-2", "ROUGE-L"]
 HYPOTHESES = [
-    "Police arrested two men after the robbery in Leeds.", "The minister has resigned, the BBC reports.", "It rained.",
+    "Police arrested two men after the robbery in Leeds.",
+    "The minister has resigned, the BBC reports.",
+    "It rained.",
     "Shares fell 3.5% on Monday; oil prices were falling too.",
 ]
 REFERENCES = [
@@ -79,12 +82,18 @@ def test_equals_rouge_score_and_the_definition():
     values = metrics.rouge(texts, groups)
     for measure in MEASURES:
         scorer = RougeScorer(["rouge" + measure[-1]], use_stemmer=True)
-        theirs = [max(next(iter(scorer.score(reference, text).values())).fmeasure for reference in group)
-                  for text, group in zip(texts, groups, strict=True)]
+        theirs = [
+            max(next(iter(scorer.score(reference, text).values())).fmeasure for reference in group)
+            for text, group in zip(texts, groups, strict=True)
+        ]
         assert values[measure] == theirs
         assert values[measure] == pytest.approx(
-            [max(definition(measure, text, reference) for reference in group)
-             for text, group in zip(texts, groups, strict=True)], abs=1e-12)
+            [
+                max(definition(measure, text, reference) for reference in group)
+                for text, group in zip(texts, groups, strict=True)
+            ],
+            abs=1e-12,
+        )
         assert 0 < statistics.mean(theirs) < 1
 
 

@@ -46,9 +46,10 @@ def test_tokens_equal_the_stanford_tokeniser(text, tokens):
 
 
 def test_mteval_tokens():
-    text = 'It\'s £20-25, &quot;1,000.5&quot; (U.S.)\nwell-\nknown, A/B <skipped>5. End…'
+    text = "It's £20-25, &quot;1,000.5&quot; (U.S.)\nwell-\nknown, A/B <skipped>5. End…"
     assert metrics.mteval_tokens(text) == tuple(
-        "it's £20 - 25 , \" 1,000.5 \" ( u . s . ) wellknown , a / b 5 . end…".split())
+        'it\'s £20 - 25 , " 1,000.5 " ( u . s . ) wellknown , a / b 5 . end…'.split()
+    )
     assert metrics.mteval_tokens(" \t ") == ("",)
 
 
@@ -116,12 +117,15 @@ def test_long_text_takes_no_quadratic_time(text):
 @pytest.mark.parametrize(
     "function", [*SCORES.values(), metrics.meteor, metrics.ter, metrics.score, metrics.rouge, metrics.summary_score]
 )
-@pytest.mark.parametrize(("hypotheses", "references", "message"), [
-    ([], [], "no hypotheses"),
-    (["a"], [["a"], ["b"]], "1 hypotheses but 2"),
-    (["a", "b"], [["a"], []], r"references\[1\]"),
-    (["a"], ["a"], r"references\[0\]"),
-])
+@pytest.mark.parametrize(
+    ("hypotheses", "references", "message"),
+    [
+        ([], [], "no hypotheses"),
+        (["a"], [["a"], ["b"]], "1 hypotheses but 2"),
+        (["a", "b"], [["a"], []], r"references\[1\]"),
+        (["a"], ["a"], r"references\[0\]"),
+    ],
+)
 def test_bad_input(function, hypotheses, references, message):
     with pytest.raises(InputError, match=message):
         function(hypotheses, references)

@@ -380,24 +380,32 @@ BAD = {
     "seed too large": (sample, f"--prefix run/prefix.safetensors --input x --sample --seed {2**70}", "--seed"),
     "length penalty nan": (sample, "--prefix run --input x --length-penalty nan", "length_penalty is nan"),
     "scores into a folder": (
-        sample, "--prefix run --task rows.jsonl --split test --evaluate --output scored.txt", "scored.json is a folder"
+        sample,
+        "--prefix run --task rows.jsonl --split test --evaluate --output scored.txt",
+        "scored.json is a folder",
     ),
     "texts into a folder": (sample, "--prefix run/prefix.safetensors --input x --output run", "run is a folder"),
     "texts below a file": (sample, "--prefix run --input x --output rows.jsonl/texts", "rows.jsonl is not a folder"),
     "a name of 300 letters": (sample, f"--prefix run --input x --output {'x' * 300}", "too long a name for the texts"),
     "texts over inputs": (sample, "--prefix run --file long.txt --output long.txt", "would overwrite what the"),
     "texts over the prefix": (
-        sample, "--prefix run/prefix.safetensors --input x --output run/prefix.safetensors", "would overwrite what"
+        sample,
+        "--prefix run/prefix.safetensors --input x --output run/prefix.safetensors",
+        "would overwrite what",
     ),
     "scores over a result": (
-        sample, "--prefix run --task rows.jsonl --split test --evaluate --output run/result.txt", "is a run's own file"
+        sample,
+        "--prefix run --task rows.jsonl --split test --evaluate --output run/result.txt",
+        "is a run's own file",
     ),
     "texts to -": (sample, "--prefix run --input x --output -", "leave it out, the texts go to stdout"),
     "no file's name": (sample, ["--prefix", "run", "--file", ""], "--file is empty"),
     "no folder's name": (train, ["--out", ""], "--out is empty"),
     "steps without end": (train, "--epochs 1e308", "--epochs is 1e+308: it must be above 0, and less than a billion"),
     "another user's row": (
-        sample, "--prefix run --file others.jsonl", """a row has "prefix": 'theirs', given is 'run': give that"""
+        sample,
+        "--prefix run --file others.jsonl",
+        """a row has "prefix": 'theirs', given is 'run': give that""",
     ),
     "scores over texts": (sample, "--prefix run/prefix.safetensors --input x --evaluate --output a.json", "a.json"),
     "another model's tokeniser": (train, "--model mixed --task rows.jsonl", "different models"),
@@ -420,7 +428,8 @@ BAD = {
     "prefix of another model": (sample, "--prefix run/prefix.safetensors --model twin --input x", "other weights"),
     "prefix of a bigger model": (sample, "--prefix run/prefix.safetensors --model gpt2-mini --input x", "was made for"),
     "prefix of a lost model": (
-        sample, "--prefix lost.safetensors --input x",
+        sample,
+        "--prefix lost.safetensors --input x",
         "lost.safetensors names 'long/gone' as its base model; if that is elsewhere now, give --model: no model 'long/",
     ),
     "a lost model": (sample, "--prefix lost.safetensors --model not/there --input x", "error: no model 'not/there'"),
@@ -501,7 +510,7 @@ WITHOUT_EFFECT = {
 def test_options_without_effect_are_refused_in_one_line(case, world, prefix_file, capsys, monkeypatch):
     """And before anything is loaded, even if what is given is the default."""
     monkeypatch.chdir(world)
-    for script, loads in ((train, "resolve_model"), (sample, "base_folder"), (experiments, "resolve_model")):
+    for script, loads in ((train, "resolve_model"), (sample, "resolve_base_model"), (experiments, "resolve_model")):
         monkeypatch.setattr(script, loads, None)
     script, arguments, message = WITHOUT_EFFECT[case]
     assert_one_clear_line(script, arguments, message, capsys, world)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minprefix import load_model, load_tokenizer
-from minprefix.core.linear import packs_bfloat16
+from minprefix.core.linear import can_pack_bfloat16
 from minprefix.studies import bench
 from minprefix.system.errors import InputError
 from tests.helpers import call
@@ -63,7 +63,7 @@ def test_a_sweep_and_the_peer(world, what, kind):
     assert [row["settings"]["prefix_length"] for row in rows] == [1, 1, 6, 6]
 
 
-@pytest.mark.skipif(not packs_bfloat16(), reason="oneDNN makes no bfloat16 products on this CPU")
+@pytest.mark.skipif(not can_pack_bfloat16(), reason="oneDNN makes no bfloat16 products on this CPU")
 def test_texts_are_timed_with_packed_weights(world, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench", "generate", "--model", str(world / "gpt2"), "--data", str(world), *QUICK,
                                       "--dtype", "bfloat16"])  # fmt: skip

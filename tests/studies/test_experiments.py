@@ -33,7 +33,7 @@ ENTRY = (
     '<entry category="{topic}" eid="1"><modifiedtripleset><mtriple>A | is | {topic}</mtriple></modifiedtripleset>'
     '<lex comment="good">A is one.</lex><lex comment="good">It is {topic}.</lex></entry>'
 )
-TRAIN = '''
+TRAIN = """
 import json, os, pathlib, signal, sys, time
 here, args = pathlib.Path(__file__).parent, dict(zip(sys.argv[1:], sys.argv[2:]))
 out = pathlib.Path(args["--out"])
@@ -51,13 +51,13 @@ if float(args["--lr"]) > 0.2:
     sys.exit("error: DIVERGED nan at step 3: lower the learning rate")
 loss = float(args["--lr"]) + int(args["--seed"]) / 10 - 10
 json.dump({"dev_loss": loss, "best_step": 1, "share": 0.01, "seconds": time.time()}, open(out / "result.json", "w"))
-'''
-SAMPLE = '''
+"""
+SAMPLE = """
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
 loss = json.load(open(out.parent / "result.json"))["dev_loss"]
 json.dump({"scores": {"BLEU": loss, "NIST": 3.0, "name": 1.0}}, open(out.with_suffix(".json"), "w"))
-'''
+"""
 
 
 @pytest.fixture(scope="module")

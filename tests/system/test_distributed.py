@@ -15,7 +15,7 @@ from minprefix import Prefix, load_model, load_tokenizer
 from minprefix.cli.runs import run_folder
 from minprefix.core.training import train
 from minprefix.system import distributed
-from minprefix.system.distributed import each_rank, use_own_gpu
+from minprefix.system.distributed import distributed_main, use_own_gpu
 from minprefix.system.errors import InputError, run_main
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
@@ -35,7 +35,7 @@ def train_both(folder, out):
     for kind, pairs in (("gpt2", PAIRS), ("bart", BART_PAIRS)):
         torch.manual_seed(1)
         model, tokenizer = load_model(folder / kind), load_tokenizer(folder / kind)
-        train(model, Prefix(model, 3, hidden=8), tokenizer, pairs, pairs[:5], out / kind, steps=24, batch_size=4,
+        train(model, Prefix(model, 3, mlp_width=8), tokenizer, pairs, pairs[:5], out / kind, steps=24, batch_size=4,
               lr=1e-2, eval_every=6)  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def train_on_other_data(folder):
     """As train_both, but the second process lacks a pair: its data were not downloaded, say."""
     model, tokenizer = load_model(folder / "gpt2"), load_tokenizer(folder / "gpt2")
     pairs, out = PAIRS[distributed.rank() :], folder / "run"
-    train(model, Prefix(model, 3, hidden=8), tokenizer, pairs, PAIRS[:5], out, steps=4, batch_size=4, lr=1e-2)
+    train(model, Prefix(model, 3, mlp_width=8), tokenizer, pairs, PAIRS[:5], out, steps=4, batch_size=4, lr=1e-2)
 
 
 def test_processes_that_would_train_on_different_data_end_in_one_line(tmp_path):
@@ -151,4 +151,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(each_rank(main))
+    run_main(distributed_main(main))

@@ -117,16 +117,16 @@ def test_a_signal_that_is_ignored_stays_so():
 
 def test_a_signal_is_put_off_to_the_end_of_the_block():
     done = []
-    with signals.raised():
+    with signals.signals_as_exceptions():
         with pytest.raises(signals.Stopped):
-            with signals.put_off():
+            with signals.defer_signals():
                 send(signal.SIGTERM)
                 send(signal.SIGTERM)
-                with signals.put_off():  # within another: to the end of that
+                with signals.defer_signals():  # within another: to the end of that
                     send(signal.SIGINT)
                 done.append(True)
             done.append(False)
-        with pytest.raises(signals.Stopped), signals.put_off():  # also if the block fails
+        with pytest.raises(signals.Stopped), signals.defer_signals():  # also if the block fails
             send(signal.SIGINT)
             raise ValueError
         with pytest.raises(signals.Stopped):  # and then no longer
@@ -136,7 +136,7 @@ def test_a_signal_is_put_off_to_the_end_of_the_block():
 
 def test_what_a_thread_does_is_left_alone():
     def work():
-        with signals.put_off():
+        with signals.defer_signals():
             done.append(True)
 
     done = []
