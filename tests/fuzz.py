@@ -43,7 +43,7 @@ from minprefix.formats.safetensors import read_safetensors, read_tensors, write_
 from minprefix.formats.tokenizer import byte_alphabet
 from minprefix.methods.baselines import (
     Adapters,
-    Embedding,
+    EmbeddingOnly,
     Finetune,
     Infix,
     find_trained,
@@ -266,7 +266,7 @@ def write_comparator(folder, method):
     if method == "top2":
         trainable = Finetune(model, top_layers(model))
     else:
-        trainable = {"adapter": Adapters, "embedding": Embedding, "infix": Infix}[method](model, 3)
+        trainable = {"adapter": Adapters, "embedding": EmbeddingOnly, "infix": Infix}[method](model, 3)
     info = {"method": method, "base_model": "tiny", "position_offset": "3"}
     save_trained(folder / f"{method}.safetensors", trainable.fold(), fingerprint(MODEL), info)
 

@@ -136,9 +136,7 @@ def check_lengths(pairs: list[Pair], model: Model, start: int, what: str) -> Non
 
 @dataclass
 class Batch:
-    inputs: tuple[
-        Any, ...
-    ]  # model.hidden_states' arguments: GPT-2's (ids,), BART's (source_ids, target_ids, source_mask)
+    inputs: tuple[Any, ...]  # of model.hidden_states: GPT-2's (ids,), BART's (source_ids, target_ids, source_mask)
     target_positions: Tensor  # (N,) int64, b * T + t where the next token is in the target
     labels: Tensor  # (N,) int64, those next tokens
     source_lengths: Tensor  # (B,) int64

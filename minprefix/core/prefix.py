@@ -42,7 +42,7 @@ def stack_prefixes(prefixes: list[KVPrefix], rows: list[int]) -> BatchedPrefix:
 class Prefix(nn.Module):
     """A prefix under training, one part for each site of the model; calling it gives what the model takes.
 
-    mlp_width: width of the MLP that reparametrises it (paper section 4.3: 512 for table-to-text, 800 for summarisation);
+    mlp_width: of the MLP that reparametrises it (paper section 4.3: 512 for table-to-text, 800 for summarisation);
     0 makes the keys and values themselves the parameters, which train.py steps by Muon. position_offset: position id of
     the (decoder's) first token, by default the length of the prefix before it. sites: some of the model's, by default
     all.

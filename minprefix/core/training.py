@@ -246,7 +246,7 @@ class Run:
     def save_present_step(self) -> None:
         """What can be saved of a run that was stopped between two dev losses."""
         self.sync_losses()
-        if self.log and all(p.isfinite().all() for p in self.trainable.parameters()):  # before the first row all is to do
+        if self.log and all(p.isfinite().all() for p in self.trainable.parameters()):
             self.save()
 
 
@@ -257,7 +257,7 @@ def train(
 ) -> tuple[Log, int]:  # fmt: skip
     """Train for `steps` steps; leave the weights with the best dev loss in `trainable` -> (log, best step).
 
-    trainable: what is trained, a Prefix, or a comparator of baselines.py: calling it gives the prefix that the model takes.
+    trainable: a Prefix, or another method of `methods/`; calling it gives the prefix that the model takes.
 
     As in the authors' runs the loss is averaged over the batch's sentences for GPT-2 (a sentence's being the sum over
     its tokens), over its tokens for BART; and the gradient's norm is cut to 1.

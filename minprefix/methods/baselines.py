@@ -129,9 +129,8 @@ class EmbeddingOnly(nn.Module):
         C, std = words.size(1), 1.0 if mlp_width else words.std()
         self.position_offset = length
         self.embedding = nn.Parameter(torch.randn(length, C, device=words.device) * std)
-        self.mlp = (
-            nn.Sequential(nn.Linear(C, mlp_width), nn.Tanh(), nn.Linear(mlp_width, C)) if mlp_width else nn.Identity()
-        )
+        layers = [nn.Linear(C, mlp_width), nn.Tanh(), nn.Linear(mlp_width, C)] if mlp_width else []
+        self.mlp = nn.Sequential(*layers)
         self.model = (model,)  # in a tuple, for its parameters are not this module's
 
     def forward(self) -> KVPrefix:

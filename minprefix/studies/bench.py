@@ -267,8 +267,9 @@ def peer(args: Namespace) -> Work:
         sources, targets = zip(*batches[i], strict=True)
         read = [s + t for s, t in batches[i]] if decoder_only else sources
         labels = [[-100] * len(s) + t for s, t in batches[i]] if decoder_only else targets
-        trainable(input_ids=tensors(read, tokenizer.pad_id), attention_mask=tensors([[1] * len(row) for row in read], 0),
-              labels=tensors(labels, -100)).loss.backward()  # fmt: skip
+        mask = tensors([[1] * len(row) for row in read], 0)
+        inputs = {"input_ids": tensors(read, tokenizer.pad_id), "attention_mask": mask, "labels": tensors(labels, -100)}
+        trainable(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

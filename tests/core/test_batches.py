@@ -312,7 +312,7 @@ def test_a_batch_shares_no_memory(model):
         x.zero_()
     again = collate(pairs, SPECIAL, model)
     assert pairs == [([1, 2], [3, 4]), ([5, 6], [7, 8])]
-    for one, two in zip((*other.inputs, other.index, other.labels), (*again.inputs, again.index, again.labels),
+    for one, two in zip((*other.inputs, other.target_positions, other.labels), (*again.inputs, again.target_positions, again.labels),
                         strict=True):  # fmt: skip
         assert torch.equal(one, two)
 
@@ -336,7 +336,7 @@ def test_collate_when_a_text_has_the_padding_id():
 def test_batch_to_device(model):
     batch = collate([([1, 2], [3, 4, 5])], SPECIAL, model)
     moved = batch.to("meta")
-    tensors = [*moved.inputs, moved.index, moved.labels]
+    tensors = [*moved.inputs, moved.target_positions, moved.labels]
     assert isinstance(moved, Batch) and {x.device for x in tensors} == {torch.device("meta")}
     assert [x.shape for x in moved.inputs] == [x.shape for x in batch.inputs]
     assert len(moved.source_lengths) == 1 and batch.inputs[0].device.type == "cpu"

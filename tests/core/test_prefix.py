@@ -160,7 +160,7 @@ def test_unknown_sites(model, bart):
         Prefix(model, P, sites=["decoder", "cross"])
     with pytest.raises(InputError, match="no prefix site 'Encoder', only encoder, decoder, cross"):
         Prefix(bart, P, sites=["Encoder"])
-    assert list(Prefix(model, P, 0, sites=["decoder"]).parts) == ["decoder"]
+    assert list(Prefix(model, P, 0, sites=["decoder"]).sites) == ["decoder"]
 
 
 # ---- gradients ----
