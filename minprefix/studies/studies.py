@@ -17,7 +17,7 @@ from minprefix.data.tasks import SUMMARISATION
 from minprefix.system.errors import InputError
 
 METHODS = ("prefix", "finetune", "top2", "adapter 3%", "adapter 0.1%", "embedding")  # --method, and what it may train
-TEN_TOKENS = ("prefix 10", "embedding", "infix")  # trainable with 10 virtual tokens: fewer need a larger learning rate
+TEN_TOKENS = ("prefix 10", "embedding", "infix")  # tuned with 10 virtual tokens: fewer need a larger learning rate
 SIZES = (50, 100, 200, 500)
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
 VIRTUAL_TOKENS = (1, 10, 20)  # of prefix, embedding and infix when these are compared
