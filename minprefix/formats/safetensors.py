@@ -34,7 +34,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """A model folder's `config.json` as a dict; InputError if the folder or the file is missing or unusable.
 
     As in HuggingFace, a `generation_config.json` goes before it: BART's forced first and last tokens are only those
-    that this file names, and its decoder start token is taken if it names one.
+    that this file names, and its decoder start token and end tokens are taken if it names them.
     """
     folder = check_folder(folder)
     path = folder / "config.json"
@@ -46,9 +46,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
     if not path.is_file():
         return config
-    generation, start = read_object(path), "decoder_start_token_id"
-    forced = {key: generation.get(key) for key in ("forced_bos_token_id", "forced_eos_token_id")}
-    return {**config, **forced, **({start: generation[start]} if start in generation else {})}
+    generation = read_object(path)
+    config.update((key, generation[key]) for key in ("decoder_start_token_id", "eos_token_id") if key in generation)
+    return {**config, **{key: generation.get(key) for key in ("forced_bos_token_id", "forced_eos_token_id")}}
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 
-from minprefix import load_model, load_tokenizer
-from minprefix.core.batches import check_vocabulary
+from minprefix import Prefix, generate, load_model, load_tokenizer
+from minprefix.core.batches import check_vocabulary, encode_sources, end_ids
 from minprefix.formats.load import pick_writing_dtype
 from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
 from minprefix.system.device import pick_device, pick_dtype
 from minprefix.system.errors import InputError
-from tests.tiny import ROOT, write_tiny_bart
+from tests.helpers import complaint
+from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 TINY = ROOT / "tests" / "golden" / "tiny-gpt2"
 CONFIG = json.loads((TINY / "config.json").read_text())
@@ -308,3 +309,63 @@ def test_old_bart_configs_force_the_first_token(tmp_path, config, expected):
             expected = generation.get("forced_bos_token_id")
         theirs = transformers.BartForConditionalGeneration.from_pretrained(folder).generation_config
         assert load_model(folder).config["forced_bos_token_id"] == theirs.forced_bos_token_id == expected
+
+
+# ---- the model's end tokens ----
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+def test_texts_of_a_model_alone_end_where_transformers_ends_them(tmp_path, kind, file, beams):
+    """eos_token_id is a number or a list: any of them ends a text, which an ordinary token stays in."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers' generate")
+    folder = shutil.copytree(ROOT / "weights" / f"{kind}-mini", tmp_path / "m")
+    tokenizer, sources = load_tokenizer(folder), [f"name : {word} | food : fish" for word in ("A", "Bar", "The End")]
+    options, model = {"beams": beams, "max_new_tokens": 16, "one_line": False}, load_model(folder)
+    unchanged = generate(model, tokenizer, sources, **options)
+    one, two, three = (tokenizer.encode(f" {text}")[6] for text in unchanged)
+    for ends in (one, [two], [tokenizer.end_id, three, one], [two, 10**6]):
+        config = json.loads((folder / "config.json").read_text())
+        if file != "config.json":
+            config = {key: config[key] for key in config if "forced" in key or "start" in key}
+        (folder / file).write_text(json.dumps({**config, "eos_token_id": ends}))
+        named = {"gpt2": "GPT2LMHeadModel", "bart": "BartForConditionalGeneration"}[kind]
+        theirs = getattr(transformers, named).from_pretrained(folder, dtype=torch.float32).eval()
+        model, expected = load_model(folder), []
+        for ids in encode_sources(sources, tokenizer, model):
+            ids = torch.tensor([ids if kind == "bart" else [*ids, tokenizer.end_id]])
+            written = theirs.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.pad_id,
+                                      max_new_tokens=16, num_beams=beams, do_sample=False)  # fmt: skip
+            new = written[0, 0 if kind == "bart" else ids.size(1) :].tolist()
+            expected.append(tokenizer.decode(i for i in new if i not in tokenizer.special.values()).strip())
+        assert generate(model, tokenizer, sources, **options) == expected != unchanged, ends
+
+
+def test_a_prefix_keeps_the_end_token_that_it_was_trained_with(tmp_path):
+    """train.py's targets end with the tokeniser's end token, whatever the model's config.json names."""
+    folder = shutil.copytree(ROOT / "weights" / "gpt2-mini", tmp_path / "m")
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    ends = tokenizer.encode(f" {generate(model, tokenizer, ['x'])[0]}")[2:4]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": ends}))
+    other, prefix = load_model(folder), Prefix(model, 3).fold()
+    assert end_ids(other, tokenizer) == ends and end_ids(other, tokenizer, prefix) == [tokenizer.end_id]
+    assert generate(other, tokenizer, ["x"], prefix) == generate(model, tokenizer, ["x"], prefix)
+    assert generate(other, tokenizer, ["x"]) != generate(model, tokenizer, ["x"])
+
+
+@pytest.mark.parametrize("value", [None, [], [10**6], -1])
+def test_without_an_end_token_in_the_vocabulary_the_tokenisers_ends_texts(tmp_path, value):
+    folder = write_tiny_model(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": value}))
+    assert end_ids(load_model(folder), load_tokenizer(folder)) == [4095]
+
+
+@pytest.mark.parametrize("value", ["</s>", True, 2.0, ["x"], [None], {}])
+@pytest.mark.parametrize("write_model", [write_tiny_model, write_tiny_bart])
+def test_end_tokens_that_are_no_ids_are_refused(tmp_path, write_model, value):
+    folder = write_model(tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert "eos_token_id is" in complaint(load_model, folder)
