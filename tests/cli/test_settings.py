@@ -86,12 +86,12 @@ def test_train_takes_them(task, method, options, tmp_path, monkeypatch):
 )
 def test_a_study_tries_rates_around_the_default(data, method, rates):
     args = study_args("gpt2-mini", "gpt2")
-    assert [run.what["lr"] for run in tuning(args, data, method)] == rates
+    assert [run.factors["lr"] for run in tuning(args, data, method)] == rates
 
 
 def test_a_study_of_another_model_tries_rates_around_the_papers():
     args = study_args("path/to/model", "bart")
-    assert [run.what["lr"] for run in tuning(args, "full", "prefix")] == ["1.7e-05", "5e-05", "0.00015"]
+    assert [run.factors["lr"] for run in tuning(args, "full", "prefix")] == ["1.7e-05", "5e-05", "0.00015"]
 
 
 def study_args(model, kind):

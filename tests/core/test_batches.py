@@ -312,8 +312,8 @@ def test_a_batch_shares_no_memory(model):
         x.zero_()
     again = collate(pairs, SPECIAL, model)
     assert pairs == [([1, 2], [3, 4]), ([5, 6], [7, 8])]
-    for one, two in zip((*other.inputs, other.target_positions, other.labels), (*again.inputs, again.target_positions, again.labels),
-                        strict=True):  # fmt: skip
+    tensors = ([*batch.inputs, batch.target_positions, batch.labels] for batch in (other, again))
+    for one, two in zip(*tensors, strict=True):
         assert torch.equal(one, two)
 
 

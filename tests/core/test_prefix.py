@@ -104,7 +104,7 @@ def test_mlp_part_is_its_definition(model):
 
 def test_length_and_width_that_make_no_sense(model):
     for length, hidden in ((0, 0), (-1, 512), (5, -1)):
-        with pytest.raises(InputError, match=f"prefix length {length} .* hidden width {hidden}"):
+        with pytest.raises(InputError, match=f"prefix length {length} .* MLP width {hidden}"):
             Prefix(model, length, hidden)
 
 

@@ -259,15 +259,15 @@ def test_few_virtual_tokens_have_a_rate_of_their_own(world, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["experiments", "length", "--model", "model", "--data", "e2e"])
     args = experiments.parse_args()
     args.lr = {"prefix": "0.03", "prefix 10": "8e-05", "embedding": "3", "infix": "0.1"}
-    rates = {tuple(run.what.values()): run.train[run.train.index("--lr") + 1] for run in studies.length(args)}
+    rates = {tuple(run.factors.values()): run.train[run.train.index("--lr") + 1] for run in studies.length(args)}
     assert rates == {(n,): "0.03" if n <= 5 else "8e-05" for n in (1, 2, 5, 10, 20, 50, 100, 200)}  # default: 5
     args.model = "gpt2-mini"  # default: 100
-    rates = {run.what["length"]: run.train[run.train.index("--lr") + 1] for run in studies.length(args)}
+    rates = {run.factors["length"]: run.train[run.train.index("--lr") + 1] for run in studies.length(args)}
     assert rates == {n: "8e-05" if n <= 20 else "0.03" for n in (1, 2, 5, 10, 20, 50, 100, 200)}
     args.model = "model"
-    rates = {run.what["method"]: run.train[run.train.index("--lr") + 1] for run in studies.ablation(args)}
+    rates = {run.factors["method"]: run.train[run.train.index("--lr") + 1] for run in studies.ablation(args)}
     assert rates == {"prefix": "8e-05", "embedding": "3", "infix": "0.1"}
-    run = next(run for run in studies.ablation(args) if run.what == {"method": "prefix", "length": 10})
+    run = next(run for run in studies.ablation(args) if run.factors == {"method": "prefix", "length": 10})
     assert run.train == studies.tuning(args, "full", "prefix 10")[1].train  # so it is not trained again
 
 
@@ -279,7 +279,7 @@ def test_with_little_data_a_prefix_starts_from_words(world, monkeypatch):
     runs = [*studies.low_data(args), *studies.tuning(args, "low-data", "prefix")]
     assert {(run.train[7], "--init" in run.train) for run in runs} == {("prefix", True), ("finetune", False)}
     what = {"started from": "table to text :", "examples": 50}
-    shared = [run.train for run in studies.init(args) if run.what == what]
+    shared = [run.train for run in studies.init(args) if run.factors == what]
     assert shared and all(train in [run.train for run in runs] for train in shared)  # so they are not trained again
     args.task = "scitldr"
     assert "summarize :" in studies.low_data(args)[0].train
