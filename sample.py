@@ -38,7 +38,7 @@ from minprefix.cli.search import search_options
 from minprefix.core.batches import Example, check_vocabulary
 from minprefix.data.tasks import WEBNLG_SPLITS, check_place, format_source, load_on_topics
 from minprefix.formats.load import pick_writing_dtype
-from minprefix.methods.baselines import (
+from minprefix.methods.files import (
     find_trained,
     finetune_metadata,
     load_trained,

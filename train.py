@@ -36,7 +36,8 @@ from minprefix.data.tasks import TRIPLES, check_place
 from minprefix.formats.hub import resolve_model
 from minprefix.formats.load import pick_writing_dtype
 from minprefix.formats.tokenizer import Tokenizer
-from minprefix.methods.baselines import make_method, save_method
+from minprefix.methods.baselines import make_method
+from minprefix.methods.files import save_method
 from minprefix.system import distributed
 from minprefix.system.device import keep_freed_memory, pick_device, pick_dtype
 from minprefix.system.errors import InputError, run_main

@@ -41,16 +41,8 @@ from minprefix.formats.peft import write_adapter
 from minprefix.formats.prefix_file import save_prefix
 from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
 from minprefix.formats.tokenizer import byte_alphabet
-from minprefix.methods.baselines import (
-    Adapters,
-    EmbeddingOnly,
-    Finetune,
-    Infix,
-    find_trained,
-    load_trained,
-    save_trained,
-    top_layers,
-)
+from minprefix.methods.baselines import Adapters, EmbeddingOnly, Finetune, Infix, top_layers
+from minprefix.methods.files import find_trained, load_trained, save_trained
 from minprefix.system.errors import InputError
 from minprefix.system.files import read_text
 from tests.tiny import write_tiny_bart, write_tiny_model

@@ -15,7 +15,7 @@ from minprefix.cli.options import Parser, check_above_zero
 from minprefix.core.batches import Example
 from minprefix.data.examples import evenly_spaced
 from minprefix.data.tasks import load_examples
-from minprefix.methods.baselines import find_trained, load_trained
+from minprefix.methods.files import find_trained, load_trained
 from minprefix.metrics.slots import slot_accuracy
 from minprefix.system.device import keep_freed_memory
 from minprefix.system.errors import run_main

@@ -14,7 +14,7 @@ from minprefix.core.prefix_kv import KVPrefix
 from minprefix.data.tasks import SUMMARISATION, find_e2e
 from minprefix.formats.load import load_model
 from minprefix.formats.tokenizer import Tokenizer
-from minprefix.methods.baselines import load_trained
+from minprefix.methods.files import load_trained
 from minprefix.metrics.slots import slot_accuracy
 from minprefix.system.errors import InputError
 from minprefix.system.files import atomic_write

@@ -30,7 +30,7 @@ from minprefix.formats.load import load_model
 from minprefix.formats.peft import write_adapter
 from minprefix.formats.prefix_file import FORMS, load_prefix, save_prefix
 from minprefix.formats.tokenizer import Tokenizer, load_tokenizer
-from minprefix.methods.baselines import find_trained, load_trained, read_trained, resolve_base_model, trained_max_source
+from minprefix.methods.files import find_trained, load_trained, read_trained, resolve_base_model, trained_max_source
 from minprefix.system.errors import InputError
 from minprefix.system.files import atomic_write
 

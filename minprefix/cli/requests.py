@@ -10,7 +10,7 @@ from minprefix.core.prefix import stack_prefixes
 from minprefix.core.prefix_kv import KVPrefix
 from minprefix.data.tasks import format_source, load_examples
 from minprefix.formats.tokenizer import Tokenizer
-from minprefix.methods.baselines import find_trained, load_trained, read_trained, trained_max_source
+from minprefix.methods.files import find_trained, load_trained, read_trained, trained_max_source
 from minprefix.system import distributed
 from minprefix.system.errors import InputError
 

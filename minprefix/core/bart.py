@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minprefix.core.attention import KV, attend, causal_mask, length_mask, padding_mask, position_ids
 from minprefix.core.cache import Cache, LayerCache
 from minprefix.core.config import check_bart
-from minprefix.core.linear import Linear, linear
+from minprefix.core.kernels import Linear, linear
 from minprefix.core.prefix_kv import PrefixDict, check_prefix, first_position, layer_prefixes
 
 POSITION_OFFSET = 2  # position p is row p + 2 of the table: fairseq counted positions from its padding id on

@@ -39,15 +39,3 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def too_little_memory(path: Path) -> OutOfMemory:
     return OutOfMemory(f"there is too little memory to resume from {path}, unless it is damaged: free some, try again")
-
-
-def same_form(saved: object, own: object) -> bool:
-    """Whether a saved value equals another in keys, lengths, types and shapes, and in all but numbers and tensors."""
-    if isinstance(own, torch.Tensor):
-        form = own.shape, own.dtype, torch.strided, "cpu"
-        return isinstance(saved, torch.Tensor) and (saved.shape, saved.dtype, saved.layout, saved.device.type) == form
-    if isinstance(own, dict):
-        return isinstance(saved, dict) and saved.keys() == own.keys() and all(same_form(saved[k], own[k]) for k in own)
-    if isinstance(own, (list, tuple)):
-        return type(saved) is type(own) and len(saved) == len(own) and all(map(same_form, saved, own))
-    return type(saved) is type(own) and (type(own) in (int, float) or saved == own)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from minprefix.core.linear import ACTIVATIONS
+from minprefix.core.kernels import ACTIVATIONS
 from minprefix.system.errors import InputError
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from minprefix.core.batches import check_vocabulary, encode_sources, end_ids, start_id
 from minprefix.core.cache import Cache
-from minprefix.core.linear import packed_weights
+from minprefix.core.kernels import packed_weights
 from minprefix.core.model import Model, Tokenizer
 from minprefix.core.prefix_kv import BatchedPrefix, PrefixDict, row_count
 from minprefix.system.errors import InputError

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minprefix.core.attention import KV, attend, causal_mask, length_mask, padding_mask, position_ids
 from minprefix.core.cache import Cache, LayerCache
 from minprefix.core.config import check_gpt2
-from minprefix.core.linear import Linear, linear
+from minprefix.core.kernels import Linear, linear
 from minprefix.core.prefix_kv import KVInfix, PrefixDict, check_prefix, first_position, layer_prefixes
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minprefix.core.batches import Batch
-from minprefix.core.compiled import compiled
+from minprefix.core.kernels import compiled
 from minprefix.core.model import Model
 from minprefix.core.prefix_kv import KVInfix, PrefixDict
 

@@ -137,7 +137,7 @@ def word_activations(model: Model, ids: list[int]) -> dict[str, Tensor]:
 
 
 def count_parameters(trainable: nn.Module, model: nn.Module) -> list[int]:
-    """How many numbers of a prefix (or a comparator of baselines.py) are trained, how many saved, the model's own."""
+    """How many numbers of a prefix or another method are trained, how many saved, the model's own."""
     counted = trainable.parameters(), trainable.fold().values(), model.parameters()
     return [sum(tensor.numel() for tensor in tensors) for tensors in counted]
 

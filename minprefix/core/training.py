@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from minprefix.core.batches import Batch, Pair, batches_per_epoch, bucket_batches, collate, pair_lengths, sorted_batches
-from minprefix.core.checkpointing import Log, read_checkpoint, same_form, save_checkpoint, too_little_memory
-from minprefix.core.linear import packed_weights
+from minprefix.core.checkpointing import Log, read_checkpoint, save_checkpoint, too_little_memory
+from minprefix.core.kernels import packed_weights
 from minprefix.core.loss import target_loss
 from minprefix.core.model import Model, Tokenizer
 from minprefix.core.muon import Muon
@@ -214,34 +214,30 @@ class Run:
         """Take over the state in a checkpoint. InputError as in `read_checkpoint`."""
         state = read_checkpoint(path, self.settings)
         try:
-            if not self.could_have_saved(state):
-                raise ValueError("its contents have another form")
+            self.step, self.log, self.best, self.sums = (state[key] for key in ("step", "log", "best", "sums"))
+            self.trainable.load_state_dict(self.best["weights"])  # fails now, if they do not fit, not after training
             self.trainable.load_state_dict(state["tuned"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-            self.step, self.log, self.best, self.sums = (state[key] for key in ("step", "log", "best", "sums"))
+            self.check_resumed()
         except Exception as error:  # whatever the contents of a damaged file lead to
             if out_of_memory(error):  # of the device, say: nothing is wrong with the file
                 raise too_little_memory(path) from error
-            what = "is of a run that trained something else, or damaged"
+            what = "is of a run that trained something else or of an earlier version, or it is damaged"
             raise InputError(f"{path} {what}: resume with the same settings, or delete it to start again") from error
 
-    def could_have_saved(self, state: dict[str, Any]) -> bool:
-        """Whether all that a run goes on from has the form in which this run would have saved it."""
-        own, first, adamw = self.state(), torch.zeros(()), not isinstance(self.optimizer, Muon)
-        own["best"] = {"dev_loss": 0.0, "step": 0, "weights": own["tuned"]}
-        moments = {i: {"step": first, "exp_avg": p, "exp_avg_sq": p} if adamw else {"momentum": p}
-                   for i, p in enumerate(self.trainable.parameters())}  # fmt: skip
-        own["optimizer"]["state"] = {i: moments[i] for i in state["optimizer"]["state"]}  # none before the first step
-        rows = [row for row in state["log"] if {"step", "dev_loss"} <= row.keys()]
-        numbers = [value for row in rows for value in row.values()]
-        return (
-            all(same_form(state[key], own[key]) for key in own.keys() - {"settings", "log"})
-            and 0 <= state["step"] == state["schedule"]["last_epoch"] <= self.steps
-            and isinstance(state["log"], list) and 0 < len(rows) == len(state["log"])
-            and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-            and all(0 <= number < 2**53 for number in state["sums"].values())
-        )  # fmt: skip
+    def check_resumed(self) -> None:
+        """ValueError unless the numbers and the optimiser's tensors of a checkpoint are such as a run writes."""
+        numbers = [self.step, self.best["step"], self.best["dev_loss"], *(self.sums[key] for key in NO_SUMS)]
+        numbers += [number for row in self.log for number in (row["step"], row["dev_loss"], *row.values())]
+        if not self.log or not all(type(n) in (int, float) and abs(n) < 2**53 for n in numbers):
+            raise ValueError("a number is missing, or is none")
+        if not 0 <= self.step == self.schedule.last_epoch <= self.steps:
+            raise ValueError(f"step {self.step} is not one of the run's")
+        names = {"momentum"} if isinstance(self.optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+        for p, moments in self.optimizer.state.items():
+            if moments.keys() != names or any(m.shape != p.shape for key, m in moments.items() if key != "step"):
+                raise ValueError("the optimiser's state is not of these parameters")
 
     def save_present_step(self) -> None:
         """What can be saved of a run that was stopped between two dev losses."""

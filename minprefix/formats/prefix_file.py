@@ -46,7 +46,7 @@ def load_prefix(path: str | Path, model: Model | None = None) -> KVPrefix:
     tensors, offset, info = read_adapter(path) if adapter else read_prefix_file(path)
     form = FORMS.get(info.get("method", "prefix"))
     if form is None:
-        raise InputError(f"{path} is of --method {info['method']}: minprefix.methods.baselines.load_trained loads it")
+        raise InputError(f"{path} is of --method {info['method']}: minprefix.methods.files.load_trained loads it")
     if not tensors:
         raise InputError(f"{path} holds no prefix: there is no tensor in it")
     for site, kv in tensors.items():

@@ -5,10 +5,7 @@ itself is changed; `fold` gives the tensors to be saved, by name. Shapes: P virt
 H heads, D head dimension.
 """
 
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +17,6 @@ from minprefix.core.gpt2 import GPT2
 from minprefix.core.model import Model
 from minprefix.core.prefix import Prefix
 from minprefix.core.prefix_kv import KVInfix, KVPrefix
-from minprefix.formats.hub import model_name, resolve_model
-from minprefix.formats.load import check_state, save_model
-from minprefix.formats.prefix_file import FORMS, check_fingerprint, load_prefix, save_prefix, version
-from minprefix.formats.safetensors import read_config, read_safetensors, write_safetensors
 from minprefix.system.errors import InputError
 
 METHODS = ("prefix", "finetune", "top2", "adapter", "embedding", "infix")
@@ -188,153 +181,3 @@ def make_method(
     if method == "infix":
         return Infix(model, length, mlp_width)
     raise InputError(f"there is no method {method!r}, only {', '.join(METHODS)}")
-
-
-# ---- files ----
-
-
-def save_method(
-    trainable: Method, model: Model, method: str, out: Path, base: Path, base_fingerprint: list[float], *,
-    task: str, sequence: str, max_source: int | None = None,
-) -> Path:  # fmt: skip
-    """Write what was trained into a run's folder, METHOD.safetensors or the folder of a fine-tuned model -> its path.
-
-    base, base_fingerprint: the model's folder, its fingerprint before training. With it goes what sample.py must know:
-    the task, where sources are cut. sequence: `sequence_form` of the model, for people who look into the file.
-    """
-    info = {"task": "jsonl" if task.endswith(".jsonl") else task, "sequence": sequence}
-    if max_source:
-        info["max_source"] = str(max_source)
-    if method == "finetune":
-        save_model(model, out / "model", base, info)
-        return out / "model"
-    path = out / f"{method}.safetensors"
-    info |= {"method": method, "base_model": model_name(base) or str(base.resolve())}
-    if isinstance(trainable, Prefix):
-        save_prefix(path, trainable.fold(), model, info)
-    else:
-        save_trained(path, trainable.fold(), base_fingerprint, info)
-    return path
-
-
-def find_trained(path: str | Path) -> Path:
-    """What a run saved: that file itself; in a run's folder METHOD.safetensors, or the folder of a fine-tuned model.
-
-    A PEFT folder stands for itself, so does that of a fine-tuned model.
-    """
-    path = Path(path)
-    if (path / "model" / "config.json").is_file():
-        return path / "model"
-    if (path / "adapter_config.json").is_file():
-        return path
-    if (path / "config.json").is_file() and finetune_metadata(read_config(path)):
-        return path
-    for file in (path, *(path / f"{method}.safetensors" for method in METHODS)):
-        if file.is_file():
-            return file
-    if (path / "checkpoint.pt").is_file():
-        raise InputError(f"the run in {path} has not ended: go on with it by train.py's command and --resume")
-    raise InputError(f"there is nothing at {path} that train.py saved: train first, or check the path")
-
-
-def save_trained(
-    path: str | Path, tensors: dict[str, Tensor], base_fingerprint: list[float], info: dict[str, str]
-) -> None:
-    """Write what `fold` gives. base_fingerprint: the model's, before training. info: method, base_model, ... (str)."""
-    info = {"format": "minprefix", "version": version(), "base_fingerprint": json.dumps(base_fingerprint), **info}
-    write_safetensors(path, tensors, info)
-
-
-def finetune_metadata(config: dict[str, Any]) -> dict[str, str]:
-    """What train.py wrote into the config.json of a fine-tuned model; nothing of any other model."""
-    info = config.get("minprefix")
-    return {key: str(value) for key, value in info.items()} if isinstance(info, dict) else {}
-
-
-def resolve_base_model(given: str | None, path: Path | None, info: dict[str, str]) -> Path:
-    """The folder of the model that is given on the command line, or else of the one that what was trained names.
-
-    path: what was trained, named in errors; info: its metadata.
-    """
-    if given:
-        return resolve_model(given)
-    if path is None:
-        raise InputError("which model? give --prefix FILE, or --model for a frozen model alone")
-    name = info.get("base_model")
-    if not name:
-        raise InputError(f"{path} does not name its base model: give --model")
-    try:
-        return resolve_model(name)
-    except InputError as error:
-        named = f"{path} names {name!r:.200} as its base model; if that is elsewhere now, give --model"
-        raise InputError(f"{named}: {error}") from error
-
-
-def trained_max_source(info: dict[str, str]) -> int | None:
-    """Where train.py cut the sources, if it was told to."""
-    length = info.get("max_source", "")
-    return int(length) if length.isascii() and length.isdigit() and len(length) < 8 else None
-
-
-def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a run saved in a file, or PEFT in a folder -> tensors by name, and what it says of them (dict of str).
-
-    Of a fine-tuned model's folder no tensors.
-    """
-    if (Path(path) / "config.json").is_file():
-        return {}, {"method": "finetune", **finetune_metadata(read_config(path))}
-    if Path(path).is_dir():
-        prefix = load_prefix(path)
-        return prefix, prefix.info
-    tensors, info = read_safetensors(path)
-    if info.get("format") != "minprefix" or info.get("method", "prefix") not in METHODS:
-        raise InputError(f"{path} is no file of minprefix's train.py: its metadata does not say so")
-    return tensors, info
-
-
-@torch.no_grad()
-def load_trained(path: str | Path, model: Model) -> KVPrefix | None:
-    """Put what a run saved on its base model -> the prefix for the model to take, or None if the model was changed.
-
-    InputError if the file is damaged, or was made for another model.
-    """
-    tensors, info = read_trained(path)
-    method = info.get("method", "prefix")
-    if method == "finetune":
-        raise InputError(f"{path} is a fine-tuned model: load_model loads it")
-    if method in FORMS:
-        return load_prefix(path, model)
-    check_fingerprint(info, model, path)
-    if method == "embedding":
-        if model.encoder_decoder:
-            raise InputError(f"{path} is of virtual tokens at the input of a GPT-2, the model is a BART")
-        P = next((tensor.size(0) for tensor in tensors.values() if tensor.dim()), 0)
-        if not 0 < P <= model.n_positions:
-            raise InputError(f"{path} has {P} virtual tokens: the model {model.n_positions} positions")
-        check_trained(tensors, {"embedding": torch.empty(P, model.head.weight.size(1))}, path)
-        return embedding_prefix(model, tensors["embedding"], info)
-    model.config.pop("eos_token_id", None)  # targets in training end with the tokeniser's end token
-    own = new_adapters(tensors, model, path) if method == "adapter" else parameters_of(model, top_layers(model))
-    check_trained(tensors, own, path)
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
-    return None
-
-
-def new_adapters(tensors: dict[str, Tensor], model: Model, path: str | Path) -> dict[str, Tensor]:
-    """Put adapters of the width of those in a file into the model -> their numbers by name."""
-    width = next((tensor.numel() for name, tensor in tensors.items() if name.endswith(".down.bias")), 0)
-    count = sum(name.endswith(SUBLAYER_ENDS) for name, _ in model.named_modules())
-    C = model.head.weight.size(1)
-    # Before they are made: a width that a damaged file has could ask for any memory.
-    if sum(tensor.numel() for tensor in tensors.values()) != count * (2 * C * width + width + C):
-        raise InputError(f"{path} does not hold {count} adapters of width {width} for a model of width {C}")
-    return Adapters(model, width).to(model.head.weight.device).fold()
-
-
-def check_trained(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
-    """InputError unless a file's tensors are those that are expected, and finite."""
-    check_state(tensors, expected, path)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"{path}: tensor {name!r} holds numbers that are not finite")

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minprefix.cli.options import DEVICES, DTYPES, Parser, check_above_zero, check_not_negative, flag
 from minprefix.core.batches import Pair, collate, encode_pairs, pad, pair_lengths, start_id
 from minprefix.core.generate import generate_ids
-from minprefix.core.linear import Linear, pack_weights
+from minprefix.core.kernels import Linear, pack_weights
 from minprefix.core.loss import target_loss
 from minprefix.core.model import Model
 from minprefix.core.prefix import Prefix

@@ -31,7 +31,7 @@ from minprefix.cli.search import recipe
 from minprefix.cli.settings import STUDY_STEPS, default_settings
 from minprefix.core.batches import Example, batches_per_epoch, collate, encode_pairs
 from minprefix.core.generate import generate
-from minprefix.core.linear import packed_weights
+from minprefix.core.kernels import packed_weights
 from minprefix.core.prefix import Prefix
 from minprefix.core.training import DIVERGED, batch_stream, make_optimizer, training_step
 from minprefix.data.tasks import TASKS, find_e2e, json_rows, load_examples, load_on_topics

@@ -17,7 +17,8 @@ from minprefix.core.prefix_kv import KVInfix
 from minprefix.formats.load import save_model
 from minprefix.formats.prefix_file import save_prefix
 from minprefix.formats.tokenizer import load_tokenizer
-from minprefix.methods.baselines import Adapters, Infix, load_trained, save_trained
+from minprefix.methods.baselines import Adapters, Infix
+from minprefix.methods.files import load_trained, save_trained
 from minprefix.system.errors import InputError
 from tests.helpers import call
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model

@@ -15,7 +15,7 @@ from minprefix.core.gpt2 import GPT2
 from minprefix.core.prefix import fingerprint
 from minprefix.core.prefix_kv import KVInfix, KVPrefix
 from minprefix.formats.prefix_file import save_prefix
-from minprefix.methods.baselines import load_trained, save_trained
+from minprefix.methods.files import load_trained, save_trained
 from minprefix.system.errors import InputError
 from tests.helpers import call
 from tests.tiny import write_tiny_bart, write_tiny_model

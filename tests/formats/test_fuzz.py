@@ -10,7 +10,7 @@ import torch
 
 from minprefix.core.prefix import fingerprint
 from minprefix.formats.safetensors import read_tensors
-from minprefix.methods.baselines import load_trained, save_trained
+from minprefix.methods.files import load_trained, save_trained
 from minprefix.system.errors import InputError
 from tests import fuzz
 from tests.tiny import ROOT

@@ -15,16 +15,8 @@ from minprefix.core.prefix import count_parameters, fingerprint
 from minprefix.formats.load import save_model
 from minprefix.formats.prefix_file import save_prefix
 from minprefix.formats.safetensors import write_safetensors
-from minprefix.methods.baselines import (
-    Adapters,
-    EmbeddingOnly,
-    Finetune,
-    Infix,
-    find_trained,
-    load_trained,
-    save_trained,
-    top_layers,
-)
+from minprefix.methods.baselines import Adapters, EmbeddingOnly, Finetune, Infix, top_layers
+from minprefix.methods.files import find_trained, load_trained, save_trained
 from minprefix.system.errors import InputError
 from tests.helpers import numpy_inputs, numpy_logits, reference_infix
 from tests.tiny import write_tiny_bart, write_tiny_model
@@ -295,7 +287,7 @@ def test_files_of_other_models_and_damaged_ones(folders, tmp_path):
         refused("x.safetensors", {**good, "other": torch.ones(3)})
         refused("x.safetensors", {k: v for k, v in good.items() if k != name})
     write_safetensors(path, good, {**info, "method": "adapter"})
-    with pytest.raises(InputError, match="is of --method adapter: minprefix.methods.baselines.load_trained"):
+    with pytest.raises(InputError, match="is of --method adapter: minprefix.methods.files.load_trained"):
         load_prefix(path)
     for nothing in (tmp_path, folders["gpt2"]):  # a model that was not trained by minprefix is none
         with pytest.raises(InputError, match="nothing at .* that train.py saved"):

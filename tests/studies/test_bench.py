@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minprefix import load_model, load_tokenizer
-from minprefix.core.linear import can_pack_bfloat16
+from minprefix.core.kernels import can_pack_bfloat16
 from minprefix.studies import bench
 from minprefix.system.errors import InputError
 from tests.helpers import call

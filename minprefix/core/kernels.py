@@ -1,20 +1,24 @@
-"""Products with weight matrices, and the activation after one: as torch makes them, or fast with frozen weights on CPU.
+"""Fast paths of single operations: packed products on CPU, GPT-2's activation, functions by torch.compile. Read last.
 
-`packed_weights` has oneDNN hold frozen bfloat16 weights in a layout of its own, which it reads about twice as fast:
-generation multiplies few rows at a time, so that most of its time goes into reading weights, and training gains too.
+On CPU oneDNN holds frozen bfloat16 weights in a layout of its own (`packed_weights`), which it reads about twice as
+fast: generation multiplies few rows at a time, so that most of its time goes into reading weights; training gains too.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minprefix.core.compiled import compiled
+from minprefix.system.errors import out_of_memory
 
+WORTH_IT = 2**19  # elements, of a function's first argument: on fewer, compiling gains nothing
+T = TypeVar("T")
 POST_OPS = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
 
 
@@ -140,3 +144,31 @@ class GeluNew(torch.autograd.Function):
 
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_new, "relu": F.relu}
+
+
+# ---- torch.compile ----
+
+
+@functools.cache
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """The function, compiled at its first call on a large tensor, for all sizes at once; as it is where that fails."""
+    fast = torch.compile(function, dynamic=True)
+    works = None  # not known yet
+
+    def call(*args: Tensor) -> T:
+        nonlocal works
+        if works is False or args[0].numel() < WORTH_IT:
+            return function(*args)
+        try:
+            result = fast(*args)
+        except Exception as error:  # of nearly any kind: no compiler, a broken one, a folder that cannot be written
+            if works or out_of_memory(error):
+                raise
+            works = False
+            reason = " ".join(str(error).split())
+            print(f"torch.compile does not work here, so training is slower ({reason:.200})", file=sys.stderr)
+            return function(*args)
+        works = True
+        return result
+
+    return call

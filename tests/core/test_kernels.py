@@ -1,10 +1,11 @@
-"""Packed weights: the same products, only while they are asked for, only where oneDNN makes them."""
+"""Fast paths give the same numbers, are used only where asked for, and are never a condition."""
 
 import pytest
 import torch
 
 from minprefix import generate, load_model, load_tokenizer
-from minprefix.core.linear import ACTIVATIONS, Linear, can_pack_bfloat16, gelu_new, linear, packed_weights
+from minprefix.core import kernels
+from minprefix.core.kernels import ACTIVATIONS, Linear, can_pack_bfloat16, gelu_new, linear, packed_weights
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 needs_onednn = pytest.mark.skipif(not can_pack_bfloat16(), reason="oneDNN makes no bfloat16 products on this CPU")
@@ -146,3 +147,41 @@ def test_texts_are_generated_with_packed_weights(tmp_path, write, monkeypatch):
     monkeypatch.setattr(model, "step", lambda *args: (seen.append(packed_names(model)), step(*args))[1])
     generate(model, tokenizer, ["abc"], beams=2, max_new_tokens=3)
     assert len(seen) == 3 and all(seen) and not packed_names(model)
+
+
+# ---- torch.compile ----
+
+
+def double(x):
+    return 2 * x
+
+
+def test_where_compiling_fails_the_function_itself_is_used_and_that_is_said_once(monkeypatch, capsys):
+    def broken(function, dynamic):
+        def fail(*args):
+            raise RuntimeError("no C++\ncompiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    function = kernels.compiled.__wrapped__(double)
+    large = torch.ones(kernels.WORTH_IT)
+    assert torch.equal(function(large), 2 * large) and torch.equal(function(large), 2 * large)
+    assert capsys.readouterr().err == "torch.compile does not work here, so training is slower (no C++ compiler)\n"
+
+
+def test_small_tensors_are_not_worth_it(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: None)
+    assert torch.equal(kernels.compiled.__wrapped__(double)(torch.ones(3)), 2 * torch.ones(3))
+
+
+def test_want_of_memory_is_not_mistaken_for_a_broken_compiler(monkeypatch):
+    def compile_(function, dynamic):
+        def fail(*args):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels.compiled.__wrapped__(double)(torch.ones(kernels.WORTH_IT))
