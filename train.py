@@ -57,6 +57,8 @@ def run(args: Namespace) -> None:
     base_fingerprint = fingerprint(model)
     tokenizer = load_tokenizer(args.model)
     check_vocabulary(tokenizer, model, args.model)
+    if finetune:
+        model.config["eos_token_id"] = tokenizer.end_id  # of the targets that it is trained on
     search = {**recipe(args.task), "beams": args.beams}  # for the texts at the end
     if args.eval_inputs:
         Search(args.beams).check(model, tokenizer.newline_ids)

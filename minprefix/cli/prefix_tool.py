@@ -34,6 +34,10 @@ from minprefix.methods.files import find_trained, load_trained, read_trained, re
 from minprefix.system.errors import InputError
 from minprefix.system.files import atomic_write
 
+PEFT_GENERATE = """\
+PEFT's forward uses it, but PEFT's generate leaves the prefix out (peft 0.21.2 with transformers 5.24.0); for texts call
+  model.get_base_model().generate(input_ids=ids, past_key_values=model.get_prompt(len(ids) * num_beams), ...)
+For GPT-2, an attention_mask that is given must begin with a one for each virtual token."""
 SHADES = " ░▒▓█"
 
 
@@ -84,7 +88,7 @@ def export(args: argparse.Namespace) -> None:
         raise InputError(f"{args.prefix} cannot be a PEFT adapter: {what} (train.py's default)")
     # Which kind of model it is for is in the file, as the model's sites.
     write_adapter(args.to, kv, '"encoder"' in prefix.info.get("base_shape", ""), prefix.info)
-    print(f"wrote a PEFT adapter of {kv.size(3)} virtual tokens to {args.to}")
+    print(f"wrote a PEFT adapter of {kv.size(3)} virtual tokens to {args.to}\n{PEFT_GENERATE}")
 
 
 def import_adapter(args: argparse.Namespace) -> None:

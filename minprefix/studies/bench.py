@@ -8,6 +8,9 @@ Each contender has a process of its own, so that its peak memory is its own; the
 other waits. A round is --steps batches, the same in each round; a first round to warm up does not count. Reported are
 the median of a batch, and speeds in the median round; compile_s is what torch.compile took in all, recompiles are the
 programs that it made after the first round.
+
+PEFT's `generate` leaves the prefix out (peft 0.21.2 with transformers 5.24.0), so that the peer's texts are written by
+the base model's `generate`, to which the adapter's keys and values are given as a cache.
 """
 
 import json
@@ -27,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.utils import calculate_time_spent, counters  # no public interface gives these
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from minprefix.cli.options import Parser, add_device_options, check_above_zero, check_not_negative, flag
@@ -275,9 +279,9 @@ def peer(args: Namespace) -> Work:
     @torch.no_grad()
     def write(i: int) -> None:
         sources = [source + [tokenizer.end_id] * decoder_only for source, _ in batches[i]]
-        trainable.generate(
-            input_ids=tensors(sources, tokenizer.pad_id, left=decoder_only), num_beams=args.beams, do_sample=False,
-            attention_mask=tensors([[1] * len(source) for source in sources], 0, left=decoder_only),
+        peer_generate(
+            trainable, tensors(sources, tokenizer.pad_id, left=decoder_only),
+            tensors([[1] * len(source) for source in sources], 0, left=decoder_only), num_beams=args.beams,
             min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens, pad_token_id=tokenizer.pad_id,
             no_repeat_ngram_size=0, early_stopping=False, length_penalty=1.0,  # whatever the folder's config.json says
         )  # fmt: skip
@@ -287,6 +291,16 @@ def peer(args: Namespace) -> Work:
         return write, facts
     optimizer = torch.optim.AdamW([p for p in trainable.parameters() if p.requires_grad], lr=8e-5, fused=True)
     return train, facts
+
+
+def peer_generate(peft_model: Any, ids: Tensor, mask: Tensor, num_beams: int, **options: Any) -> Tensor:
+    """The ids (B, N) that transformers writes with a PEFT prefix for the sources ids (B, S) with their mask (B, S)."""
+    cache = peft_model.get_prompt(len(ids) * num_beams)
+    if not peft_model.config.is_encoder_decoder:
+        mask = F.pad(mask, (cache.get_seq_length(), 0), value=1)
+    return peft_model.get_base_model().generate(
+        input_ids=ids, attention_mask=mask, past_key_values=cache, num_beams=num_beams, do_sample=False, **options
+    )
 
 
 def shared(args: Namespace) -> tuple[Model, Tokenizer, list[list[Pair]]]:

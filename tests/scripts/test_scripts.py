@@ -565,8 +565,11 @@ def test_help_is_a_page(script, capsys):
 def test_texts_of_own_data_may_have_several_lines(world, capsys, tmp_path):
     rows = [{"source": f"item {i}", "target": "one\ntwo\nthree"} for i in range(30)]
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = shutil.copytree(world / "model", tmp_path / "model")  # which ends its texts at a line break
+    config, line_break = json.loads((model / "config.json").read_text()), load_tokenizer(model).encode("\n")
+    (model / "config.json").write_text(json.dumps({**config, "eos_token_id": line_break}))
     options = "--method finetune --steps 60 --batch-size 10 --lr 0.01 --eval-every 60 --eval-inputs 0"
-    files = ["--task", tmp_path / "lines.jsonl", "--model", world / "model", "--out", tmp_path / "run"]
+    files = ["--task", tmp_path / "lines.jsonl", "--model", model, "--out", tmp_path / "run"]
     assert call(train, capsys, *options.split(), *files)[0] == 0
     code, out, err = call(sample, capsys, "--prefix", tmp_path / "run", "--input", "item 3")
     assert (code, out) == (0, "one\ntwo\nthree\n"), err
