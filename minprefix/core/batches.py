@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minprefix.core.attention import length_mask
 from minprefix.core.model import Model, Tokenizer
+from minprefix.core.prefix_kv import PrefixDict
 from minprefix.system.errors import InputError
 
 Pair = tuple[list[int], list[int]]  # the ids of a source, those of a target
@@ -41,6 +42,10 @@ def check_vocabulary(tokenizer: Tokenizer, model: Model, where: object = "the to
     """InputError if the tokeniser is not of the model's kind, or has ids that the model has no embedding for."""
     if model.encoder_decoder and "<s>" not in tokenizer.special:
         raise InputError(f"{where}: the tokeniser lacks <s>: it is not BART's")
+    for token, i in tokenizer.added.items():
+        if i >= model.config["vocab_size"]:
+            ids = f"added token {token!r:.80} has the id {i}, beyond the model's embeddings"
+            raise InputError(f"{where}: the {ids}: resize those, or remove the token from the tokeniser's files")
     # Only ids that a text can come to: bart-large-cnn's tokeniser has a <mask> that its model has no embedding for.
     ids = [*tokenizer.rank_to_id, tokenizer.end_id, tokenizer.pad_id]
     if max(ids) >= model.config["vocab_size"]:
@@ -56,6 +61,17 @@ def sequence_form(model: Model) -> str:
 def start_id(model: Model, tokenizer: Tokenizer) -> int:
     """The token that a target's first one follows: what BART's decoder starts from, or GPT-2's separator."""
     return model.config["decoder_start_token_id"] if model.encoder_decoder else tokenizer.end_id
+
+
+def end_ids(model: Model, tokenizer: Tokenizer, prefix: PrefixDict | None = None) -> list[int]:
+    """The tokens that end a text: those that the model's config.json names, if it is to write without a prefix.
+
+    A prefix was trained on targets that end with the tokeniser's end token; so a model ends, too, whose config.json
+    names no token of its vocabulary.
+    """
+    named = model.config.get("eos_token_id") if prefix is None else None
+    ids = [i for i in (named if isinstance(named, list) else [named]) if i is not None]
+    return [i for i in dict.fromkeys(ids) if 0 <= i < model.config["vocab_size"]] or [tokenizer.end_id]
 
 
 def encode_sources(

@@ -20,6 +20,7 @@ class Attention(nn.Module):
     def __init__(self, C: int, H: int):
         super().__init__()
         self.n_head = H
+        self.query_scale = 1.0  # 1 / layer number with scale_attn_by_inverse_layer_idx
         self.c_attn = Linear(C, 3 * C)
         self.c_proj = Linear(C, C)
 
@@ -34,9 +35,10 @@ class Attention(nn.Module):
         y = attend(q, KV(k, v, mask), prefix)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
-    def qkv(self, x: Tensor) -> Tensor:
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> queries, keys and values, each (B, H, T, D)."""
-        return self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        return q if self.query_scale == 1 else q * self.query_scale, k, v
 
 
 class MLP(nn.Module):
@@ -79,6 +81,9 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(self.n_positions, C)
         eps, activation = config["layer_norm_epsilon"], config["activation_function"]
         self.h = nn.ModuleList(Block(C, H, config["n_inner"], eps, activation) for _ in range(L))
+        if config["scale_attn_by_inverse_layer_idx"]:
+            for n, block in enumerate(self.h, 1):
+                block.attn.query_scale = 1 / n
         self.ln_f = nn.LayerNorm(C, eps=config["layer_norm_epsilon"])
         if not config["tie_word_embeddings"]:
             self.lm_head = Linear(C, V, bias=False)

@@ -9,6 +9,9 @@ other waits. A round is --steps batches, the same in each round; a first round t
 the median of a batch, and speeds in the median round; compile_s is what torch.compile took in all, recompiles are the
 programs that it made after the first round.
 
+PEFT's `generate` leaves the prefix out (peft 0.21.2 with transformers 5.24.0), so that the peer's texts are written by
+the base model's `generate`, to which the adapter's keys and values are given as a cache.
+
 In training minprefix reads an input of E2E once for several of its references (--group), the peer once for each, as it
 does; both are given the same pairs, and examples_per_s counts pairs. tokens_per_s and the operations of TFLOP_per_s are
 those that each contender needs for them.
@@ -31,9 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.utils import calculate_time_spent, counters  # no public interface gives these
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from minprefix.cli.options import DEVICES, DTYPES, Parser, check_above_zero, check_not_negative, flag
+from minprefix.cli.options import Parser, add_device_options, check_above_zero, check_not_negative, flag
 from minprefix.core.batches import Group, collate, encode_pairs, pad, start_id
 from minprefix.core.generate import generate_ids
 from minprefix.core.kernels import Linear, pack_weights
@@ -60,13 +64,7 @@ def parse_args() -> Namespace:
     add("--model", default="gpt2-mini", help="a HuggingFace folder or a model's name (%(default)s)")
     add("--data", metavar="FOLDER", help="of E2E's files (as train.py)")
     add("--batch-size", type=int, metavar="N", default=10, help="pairs or inputs at a time (%(default)s)")
-    add(
-        "--group",
-        type=int,
-        metavar="N",
-        default=8,
-        help="references that share a row in training (at most %(default)s)",
-    )
+    add("--group", type=int, metavar="N", default=8, help="references that may share a row in training (%(default)s)")
     add("--prefix-length", type=int, metavar="N", default=5, help="virtual tokens (%(default)s)")
     add("--hidden", type=int, metavar="N", default=512, help="width of the MLP in training, 0: none (%(default)s)")
     add("--source-length", type=int, metavar="N", help="random sources of N tokens (E2E's own)")
@@ -75,24 +73,13 @@ def parse_args() -> Namespace:
     add("--steps", type=int, metavar="N", default=8, help="batches in a round (%(default)s)")
     add("--rounds", type=int, metavar="N", default=3, help="rounds after the first (%(default)s)")
     add("--threads", type=int, metavar="N", help="of the CPU (torch's default)")
-    add("--device", choices=DEVICES, metavar="NAME", default="auto", help="cpu, cuda or mps (%(default)s)")
-    add("--dtype", choices=DTYPES, metavar="TYPE", default="auto", help="float32 or bfloat16 (%(default)s)")
+    add_device_options(parser)
     add("--peer", action="store_true", help="transformers + PEFT as well (pip install -e '.[parity]')")
     add("--sweep", nargs="+", metavar=("OPTION", "N"), help="measure for each value of an option: beams 1 5 10")
     add("--json", action="store_true", help="print JSON lines only, minprefix's own the last")
     args = parser.parse_args()
-    numbers = (
-        "batch_size",
-        "group",
-        "prefix_length",
-        "beams",
-        "new_tokens",
-        "steps",
-        "rounds",
-        "threads",
-        "source_length",
-    )
-    check_above_zero(args, numbers)
+    numbers = ("batch_size", "prefix_length", "beams", "new_tokens", "steps", "rounds", "threads", "source_length")
+    check_above_zero(args, (*numbers, "group"))
     check_not_negative(args, ("hidden",))
     if args.peer and not all(find_spec(name) for name in ("transformers", "peft")):  # before the first is measured
         raise InputError("--peer needs transformers and PEFT: pip install -e '.[parity]'")
@@ -302,9 +289,9 @@ def peer(args: Namespace) -> Work:
     @torch.no_grad()
     def write(i: int) -> None:
         sources = [source + [tokenizer.end_id] * decoder_only for source, _ in batches[i]]
-        trainable.generate(
-            input_ids=tensors(sources, tokenizer.pad_id, left=decoder_only), num_beams=args.beams, do_sample=False,
-            attention_mask=tensors([[1] * len(source) for source in sources], 0, left=decoder_only),
+        peer_generate(
+            trainable, tensors(sources, tokenizer.pad_id, left=decoder_only),
+            tensors([[1] * len(source) for source in sources], 0, left=decoder_only), num_beams=args.beams,
             min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens, pad_token_id=tokenizer.pad_id,
             no_repeat_ngram_size=0, early_stopping=False, length_penalty=1.0,  # whatever the folder's config.json says
         )  # fmt: skip
@@ -314,6 +301,16 @@ def peer(args: Namespace) -> Work:
         return write, facts
     optimizer = torch.optim.AdamW([p for p in trainable.parameters() if p.requires_grad], lr=8e-5, fused=True)
     return train, facts
+
+
+def peer_generate(peft_model: Any, ids: Tensor, mask: Tensor, num_beams: int, **options: Any) -> Tensor:
+    """The ids (B, N) that transformers writes with a PEFT prefix for the sources ids (B, S) with their mask (B, S)."""
+    cache = peft_model.get_prompt(len(ids) * num_beams)
+    if not peft_model.config.is_encoder_decoder:
+        mask = F.pad(mask, (cache.get_seq_length(), 0), value=1)
+    return peft_model.get_base_model().generate(
+        input_ids=ids, attention_mask=mask, past_key_values=cache, num_beams=num_beams, do_sample=False, **options
+    )
 
 
 def shared(args: Namespace) -> tuple[Model, Tokenizer, list[list[Group]]]:

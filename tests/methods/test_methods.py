@@ -8,7 +8,7 @@ import torch
 
 from minprefix import Prefix, load_model, load_prefix, load_tokenizer
 from minprefix.core import training
-from minprefix.core.batches import collate
+from minprefix.core.batches import collate, end_ids
 from minprefix.core.generate import generate_ids
 from minprefix.core.gpt2 import GPT2
 from minprefix.core.loss import target_loss
@@ -148,6 +148,19 @@ def test_training_and_a_file_and_back(case, tmp_path):
         prefix = load_trained(path, fresh)
     assert torch.equal(target_logits(folder, fresh, prefix), logits)
     assert not torch.equal(target_logits(folder, load_model(folder), None), logits)
+
+
+@pytest.mark.parametrize("method", ["top2", "adapter"])
+def test_what_was_trained_ends_texts_as_in_training(folders, tmp_path, method):
+    """Not where the base model's config.json says: the targets end with the tokeniser's end token."""
+    model, trainable = make(folders["gpt2"], method)
+    path = tmp_path / "trained.safetensors"
+    save_trained(path, trainable.fold(), fingerprint(model), {"method": method})
+    fresh, tokenizer = load_model(folders["gpt2"]), load_tokenizer(folders["gpt2"])
+    fresh.config["eos_token_id"] = [5, 6]
+    assert end_ids(fresh, tokenizer) == [5, 6]
+    load_trained(path, fresh)
+    assert end_ids(fresh, tokenizer) == [END]
 
 
 def test_a_killed_run_goes_on_bit_for_bit(case, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ QUICK = ["--batch-size", "3", "--steps", "2", "--rounds", "1", "--hidden", "8", 
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     write_tiny_model(folder / "gpt2")
-    write_tiny_bart(folder / "bart")
+    write_tiny_bart(folder / "bart", decoder_attention_heads=4)
     for name in ("trainset", "testset_w_refs"):
         rows = "".join(f'"{MR}, near[Café {i}]","The Golden Lantern is a Thai pub {i}."\n' for i in range(12))
         (folder / f"{name}.csv").write_text("mr,ref\n" + rows, encoding="utf-8")
@@ -53,7 +53,7 @@ def test_one_json_line_with_the_figures(world, what, kind):
     assert row["settings"]["batch_size"] == 3 and row["settings"]["dtype"] in ("bfloat16", "float32")
 
 
-@pytest.mark.parametrize("what, kind", [("train", "gpt2"), ("generate", "bart")])
+@pytest.mark.parametrize("what, kind", [("train", "gpt2"), ("generate", "gpt2"), ("generate", "bart")])
 def test_a_sweep_and_the_peer(world, what, kind):
     pytest.importorskip("peft", reason="the peer, PEFT, is not installed")
     done = run(world, what, "--model", str(world / kind), "--json", "--peer", "--sweep", "prefix-length", "1", "6")
