@@ -232,6 +232,9 @@ def small_vocab():
 def write_tokenizer(folder):
     (folder / "vocab.json").write_text(json.dumps(small_vocab()))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
+    added = {str(len(small_vocab())): {"content": "world", "special": False, "normalized": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added, "pad_token": "<pad>"}))
+    (folder / "added_tokens.json").write_text(json.dumps({"world": len(small_vocab())}))
 
 
 def write_tokenizer_json(folder):

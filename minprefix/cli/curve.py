@@ -10,7 +10,7 @@ from minprefix.system.files import atomic_write
 
 
 def series(log: list[dict[str, float]]) -> Iterator[tuple[str, str, list[float], list[float]]]:
-    """What a log of `train` holds: (name, mark, steps, losses) of the training loss and the dev loss."""
+    """The training loss and the dev loss in a log of `train`: (name, mark, steps, losses) each."""
     for key, name, mark in (("loss", "training loss", "."), ("dev_loss", "dev loss", "o")):
         rows = [row for row in log if key in row]
         yield name, mark, [row["step"] for row in rows], [row[key] for row in rows]
@@ -32,7 +32,7 @@ def text_curve(log: list[dict[str, float]], width: int = 64, height: int = 9) ->
 
 
 def plot_curve(log: list[dict[str, float]], path: str | Path) -> bool:
-    """Write the same as a PNG, if matplotlib is there: whether it is."""
+    """Write the losses as a PNG; return False if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,10 +1,8 @@
-"""Texts and their scores: a task's metrics over a test set; texts without and with what was trained, side by side."""
+"""Texts and their scores: a task's metrics over a test set; texts before and after training, next to each other."""
 
 import json
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from minprefix import metrics
 from minprefix.core.batches import Example
@@ -12,16 +10,21 @@ from minprefix.core.generate import generate
 from minprefix.core.model import Model
 from minprefix.core.prefix_kv import KVPrefix
 from minprefix.data.tasks import SUMMARISATION, find_e2e
-from minprefix.formats.load import load_model
+from minprefix.formats.load import load_model, pick_writing_dtype
 from minprefix.formats.tokenizer import Tokenizer
 from minprefix.methods.files import load_trained
 from minprefix.metrics.slots import slot_accuracy
 from minprefix.system.errors import InputError
 from minprefix.system.files import atomic_write
 
-Writer = tuple[Model, KVPrefix | None]
-NOUNS = {"prefix": "the prefix", "finetune": "fine-tuning", "top2": "fine-tuning", "adapter": "adapters",
-         "embedding": "virtual tokens", "infix": "the infix"}  # fmt: skip
+NAMES = {  # method -> the texts before training and those after it
+    "prefix": ("without the prefix", "with the prefix"),
+    "finetune": ("before fine-tuning", "after fine-tuning"),
+    "top2": ("before fine-tuning", "after fine-tuning"),
+    "adapter": ("without adapters", "with adapters"),
+    "embedding": ("without virtual tokens", "with virtual tokens"),
+    "infix": ("without the infix", "with the infix"),
+}
 
 # ---- a test set ----
 
@@ -44,14 +47,13 @@ def evaluate(task: str, examples: list[Example], texts: list[str], path: Path, s
         scores, intervals = metrics.score(texts, references), {}
         if task == "e2e":
             scores.update(slot_accuracy([example.source for example in examples], texts))
-    sample = is_sample(settings.get("task"), settings.get("data"))
-    if sample:
-        print("the scores are of the bundled sample, not of E2E: give --data the folder of its files")
     bounds = {metric: f" [{low:.4f}, {high:.4f}]" for metric, (low, high) in intervals.items()}
+    result = {"scores": scores, "intervals": intervals, "inputs": len(texts), "settings": settings}
+    if is_sample(settings.get("task"), settings.get("data")):
+        print("the scores are of the bundled sample, not of E2E: give --data the folder of its files")
+        result["test set"] = "the bundled sample, not E2E"
     print("  ".join(f"{metric} {value:.4f}{bounds.get(metric, '')}" for metric, value in scores.items()))
     with atomic_write(path) as file:
-        result = {"scores": scores, "intervals": intervals, "inputs": len(texts), "settings": settings}
-        result |= {"test set": "the bundled sample, not E2E"} if sample else {}
         json.dump(result, file, indent=2, default=str)
 
 
@@ -60,62 +62,59 @@ def is_sample(task: str | None, data: str | None) -> bool:
     return task == "e2e" and find_e2e(data) is None
 
 
+# ---- before and after training ----
+
+
+def load_before_after(
+    method: str, path: Path, model: Model, base: Path, device: str, dtype_name: str
+) -> tuple[Model, Model, KVPrefix | None]:
+    """The model as it was before training, the model after it, and the prefix that the latter takes.
+
+    What was trained is read back from its file, `path`. model: the one that was trained with; base: its folder.
+    dtype_name: see `pick_writing_dtype`, which sample.py asks too.
+    """
+    dtype = pick_writing_dtype(dtype_name, device, base)
+    frozen = method in ("prefix", "embedding", "infix")
+    before = model if frozen and model.head.weight.dtype == dtype else load_model(base, device, dtype)
+    if method == "finetune":
+        return before, load_model(path, device, dtype), None
+    after = before if frozen else load_model(base, device, dtype)
+    return before, after, load_trained(path, after)  # adapters and top layers change the model
+
+
+def compare(
+    names: tuple[str, str], before: Model, after: Model, prefix: KVPrefix | None, tokenizer: Tokenizer,
+    test: list[Example], task: str, data: str | None, max_source: int | None, search: dict[str, Any],
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Write texts for the test inputs with both models (see `load_before_after`), print the first ones and the scores.
+
+    -> name -> scores; no scores where a package for them is missing.
+    """
+    texts: dict[str, list[str]] = {}
+    sources = [example.source for example in test]
+    for name, model, its_prefix in (names[0], before, None), (names[1], after, prefix):
+        print(f"\nwriting {len(sources)} texts for held-out inputs {name}, {search['beams']} beams")
+        what = None if texts else "test sources"  # that sources are cut is said once
+        texts[name] = generate(
+            model, tokenizer, sources, its_prefix, max_source=max_source, what=what, progress=True, **search
+        )
+    shown = {"input": sources[0][:600], names[0]: texts[names[0]][0][:200], names[1]: texts[names[1]][0],
+             "reference": test[0].references[0]}  # fmt: skip
+    width = max(map(len, shown))
+    print("\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in shown.items()))
+    try:
+        scores = {name: quick_scores(task, texts[name], [example.references for example in test]) for name in names}
+    except InputError as error:
+        print(error)
+        return {name: {} for name in names}
+    what = "the bundled sample, not E2E" if is_sample(task, data) else f"{task}, {len(sources)} test inputs"
+    for metric, value in scores[names[1]].items():
+        print(f"{metric} on {what}: {scores[names[0]][metric]:.3f} {names[0]}, {value:.3f} {names[1]}")
+    return scores
+
+
 def quick_scores(task: str, texts: list[str], references: list[list[str]]) -> dict[str, float]:
     """BLEU, or for summaries ROUGE; InputError if its package is missing."""
     if task not in SUMMARISATION:
         return {"BLEU": metrics.bleu(texts, references)}
     return metrics.summary_score(texts, references)[0]
-
-
-# ---- without and with what was trained ----
-
-
-def load_before_after(
-    method: str, path: Path, model: Model, base: Path, device: str, dtype: torch.dtype
-) -> dict[str, Writer]:
-    """Those who write at the end of a run, without what was trained and with it: name -> (model, prefix).
-
-    What was trained is read back from its file, `path`. model: the one that was trained with; base: its folder.
-    """
-    noun = NOUNS[method]
-    before, after = ("before", "after") if noun == "fine-tuning" else ("without", "with")
-    unchanged = method in ("prefix", "embedding", "infix")
-    if not unchanged or model.head.weight.dtype != dtype:
-        model = load_model(base, device, dtype)
-    if method == "finetune":
-        changed, prefix = load_model(path, device, dtype), None
-    else:
-        changed = model if unchanged else load_model(base, device, dtype)
-        prefix = load_trained(path, changed)  # adapters and top layers change the model that it is loaded for
-    return {f"{before} {noun}": (model, None), f"{after} {noun}": (changed, prefix)}
-
-
-def compare(
-    task: str, data: str | None, tokenizer: Tokenizer, writers: dict[str, Writer], test: list[Example],
-    max_source: int | None, search: dict[str, Any],
-) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Texts for the test inputs by both (see `load_before_after`): name -> scores, none if a package is missing.
-
-    Prints the texts for the first input, and the scores.
-    """
-    sources, references = [e.source for e in test], [e.references for e in test]
-    before, after = writers
-    texts: dict[str, list[str]] = {}
-    for name, (model, prefix) in writers.items():
-        print(f"\nwriting {len(sources)} texts for held-out inputs {name}, {search['beams']} beams")
-        what = "test sources" if name == before else None  # said once
-        texts[name] = generate(
-            model, tokenizer, sources, prefix, max_source=max_source, what=what, progress=True, **search
-        )
-    width = max(map(len, writers))
-    print(f"\n{'input':<{width}}  {sources[0][:600]}\n{before:<{width}}  {texts[before][0][:200]}")
-    print(f"{after:<{width}}  {texts[after][0]}\n{'reference':<{width}}  {references[0][0]}")
-    scores: dict[str, dict[str, float]] = {name: {} for name in writers}
-    try:
-        scores = {name: quick_scores(task, texts[name], references) for name in writers}
-    except InputError as error:
-        print(error)
-    what = "the bundled sample, not E2E" if is_sample(task, data) else f"{task}, {len(sources)} test inputs"
-    for metric, value in scores[after].items():
-        print(f"{metric} on {what}: {scores[before][metric]:.3f} {before}, {value:.3f} {after}")
-    return scores

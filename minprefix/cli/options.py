@@ -1,4 +1,4 @@
-"""Command lines: a --help that reads as a page, and mistakes that are one line like all others."""
+"""Command lines: a readable --help, and errors of one line."""
 
 import argparse
 from functools import partial
@@ -6,15 +6,12 @@ from typing import Any, NoReturn
 
 from minprefix.system.errors import InputError
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", "float32", "bfloat16")
-
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but for the usage (all options, a wall) and for errors, which are raised as InputError."""
+    """argparse's parser with a short usage line, and with errors raised as InputError."""
 
     def __init__(self, prog: str, description: str, epilog: str | None = None, what: str = "") -> None:
-        """what: the name in the usage of the argument that comes first."""
+        """what: the positional argument in the usage line."""
         page = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100)
         usage = f"%(prog)s {what} [OPTION ...]" if what else "%(prog)s [OPTION ...]"
         super().__init__(prog=prog, usage=usage, description=description, epilog=epilog, formatter_class=page)
@@ -23,20 +20,26 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; {self.prog} --help lists the options")
 
 
+def add_device_options(group: argparse._ActionsContainer) -> None:
+    devices, dtypes, add = ("auto", "cpu", "cuda", "mps"), ("auto", "float32", "bfloat16"), group.add_argument
+    add("--device", choices=devices, metavar="NAME", default="auto", help="cpu, cuda or mps (%(default)s)")
+    add("--dtype", choices=dtypes, metavar="TYPE", default="auto", help="float32 or bfloat16 (%(default)s)")
+
+
 def flag(key: str) -> str:
-    """The option of a key of the parsed arguments."""
+    """The option whose value is args.KEY."""
     return f"--{key.replace('_', '-')}"
 
 
 def fill_defaults(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
-    """Put defaults in where the command line said nothing."""
+    """Set the options that the command line leaves open."""
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
 
 
 def check_above_zero(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
-    """InputError if one of these options is given and not above 0, or so large that no machine could follow."""
+    """InputError if one of these options is given and is not above 0, or is absurdly large."""
     for key in keys:
         value = getattr(args, key)
         if value is not None and not 0 < value < 1e9:
@@ -44,7 +47,7 @@ def check_above_zero(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
 
 
 def check_not_negative(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
-    """InputError if one of these options is given and below 0, or too large for a seed of torch's."""
+    """InputError if one of these options is given and is below 0, or too large for a seed of torch."""
     for key in keys:
         given = getattr(args, key)
         for value in given if isinstance(given, list) else [given]:
@@ -53,9 +56,7 @@ def check_not_negative(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
 
 
 def check_requires(args: argparse.Namespace, needs: dict[str, str]) -> None:
-    """InputError if an option is given that does nothing without another: option -> that other one."""
+    """InputError if an option is given without another that it needs. needs: option -> that other option."""
     for key, other in needs.items():
         if getattr(args, key) is not None and not getattr(args, other):
-            zero = type(getattr(args, other)) is int
-            lacking = f"with {flag(other)} 0" if zero else f"without {flag(other)}"
-            raise InputError(f"{flag(key)} does nothing {lacking}: leave it out, or give {flag(other)}")
+            raise InputError(f"{flag(key)} does nothing without {flag(other)}: leave it out, or give {flag(other)}")

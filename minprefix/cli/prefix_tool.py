@@ -1,4 +1,4 @@
-"""What a prefix file is, and PEFT's format in and out: the command `python -m minprefix`.
+"""Inspect a prefix file; convert it to and from PEFT's format: `python -m minprefix show|export|import`.
 
 python -m minprefix show runs/mine/prefix.safetensors --input "name[Blue Spice], food[Thai]"
 python -m minprefix export --prefix runs/mine/prefix.safetensors --to adapter/
@@ -34,6 +34,10 @@ from minprefix.methods.files import find_trained, load_trained, read_trained, re
 from minprefix.system.errors import InputError
 from minprefix.system.files import atomic_write
 
+PEFT_GENERATE = """\
+PEFT's forward uses it, but PEFT's generate leaves the prefix out (peft 0.21.2 with transformers 5.24.0); for texts call
+  model.get_base_model().generate(input_ids=ids, past_key_values=model.get_prompt(len(ids) * num_beams), ...)
+For GPT-2, an attention_mask that is given must begin with a one for each virtual token."""
 SHADES = " ░▒▓█"
 
 
@@ -43,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     commands = parser.add_subparsers(prog=prog, dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, what: str) -> Any:
-        """The function that adds arguments to a new command."""
+        """A new command -> the function that adds its arguments."""
         return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.").add_argument
 
     add = command("show", "print what a prefix is, and how much attention it gets")
@@ -84,7 +88,7 @@ def export(args: argparse.Namespace) -> None:
         raise InputError(f"{args.prefix} cannot be a PEFT adapter: {what} (train.py's default)")
     # Which kind of model it is for is in the file, as the model's sites.
     write_adapter(args.to, kv, '"encoder"' in prefix.info.get("base_shape", ""), prefix.info)
-    print(f"wrote a PEFT adapter of {kv.size(3)} virtual tokens to {args.to}")
+    print(f"wrote a PEFT adapter of {kv.size(3)} virtual tokens to {args.to}\n{PEFT_GENERATE}")
 
 
 def import_adapter(args: argparse.Namespace) -> None:
@@ -103,11 +107,11 @@ def import_adapter(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print what a file of train.py, or a PEFT folder, holds; with --input what the model looks at."""
+    """Print what a file of train.py, or a PEFT folder, holds; with --input also the attention to the prefix."""
     if args.plot:
         import_figure()  # if the package is missing, say so before the work
         if not args.input:
-            raise InputError("--plot draws what the model looks at on a text: give --input TEXT")
+            raise InputError("--plot draws the attention on a text: give --input TEXT")
     path = find_trained(args.prefix)
     tensors, info = read_trained(path)
     method = info.get("method", "prefix")
@@ -119,7 +123,7 @@ def show(args: argparse.Namespace) -> None:
     if method != "embedding" and not args.input:
         return
     if method not in (*FORMS, "embedding"):
-        raise InputError(f"{path} is of --method {method}, there is no prefix to look at: leave out --input")
+        raise InputError(f"{path} is of --method {method}, there is no prefix to attend to: leave out --input")
     folder = resolve_base_model(args.model, args.prefix, info)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     prefix = load_trained(path, model)
@@ -132,11 +136,11 @@ def show(args: argparse.Namespace) -> None:
 
 
 def describe(path: Path, tensors: dict[str, Tensor], info: dict[str, str]) -> None:
-    """Print a file's metadata, its tensors' shapes and size, and norms of keys and values in each layer."""
+    """Print a file's metadata, the shapes and size of its tensors, and the norms of keys and values in each layer."""
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    told = {key: value for key, value in info.items() if key not in ("base_shape", "base_fingerprint")}
+    metadata = {key: value for key, value in info.items() if key not in ("base_shape", "base_fingerprint")}
     size = f"{numbers:,} numbers, {4 * numbers / 2**20:.2f} MiB in float32"
-    for key, value in {"file": str(path), **told, "saved": size}.items():
+    for key, value in {"file": str(path), **metadata, "saved": size}.items():
         print(f"{printable(key).replace('_', ' '):<17} {printable(value)[:200]}")
     if not isinstance(tensors, KVPrefix):
         return
@@ -152,13 +156,13 @@ def describe(path: Path, tensors: dict[str, Tensor], info: dict[str, str]) -> No
 
 
 def printable(text: str) -> str:
-    """A text on one line, control characters escaped: a file must not steer the terminal."""
+    """A text on one line, control characters escaped, so that a file cannot control the terminal."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 @torch.inference_mode()
 def print_nearest(embedding: Tensor, model: gpt2.GPT2, tokenizer: Tokenizer, count: int = 5) -> None:
-    """Print the tokens of the vocabulary that each virtual token (P, C) is nearest to, by the cosine."""
+    """Print the vocabulary tokens nearest to each virtual token (P, C), by cosine."""
     cosines = F.normalize(embedding.float(), dim=1) @ F.normalize(model.wte.weight.float(), dim=1).T
     print("\nnearest tokens of the vocabulary (cosine)")
     for i, (values, ids) in enumerate(zip(*cosines.topk(count), strict=True), 1):
@@ -167,12 +171,12 @@ def print_nearest(embedding: Tensor, model: gpt2.GPT2, tokenizer: Tokenizer, cou
 
 
 def print_attention(model: Model, tokenizer: Tokenizer, prefix: KVPrefix, text: str) -> dict[str, Tensor]:
-    """Print the share of attention that the prefix gets on a source, and the text written for it -> the shares."""
+    """Generate a text for a source; print it and the share of attention that goes to the prefix -> the shares."""
     task, max_source = prefix.info.get("task", ""), trained_max_source(prefix.info)
     source = format_source(task, text)
     written = generate(model, tokenizer, [source], prefix, max_source=max_source, **recipe(task))[0]
     target = encode_target(written, tokenizer, model)
-    batch = collate([(encode_sources([source], tokenizer, model, max_source, None)[0], target)], tokenizer, model)
+    batch = collate([(encode_sources([source], tokenizer, model, max_source, None)[0], [target])], tokenizer, model)
     shares = attention_shares(model, prefix, batch)
     print(f"\nsource            {printable(source)}\nwritten           {printable(written)}")
     for site, share in shares.items():
@@ -187,7 +191,7 @@ def print_attention(model: Model, tokenizer: Tokenizer, prefix: KVPrefix, text: 
 
 @torch.inference_mode()
 def attention_shares(model: Model, prefix: KVPrefix, batch: Batch) -> dict[str, Tensor]:
-    """The share of attention that goes to the prefix, by layer and head, on a `Batch` of one row: site -> (L, H).
+    """The share of attention that goes to the prefix in a `Batch` of one row: site -> (L, H).
 
     Mean over the source's tokens at the site "encoder", else over the positions that write the target.
     """
@@ -226,7 +230,7 @@ def attention_modules(model: Model) -> dict[str, list[Any]]:
 
 
 def queries(module: gpt2.Attention | bart.Attention, x: Tensor, seen: Any, *others: Any) -> tuple[Tensor, KV, KV]:
-    """A model's `Attention` by its arguments -> its queries (B, H, T, D), the tokens that they see, the prefix.
+    """From the arguments of a model's `Attention`: its queries (B, H, T, D), the keys and values, the prefix.
 
     seen: GPT-2's mask, or the KV that BART's attends to.
     """

@@ -39,43 +39,40 @@ def load_prefixes(paths: list[Path], model: Model) -> dict[str, KVPrefix]:
 
 
 def read_requests(file: str, prefixes: dict[str, KVPrefix], limit: int | None = None) -> list[Request]:
-    """The rows {"source": ..., "prefix": name} of a .jsonl file."""
+    """The rows {"source": ..., "prefix": name} of a .jsonl file, each source in the form of its prefix's task."""
     requests = []
     for number, row in enumerate(load_examples(file, "all", topic_field="prefix")[:limit], 1):
         if row.topic not in prefixes:
-            known = f"the prefixes are {', '.join(prefixes)}"
             named = 'has no "prefix"' if row.topic is None else f'has "prefix": {row.topic!r:.80}'
-            raise InputError(f"{file}: request {number} {named}, {known}")
-        requests.append((row.source, row.topic))
+            raise InputError(f"{file}: request {number} {named}, the prefixes are {', '.join(prefixes)}")
+        task = prefixes[row.topic].info.get("task", "")
+        requests.append((format_source(task, row.source, f"{file}: request {number}"), row.topic))
     return requests
 
 
 def write_requests(
     model: Model, tokenizer: Tokenizer, requests: list[Request], prefixes: dict[str, KVPrefix],
-    given: dict[str, Any], drawing: dict[str, Any],
+    given: dict[str, Any], options: dict[str, Any],
 ) -> list[str]:  # fmt: skip
-    """A text for each request, by the prefix that it names, in the form and by the search of that prefix's task.
+    """A text for each request by its prefix, with the search of that prefix's task.
 
-    given: options of the command line; those that are not None replace the task's. drawing: further options of
-    `generate`. Requests whose options are the same share batches, whatever their prefixes.
+    given: options of the command line; those that are not None replace the task's. options: further ones of `generate`.
+    Requests whose options are the same share batches, whatever their prefixes.
     """
-    places = {name: place for place, name in enumerate(prefixes)}
-    groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}  # options of `generate` -> numbers of requests
-    sources = []  # of all, before the first text: one may not be in its task's form
-    for i, (source, name) in enumerate(requests):
+    groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}  # search options -> indices of requests
+    for i, (_, name) in enumerate(requests):
         info = prefixes[name].info
-        sources.append(format_source(info.get("task", ""), source, f"request {i + 1}"))
         search = search_options(info.get("task", ""), given)
         search["max_source"] = given["max_source"] or trained_max_source(info)
         groups.setdefault(tuple(search.items()), []).append(i)
-    texts = [""] * len(requests)
-    for options, group in groups.items():
-        mine = distributed.shard(group)
-        stacked = stack_prefixes(list(prefixes.values()), [places[requests[i][1]] for i in mine])
-        progress = len(group) > 1 and distributed.rank() == 0
+    texts, names = [""] * len(requests), list(prefixes)
+    for search_items, group in groups.items():
+        mine = [requests[i] for i in distributed.shard(group)]
+        stacked = stack_prefixes(list(prefixes.values()), [names.index(name) for _, name in mine])
         written = generate(
-            model, tokenizer, [sources[i] for i in mine], stacked, **dict(options), **drawing, progress=progress
-        )
+            model, tokenizer, [source for source, _ in mine], stacked, **dict(search_items), **options,
+            progress=len(group) > 1 and distributed.rank() == 0,
+        )  # fmt: skip
         for i, text in zip(group, distributed.unshard(written), strict=True):
             texts[i] = text
     return texts

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minprefix.core.batches import Example
-from minprefix.data.tasks import SUMMARISATION, TRIPLES
 from minprefix.formats.hub import model_name
 from minprefix.formats.safetensors import read_object
 from minprefix.methods.baselines import METHODS
@@ -21,18 +20,18 @@ EXAMPLE = "name[The Golden Lantern], eatType[pub], food[Thai], area[riverside], 
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was begun there: the log comes first and stays, a checkpoint may be deleted after the run."""
+    """Whether a run was started there: the log is written first and stays; the checkpoint may be deleted later."""
     return (folder / "log.jsonl").exists()
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether the run in a folder can be gone on with."""
+    """Whether the run in a folder can be resumed."""
     return (folder / "checkpoint.pt").exists()
 
 
 @contextlib.contextmanager
 def run_folder(out: Path | None, resume: bool, task: str, model: Path) -> Iterator[Path]:
-    """A run's folder while the block runs, in which no other process may train: --out; by default runs/TASK-MODEL."""
+    """The run's folder, --out or by default runs/TASK-MODEL, locked against other processes while the block runs."""
     check_out(out)
     name = Path(model_name(model) or model.resolve()).name
     with contextlib.ExitStack() as locks:
@@ -46,20 +45,18 @@ def check_out(out: Path | None) -> None:
 
 
 def take_folder(out: Path | None, resume: bool, name: str, locks: contextlib.ExitStack) -> Path:
-    """--out or runs/NAME, with a lock on it; a new run gets runs/NAME-2 and so on if that is taken, if just now, too.
-
-    So no run overwrites another.
-    """
+    """--out or runs/NAME, locked. Where runs/NAME exists a new run takes runs/NAME-2, and so on."""
     names = (Path("runs", name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
     if out is None and not resume:
         for folder in names:
             with contextlib.suppress(FileExistsError):
                 locks.enter_context(locked(folder, new=True))
                 return folder
-    there = list(itertools.takewhile(Path.exists, names))
-    folder = out or next(filter(is_run, reversed(there)), Path("runs", name))  # the last run that was begun
+    existing = list(itertools.takewhile(Path.exists, names))
+    folder = out or next(filter(is_run, reversed(existing)), Path("runs", name))  # the last run that was started
     locks.enter_context(locked(folder))
     check_free(folder, resume)
+    remove_half_written(folder)
     return folder
 
 
@@ -72,7 +69,7 @@ def check_free(folder: Path, resume: bool) -> None:
 
 
 def remove_half_written(out: Path) -> None:
-    """Remove what a run that was killed as it wrote a file left in its folder: NAME.*.tmp, as `atomic_write` has it."""
+    """Remove the temporary files NAME.*.tmp of `atomic_write` that a killed run left in its folder."""
     for name in ("checkpoint.pt", "log.jsonl", "*.safetensors", "model/*", "loss.png", "result.json"):
         for path in out.glob(f"{name}.*.tmp"):
             path.unlink(missing_ok=True)
@@ -80,7 +77,7 @@ def remove_half_written(out: Path) -> None:
 
 @contextlib.contextmanager
 def resumable(out: Path) -> Iterator[None]:
-    """An error that stops the block's run from outside tells the command that resumes it, if there is a checkpoint."""
+    """Add the command that resumes the run to an error that stops the block from outside, if there is a checkpoint."""
     try:
         with one_line_errors():
             yield
@@ -92,37 +89,36 @@ def resumable(out: Path) -> Iterator[None]:
 
 
 def resume_command(out: Path) -> str:
-    """What goes on with the present run, as a line for the shell."""
+    """The shell command that resumes the present run."""
     command = [sys.orig_argv[0], *sys.argv]
     if distributed.world_size() > 1:
         command = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *sys.argv]
     command = [word for word in command if word != "--resume"]
-    place = [] if any(word.startswith("--out") for word in command) else ["--out", str(out)]
-    return shlex.join([*command, *place, "--resume"])
+    folder = [] if any(word.startswith("--out") for word in command) else ["--out", str(out)]
+    return shlex.join([*command, *folder, "--resume"])
 
 
 def sample_command(path: Path, task: str, data: str | None, test: list[Example]) -> str:
-    """What to try first with what was trained: an input, or a split where inputs are a page long or sets of triples."""
+    """What to try first with what was trained: an E2E input, or ten inputs of another task."""
     command = f"python sample.py --{'model' if path.is_dir() else 'prefix'} {shlex.quote(str(path))}"
-    example = EXAMPLE if task == "e2e" else test[0].source if test else "..."
-    if task not in (*SUMMARISATION, *TRIPLES) and len(example) <= 200:
-        return f"{command} --input {shlex.quote(example)}"
-    place = f" --data {shlex.quote(data)}" if data else ""
-    return f"{command} --task {shlex.quote(task)} --split {'test' if test else 'dev'}{place} --limit 10"
+    if task == "e2e":
+        return f"{command} --input {shlex.quote(EXAMPLE)}"
+    folder = f" --data {shlex.quote(data)}" if data else ""
+    return f"{command} --task {shlex.quote(task)} --split {'test' if test else 'dev'}{folder} --limit 10"
 
 
 def texts_file(trained: Path, task: str | None, inputs: str, topics: list[str]) -> Path:
-    """Where texts that are scored go: in the run's folder, texts-SPLIT.txt; else here, named after what was trained.
+    """The default file of texts that are scored: texts-SPLIT.txt in the run's folder, or in the current one.
 
-    trained: a prefix or a model. task: of the inputs, if they are of one; it is in the name if the run was not trained
-    on it. inputs: their split, or their file's name.
+    trained: a prefix or a model, whose name is in the file's if it is in no run's folder. task: that of the inputs, in
+    the name if the run was not trained on it. inputs: their split, or their file's name.
     """
     run = next((folder for folder in (trained, trained.parent) if is_run(folder)), None)
     words = ["texts"]
     if not run:
         path = trained.resolve()  # METHOD.safetensors is what any run calls it
-        named = path.parent if path.name in {f"{method}.safetensors" for method in METHODS} else path
-        words.append(named.name.removesuffix(".safetensors"))
+        path = path.parent if path.name in {f"{method}.safetensors" for method in METHODS} else path
+        words.append(path.name.removesuffix(".safetensors"))
     if task and not (run and is_trained_on(run, task)):
         words.append(Path(task).stem)
     words += [inputs, *(topic.replace("/", "_") for topic in topics)]

@@ -1,6 +1,6 @@
-"""The default settings: the paper's for full-size models, for the bundled ones what short runs on dev sets chose.
+"""The default settings: the paper's for full-size models; for the bundled ones, chosen by short runs on dev sets.
 
-How texts are searched for by default is `recipe` in generate.py.
+The defaults of the search for texts are in search.py.
 """
 
 import math
@@ -9,9 +9,11 @@ from typing import Any
 
 from minprefix.cli.options import fill_defaults, flag
 from minprefix.cli.search import recipe
+from minprefix.core.batches import group_sizes
 from minprefix.formats.hub import model_name
 from minprefix.formats.load import model_kind
 from minprefix.formats.safetensors import read_config
+from minprefix.system.errors import InputError
 
 PAPER: dict[str, dict[str, float]] = {  # by config.json's model_type
     "gpt2": {"prefix_length": 5, "hidden": 512, "adapter_width": 108, "batch_size": 10, "epochs": 5},
@@ -37,7 +39,7 @@ LR = {
     "bart-mini": {"prefix": 3e-3, "prefix 10": 3e-3, "finetune": 1e-3, "top2": 2e-3, "adapter": 6e-3,
                   "adapter 0.1%": 2e-2},
 }  # fmt: skip
-# Of a prefix or infix that is trained directly where the default is an MLP's output, or the other way round.
+# For a prefix or infix trained directly where the default is through an MLP, or the other way round.
 OTHER_FORM_LR = {"direct": 0.03, "MLP": 3e-3}
 LOW_DATA_LR = {"gpt2-mini": {"finetune": 3e-4}}  # of 50 to 500 examples, in the studies
 STUDY_STEPS = {"gpt2-mini": 1000, "bart-mini": 400}  # of a study's runs on all of the data; others: the paper's epochs
@@ -53,11 +55,11 @@ OPTIONS: dict[str, set[str]] = {  # method -> the options that set it and no oth
 
 
 def default_settings(name: str | None, kind: str, task: str, method: str = "prefix") -> dict[str, Any]:
-    """What train.py trains with where nothing is given: option -> value, those that set another method left out.
+    """The defaults of train.py for a method: option -> value.
 
-    name: the model's, for the bundled ones; kind: else its model_type in config.json.
+    name: the model's, if it is a bundled one; kind: its model_type in config.json.
     """
-    settings = {"eval_every": 100, "lr": learning_rate(name, kind, task, method)}
+    settings = {"eval_every": 100, "group": 1, "lr": learning_rate(name, kind, task, method)}
     if name in BUNDLED:
         settings |= BUNDLED[name]
         if method in ("embedding", "infix"):
@@ -68,7 +70,7 @@ def default_settings(name: str | None, kind: str, task: str, method: str = "pref
 
 
 def fill_settings(args: Namespace) -> None:
-    """What the command line of train.py leaves open; args.model is a folder."""
+    """Set what the command line of train.py leaves open. args.model: a folder."""
     kind = model_kind(read_config(args.model), args.model)
     name = model_name(args.model)
     settings = default_settings(name, kind, args.task, args.method)
@@ -79,11 +81,15 @@ def fill_settings(args: Namespace) -> None:
         settings["lr"] = OTHER_FORM_LR["MLP" if args.hidden else "direct"]
     if args.epochs is not None or args.steps is not None:
         settings = {key: value for key, value in settings.items() if key not in ("epochs", "steps")}
+    given = args.group
     fill_defaults(args, {"topic_field": "topic", "low_data_seed": 0, "beams": recipe(args.task)["beams"], **settings})
+    if given and given > 1 and group_sizes(args.batch_size, given) == [1]:
+        raise InputError(f"--group {given} has no effect: no number from 2 to {given} divides the batch size, "
+                         f"{args.batch_size}")  # fmt: skip
 
 
 def learning_rate(name: str | None, kind: str, task: str, method: str, low_data: bool = False) -> float | None:
-    """The default, and the middle of the rates that a study tries. None for what a model cannot be trained with.
+    """The default learning rate, in the middle of those that a study tries. None: the model lacks the method.
 
     method: one of train.py's, "adapter 0.1%" or "prefix 10".
     """
@@ -93,7 +99,7 @@ def learning_rate(name: str | None, kind: str, task: str, method: str, low_data:
 
 
 def nearer_length(length: int, default: int) -> str:
-    """Whose learning rate a prefix of some length takes: "prefix" for the default length, or "prefix 10"."""
+    """The key in LR for a prefix length: "prefix", the default length's, or "prefix 10", whichever is nearer."""
     return "prefix 10" if abs(math.log(length / 10)) < abs(math.log(length / default)) else "prefix"
 
 
@@ -102,7 +108,7 @@ def paper_task(kind: str, task: str) -> dict[str, float]:
 
 
 def other_options(method: str) -> set[str]:
-    """The options that set other methods only."""
+    """The options that have an effect with other methods only."""
     return set().union(*OPTIONS.values()) - OPTIONS[method]
 
 

@@ -85,9 +85,24 @@ def concat(prefix: KV, kv: KV, B: int, T: int) -> KV:
     return KV(k, v, torch.cat([mask.expand(rows, 1, T, -1) for mask in masks], dim=3))
 
 
-def causal_mask(T: int, like: Tensor) -> Tensor:
-    """(1, 1, T, T): token t may look at tokens 0..t. dtype and device of the tensor `like`."""
-    return torch.full((T, T), float("-inf"), dtype=like.dtype, device=like.device).triu(1)[None, None]
+def causal_mask(T: int, like: Tensor, segments: Tensor | None = None) -> Tensor:
+    """(1, 1, T, T): token t may look at tokens 0..t. dtype and device of the tensor `like`.
+
+    segments (B, T): of rows that hold several targets, see `visible_keys`; the mask is then (B, 1, T, T).
+    """
+    if segments is None:
+        return torch.full((T, T), float("-inf"), dtype=like.dtype, device=like.device).triu(1)[None, None]
+    visible = visible_keys(segments)
+    return like.new_zeros(visible.shape).masked_fill(~visible, float("-inf"))[:, None]
+
+
+def visible_keys(segments: Tensor) -> Tensor:
+    """(B, T, T), true where a query (dim 1) sees a key (dim 2): the source, and its own target up to itself.
+
+    segments (B, T): 0 at a row's source, 1 at its first target, 2 at its second and so on, -1 at padding.
+    """
+    query, key = segments[:, :, None], segments[:, None, :]
+    return ((key == 0) | (key == query)).tril()
 
 
 def length_mask(lengths: Tensor, S: int) -> Tensor:
@@ -101,12 +116,20 @@ def padding_mask(real: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(pads.shape, dtype=like.dtype, device=like.device).masked_fill(pads, float("-inf"))[:, None, None]
 
 
-def position_ids(ids: Tensor, start: int | Tensor, n_positions: int, lengths: Tensor | None = None) -> Tensor:
+def position_ids(
+    ids: Tensor, start: int | Tensor, n_positions: int, lengths: Tensor | None = None, segments: Tensor | None = None
+) -> Tensor:
     """(T,) for tokens ids (B, T), the first at `start`, or (B, T) for starts (B,); InputError if they are too many.
 
     lengths (B,): how many tokens a row has before its padding, which may stand anywhere; None: T each.
+    segments (B, T): see `visible_keys`; each target's positions then follow the source's, and the ids are (B, T).
     """
     T = ids.size(1)
+    positions = torch.arange(T, device=ids.device)
+    if segments is not None:
+        positions = visible_keys(segments).sum(dim=-1) - 1  # as many as the tokens that it sees before itself
+        if T + int(torch.as_tensor(start).max()) > n_positions:  # else all fit, and a GPU need not be waited for
+            lengths = (positions + 1).masked_fill(segments < 0, 0).amax(dim=1)
     lengths = torch.tensor([T]) if lengths is None else lengths.cpu()
     end, row = (torch.as_tensor(start).cpu() + lengths).max(dim=0)
     if end > n_positions:
@@ -115,6 +138,5 @@ def position_ids(ids: Tensor, start: int | Tensor, n_positions: int, lengths: Te
             f"{count} tokens from position {end - count} on do not fit the model's {n_positions} positions: "
             "shorten the text (--max-source cuts sources) or the prefix"
         )
-    positions = torch.arange(T, device=ids.device)
     positions = positions + (start.to(ids.device)[:, None] if torch.is_tensor(start) else start)
     return positions.clamp(max=n_positions - 1)  # that of padding alone

@@ -43,17 +43,26 @@ def check_booleans(config: dict[str, Any], keys: Iterable[str]) -> None:
             raise InputError(f"config.json: {key} is {config[key]!r}, true or false is needed")
 
 
+def check_end_token(config: dict[str, Any]) -> None:
+    """InputError unless eos_token_id is a token id, a list of token ids, null or absent."""
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and any(type(i) is not int for i in ids):
+        raise InputError(f"config.json: eos_token_id is {value!r:.80}, a token id or a list of token ids is needed")
+
+
 def check_gpt2(config: dict[str, Any]) -> dict[str, Any]:
     """A GPT-2 config.json as the model needs it, defaults filled in; InputError where this model cannot follow it."""
-    defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
+    defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+                "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
     keys = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
     shape = check_sizes(config, keys if config.get("n_inner") is None else [*keys, "n_inner"], "GPT-2")
     check_heads(shape, "n_embd", "n_head")
-    check_switches(config, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-                            "add_cross_attention": False})  # fmt: skip
+    check_switches(config, {"scale_attn_weights": True, "add_cross_attention": False})
     config = {"model_type": "gpt2", **defaults, **config, "n_inner": 4 * shape["n_embd"], **shape}
     check_activation(config["activation_function"])
-    check_booleans(config, ["tie_word_embeddings"])
+    check_booleans(config, ["tie_word_embeddings", "scale_attn_by_inverse_layer_idx"])
+    check_end_token(config)
     eps = config["layer_norm_epsilon"]
     if not isinstance(eps, float) or not 0 < eps < 1:
         raise InputError(f"config.json: layer_norm_epsilon is {eps!r}, a small positive number is needed")
@@ -75,6 +84,7 @@ def check_bart(config: dict[str, Any]) -> dict[str, Any]:
     config = {"model_type": "bart", **defaults, **config}
     check_activation(config["activation_function"])
     check_booleans(config, ["scale_embedding", "tie_word_embeddings"])
+    check_end_token(config)
     for key in (key for key in defaults if key.endswith("_id")):
         i, may_lack = config[key], key.startswith("forced")
         if not (may_lack and i is None) and not (type(i) is int and 0 <= i < sizes["vocab_size"]):

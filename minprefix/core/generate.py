@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minprefix.core.batches import check_vocabulary, encode_sources, start_id
+from minprefix.core.batches import check_vocabulary, encode_sources, end_ids, start_id
 from minprefix.core.cache import Cache
 from minprefix.core.kernels import packed_weights
 from minprefix.core.model import Model, Tokenizer
@@ -38,12 +38,13 @@ class Search:
     top_k: int = 0  # sample: only from the k likeliest tokens (0: from all)
     top_p: float = 1.0  # sample: then only from the fewest likeliest tokens whose probabilities add up to p
 
-    def check(self, model: Model, forbidden: Iterable[int] = ()) -> None:
-        """InputError where an option makes no sense. forbidden: ids never written."""
+    def check(self, model: Model, forbidden: Iterable[int] = (), ends: int = 1) -> None:
+        """InputError where an option makes no sense. forbidden: ids never written; ends: how many ids end a text."""
         allowed, most = model.config["vocab_size"] - len(set(forbidden)), self.max_new_tokens
+        fit = allowed // (1 + ends)  # beam search compares so many continuations of each beam
         for key, fine, needed in (
             ("beams", self.beams >= 1, "at least 1"),
-            ("beams", 2 * self.beams <= allowed, f"at most {allowed // 2}, half of the tokens that may be written"),
+            ("beams", self.beams <= fit, f"at most {fit}, 1/{1 + ends} of the tokens that may be written"),
             ("max_new_tokens", most >= 1, "at least 1"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= most, f"from 0 to {most}, the most new tokens"),
             ("length_penalty", -20 < self.length_penalty < 20, "between -20 and 20"),
@@ -64,6 +65,7 @@ def generate(
 ) -> list[str]:  # fmt: skip
     """The text that the model writes for each source text: list of str -> list of str, without white space around.
 
+    A text ends with one of `end_ids`, which is left out of it if it is a special token.
     max_source, what: longer sources are cut, and that is said, see `encode_sources`. one_line: line breaks are
     forbidden, as in the paper. options: those of `Search` (beams=5, max_new_tokens=64, ...) and of `generate_ids`;
     BART's first and last token are by default those of its config.json.
@@ -72,27 +74,29 @@ def generate(
     if isinstance(sources, str):
         raise InputError("sources is a single text: give a list of texts")
     check_vocabulary(tokenizer, model)
-    options.setdefault("forbidden", tokenizer.newline_ids if one_line else ())
+    ends = end_ids(model, tokenizer, prefix)
+    options.setdefault("forbidden", [i for i in tokenizer.newline_ids if i not in ends] if one_line else ())
     if model.encoder_decoder:
         options.setdefault("forced_first", model.config["forced_bos_token_id"])
         options.setdefault("forced_last", model.config["forced_eos_token_id"])
     ids = encode_sources(sources, tokenizer, model, max_source, what)
-    first, end = start_id(model, tokenizer), tokenizer.end_id
     with packed_weights(model):
-        targets = generate_ids(model, ids, first, end, prefix, **options)
-    special = set(tokenizer.special.values())
+        targets = generate_ids(model, ids, start_id(model, tokenizer), ends, prefix, keep_end=True, **options)
+    special = {*tokenizer.special.values(), tokenizer.end_id}
     return [tokenizer.decode(i for i in target if i not in special).strip() for target in targets]
 
 
 @torch.inference_mode()
 def generate_ids(
-    model: Model, sources: list[list[int]], first_id: int, end_id: int, prefix: PrefixDict | None = None, *,
+    model: Model, sources: list[list[int]], first_id: int, ends: int | list[int], prefix: PrefixDict | None = None, *,
     generator: torch.Generator | None = None, forbidden: Iterable[int] = (), forced_first: int | None = None,
-    forced_last: int | None = None, batch_size: int = 16, progress: bool = False, **options: Any,
+    forced_last: int | None = None, keep_end: bool = False, batch_size: int = 16, progress: bool = False,
+    **options: Any,
 ) -> list[list[int]]:  # fmt: skip
-    """What the model makes of each source: list of token ids -> list of token ids, without first_id and end_id.
+    """What the model makes of each source: list of token ids -> list of token ids, without first_id.
 
-    first_id: the token that the first new one follows, see `start_id`.
+    first_id: the token that the first new one follows, see `start_id`. ends: the token or tokens of which any ends a
+    text; it is in the result only with keep_end.
     prefix: as the model takes it; a tensor with a row dimension has one row for each source (or one for all).
     options: those of `Search`, which says what they mean.
     generator: for `sample`, a torch.Generator on the model's device. Only a draw depends on batch_size.
@@ -100,8 +104,8 @@ def generate_ids(
     number max_new_tokens, if a text gets so long. progress: show a bar.
     InputError: an option makes no sense, or a source is too long for the model.
     """
-    search, forbidden = Search(**options), list(forbidden)
-    search.check(model, forbidden)
+    search, forbidden, ends = Search(**options), list(forbidden), [ends] if isinstance(ends, int) else list(ends)
+    search.check(model, forbidden, len(ends))
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be at least 1")
     rows = {row_count(prefix, kv) for kv in (prefix or {}).values()}
@@ -110,13 +114,14 @@ def generate_ids(
         raise InputError(f"the prefix has {count}: give one for each, or one for all")
     device = next(model.parameters()).device
     forbidden_ids = torch.tensor(forbidden, dtype=torch.long, device=device)
+    end = torch.tensor(ends, device=device)
 
     def constrain(scores: Tensor, past: Tensor) -> None:
         """Set the scores (R, V) of tokens that may not follow the generated ones, past (R, t), to -inf."""
         t = past.size(1)
         scores[:, forbidden_ids] = float("-inf")
         if t < search.min_new_tokens:
-            scores[:, end_id] = float("-inf")
+            scores[:, end] = float("-inf")
         if search.no_repeat_ngram:
             ban_repeated_ngrams(scores, past, search.no_repeat_ngram)
         forced = forced_last if t + 1 == search.max_new_tokens else None
@@ -135,28 +140,32 @@ def generate_ids(
             cache = prefill(model, sources, batch, prefix, search.max_new_tokens, device)
             start = torch.full((len(batch),), first_id, device=device)
             if search.beams > 1:
-                tokens = beam_search(model, cache, start, end_id, search, constrain)
+                tokens = beam_search(model, cache, start, end, search, constrain)
             else:
-                tokens = greedy_or_sample(model, cache, start, end_id, search.max_new_tokens, constrain, choose)
+                tokens = greedy_or_sample(model, cache, start, end, search.max_new_tokens, constrain, choose)
             for i, row in zip(batch, tokens.tolist(), strict=True):
-                targets[i] = row[: row.index(end_id)] if end_id in row else row
+                length = next((n for n, token in enumerate(row) if token in ends), len(row))
+                targets[i] = row[: length + keep_end]
             bar.update(len(batch))
     return targets
 
 
 def greedy_or_sample(
-    model: Model, cache: Cache, ids: Tensor, end_id: int, max_new_tokens: int, constrain: Constrain,
+    model: Model, cache: Cache, ids: Tensor, ends: Tensor, max_new_tokens: int, constrain: Constrain,
     choose: Callable[[Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
-    """After the start tokens ids (B,), at each step the token that `choose` picks -> (B, N), filled up with end_id."""
-    tokens = torch.full((len(ids), max_new_tokens), end_id, device=ids.device)
+    """After the start tokens ids (B,), at each step the token that `choose` picks -> (B, N), filled up with ends[0].
+
+    ends: (E,), the tokens of which any ends a text.
+    """
+    tokens = ends[0].repeat(len(ids), max_new_tokens)
     place = torch.arange(len(ids), device=ids.device)  # of the rows that have not left the batch, in `tokens`
     unfinished = torch.ones_like(ids, dtype=torch.bool)
     for t in range(max_new_tokens):
         logits = model.logits(model.step(ids, cache)).float()
         constrain(logits, tokens[place, :t])
-        ids = tokens[place, t] = choose(logits).where(unfinished, end_id)
-        unfinished = ids != end_id
+        ids = tokens[place, t] = choose(logits).where(unfinished, ends[0])
+        unfinished = ~is_one_of(ids, ends)
         running = unfinished.nonzero()[:, 0]
         if len(running) == 0:
             break
@@ -190,16 +199,22 @@ def sample_next(logits: Tensor, search: Search, generator: torch.Generator | Non
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-def beam_search(model: Model, cache: Cache, ids: Tensor, end_id: int, search: Search, constrain: Constrain) -> Tensor:
-    """After the start tokens ids (B,), the best sequence of each example -> (B, N), filled up with end_id.
+def is_one_of(ids: Tensor, few: Tensor) -> Tensor:
+    """Whether each of the ids (...) is among those of `few` (E,) -> bool (...)."""
+    return (ids[..., None] == few).any(dim=-1)
 
-    The search of HuggingFace's generate with early_stopping=False. At each step the 2K best continuations of all beams
-    are looked at. The K best of those that do not end are the running beams of the next step; those that end, if they
-    are among the K best of all, compete for the K places of the finished. An example is over when its best running
-    beam, scored at its present length, is no better than its worst finished one.
+
+def beam_search(model: Model, cache: Cache, ids: Tensor, ends: Tensor, search: Search, constrain: Constrain) -> Tensor:
+    """After the start tokens ids (B,), the best sequence of each example -> (B, N), filled up with ends[0].
+
+    The search of HuggingFace's generate with early_stopping=False. ends: (E,), the tokens of which any ends a text. At
+    each step the (1 + E) K best continuations of all beams are looked at: no more than E K of them end. The K best of
+    those that do not end are the running beams of the next step; those that end, if they are among the K best of all,
+    compete for the K places of the finished. An example is over when its best running beam, scored at its present
+    length, is no better than its worst finished one.
     """
     K, B, max_new_tokens, inf = search.beams, len(ids), search.max_new_tokens, float("inf")
-    result = torch.full((B, max_new_tokens), end_id, device=ids.device)
+    result = ends[0].repeat(B, max_new_tokens)
     place = torch.arange(B, device=ids.device)  # of the examples that are not over, in `result`
     scores = torch.zeros((B, 1), device=ids.device)  # log-probabilities of the running beams, of which one is there
     tokens = result[:, None]  # (B, 1, N): what they have written, nothing yet
@@ -211,20 +226,20 @@ def beam_search(model: Model, cache: Cache, ids: Tensor, end_id: int, search: Se
         constrain(log_probs, tokens[:, :, :t].flatten(0, 1))
         log_probs += scores.view(-1, 1)
         V, rows_each = log_probs.size(-1), scores.size(1)  # rows_each: 1 at the first step, then K
-        candidate_scores, index = log_probs.view(-1, rows_each * V).topk(2 * K)  # (B, 2K): K of them may end
+        candidate_scores, index = log_probs.view(-1, rows_each * V).topk((1 + len(ends)) * K)  # (B, (1 + E) K)
         parent, token = index // V, index % V
         example = torch.arange(len(scores), device=ids.device)[:, None]  # (B, 1), indexes what is (B, K, ...)
         candidates = tokens[example, parent]
         candidates[:, :, t] = token
-        ends = token == end_id if t + 1 < max_new_tokens else torch.ones_like(token, dtype=torch.bool)
+        over = is_one_of(token, ends) if t + 1 < max_new_tokens else torch.ones_like(token, dtype=torch.bool)
 
         length = (t + 1) ** search.length_penalty  # of the new tokens, the end token among them
-        barred = ~(ends & improvable[:, None])
+        barred = ~(over & improvable[:, None])
         ended_scores = (candidate_scores / length).masked_fill(barred, -inf)[:, :K]
         finished_scores, best = torch.cat([finished_scores, ended_scores], dim=1).topk(K)
         finished = torch.cat([finished, candidates[:, :K]], dim=1)[example, best]
 
-        scores, best = candidate_scores.masked_fill(ends, -inf).topk(K)
+        scores, best = candidate_scores.masked_fill(over, -inf).topk(K)
         tokens = candidates[example, best]
         improvable &= scores[:, 0] / length > finished_scores[:, -1]
         running = improvable.nonzero()[:, 0]

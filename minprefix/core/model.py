@@ -15,6 +15,7 @@ class Tokenizer(Protocol):
     end_id: int  # ends a target: <|endoftext|> or </s>
     pad_id: int
     special: dict[str, int]  # special tokens that may stand in texts' ids
+    added: dict[str, int]  # tokens added to the vocabulary, which are found in texts
     newline_ids: list[int]  # ids whose text holds a line break
     rank_to_id: list[int]  # the ids that a text can come to
 

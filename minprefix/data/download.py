@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import sys
 import tempfile
 import time
@@ -12,6 +13,7 @@ from typing import IO
 
 from tqdm import tqdm
 
+from minprefix.system.errors import InputError
 from minprefix.system.files import atomic_write
 
 E2E_URL = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
@@ -28,17 +30,26 @@ MAX_BYTES = 32 * 2**20  # of the zip and of each file in it; the largest has 9 M
 
 
 def find_e2e(data: str | Path | None = None) -> Path | None:
-    """The folder of the E2E files: `data` if given, else data/e2e, downloaded if need be; None: the bundled sample."""
+    """The folder of the E2E files: `data` if given, else data/e2e or the user's cache; None: the bundled sample.
+
+    Files that are in neither folder are downloaded.
+    """
     if data is not None:
         return Path(data)
-    if all((E2E_FOLDER / name).is_file() for name in E2E_SHA256):
-        return E2E_FOLDER
+    for folder in (E2E_FOLDER, cache_folder()):
+        if all((folder / name).is_file() for name in E2E_SHA256):
+            return folder
     return download_e2e()
+
+
+def cache_folder() -> Path:
+    """Where the files go if data/e2e cannot be written to."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "minprefix", "e2e")
 
 
 @functools.cache  # one try, one message
 def download_e2e() -> Path | None:
-    """Download the E2E files to data/e2e and return that; if anything fails, say so and return None."""
+    """Download the E2E files -> the folder where they are; if anything fails, say so and return None."""
     try:
         with tempfile.TemporaryFile() as file:
             fetch(E2E_URL, file)
@@ -47,17 +58,31 @@ def download_e2e() -> Path | None:
         for name, content in contents.items():
             if hashlib.sha256(content).hexdigest() != E2E_SHA256[name]:
                 raise OSError(f"{name} has a wrong checksum")
-        for name, content in contents.items():
-            if not (E2E_FOLDER / name).is_file():  # what the user put there stays
-                with atomic_write(E2E_FOLDER / name, "wb") as target:
-                    target.write(content)
-        return E2E_FOLDER
+        return write_e2e(contents)
     except Exception as error:  # no network, a damaged zip (nearly any exception), a read-only folder, ...
         reason = " ".join(str(error).split()).strip("<>") or type(error).__name__
         problem = f"no E2E data in {E2E_FOLDER}, and the download failed ({reason:.200})"
         consequence = "using the small bundled sample, whose scores are not E2E scores"
         print(f"{problem}: {consequence}; for the real data {GET_E2E}", file=sys.stderr)
         return None
+
+
+def write_e2e(contents: dict[str, bytes]) -> Path:
+    """Write the files to data/e2e, or else to the user's cache -> the folder."""
+    try:
+        return write_files(E2E_FOLDER, contents)
+    except (OSError, InputError) as error:
+        folder = write_files(cache_folder(), contents)
+        print(f"{error}: the E2E data are in {folder}", file=sys.stderr)
+        return folder
+
+
+def write_files(folder: Path, contents: dict[str, bytes]) -> Path:
+    for name, content in contents.items():
+        if not (folder / name).is_file():  # what the user put there stays
+            with atomic_write(folder / name, "wb") as target:
+                target.write(content)
+    return folder
 
 
 def fetch(url: str, file: IO[bytes]) -> None:

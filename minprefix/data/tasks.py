@@ -321,8 +321,8 @@ def line_rows(source: Path, target: Path) -> Iterator[tuple[int, dict[str, Any]]
         yield number, {"source": x, "target": y}
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; the line end of the last does not begin another."""
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file (or of stdin, for "-"); the line end of the last does not begin another."""
     text = read_text(path)
     if "\r" in text and "\n" not in text:
         raise InputError(f"{path} has old Mac line ends (CR alone): save it with LF or CRLF line ends")

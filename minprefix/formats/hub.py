@@ -12,7 +12,10 @@ from minprefix.system.errors import NO_ROOM, InputError, WriteError
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 KINDS = ("gpt2", "bart")
-SMALL_FILES = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json"]
+SMALL_FILES = [
+    "config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json",
+]  # fmt: skip
 # Names from before the hub had owners, which it still knows: the same model may be in the cache under either.
 OWNERS = {
     "gpt2": "openai-community", "gpt2-medium": "openai-community", "gpt2-large": "openai-community",

@@ -13,7 +13,13 @@ from minprefix.core.bart import BART
 from minprefix.core.gpt2 import GPT2
 from minprefix.core.model import Model
 from minprefix.formats.hub import resolve_model
-from minprefix.formats.names import bart_from_huggingface, gpt2_from_huggingface, to_huggingface
+from minprefix.formats.names import (
+    bart_from_huggingface,
+    gpt2_from_huggingface,
+    to_huggingface,
+    without_heads,
+    without_wrappers,
+)
 from minprefix.formats.safetensors import read_config, read_tensors, write_safetensors
 from minprefix.system.device import pick_dtype
 from minprefix.system.errors import InputError
@@ -24,7 +30,10 @@ CLASSES: dict[str, tuple[type[Model], FromHuggingFace]] = {
     "gpt2": (GPT2, gpt2_from_huggingface),
     "bart": (BART, bart_from_huggingface),
 }
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
@@ -34,7 +43,8 @@ def load_model(name: str | Path, device: str | torch.device = "cpu", dtype: torc
     """
     folder = resolve_model(name)
     model = empty_model(folder)
-    state = CLASSES[model.config["model_type"]][1](read_tensors(folder), model.config)
+    tensors = without_heads(without_wrappers(read_tensors(folder), folder), folder)
+    state = CLASSES[model.config["model_type"]][1](tensors, model.config)
     check_state(state, model.state_dict(), folder)
     for key in state:  # one by one, so that never more than one tensor is in memory in both dtypes
         state[key] = state[key].to(device=device, dtype=dtype)
@@ -82,13 +92,22 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fol
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:
         what, names = ("lacks", missing) if missing else ("has, and the model does not know,", unknown)
-        raise InputError(f"{folder} {what} {len(names)} of the model's {len(expected)} tensors, first {names[0]!r}")
+        problem = f"{folder} {what} {len(names)} of the model's {len(expected)} tensors, first {names[0]!r}"
+        raise InputError(problem + (f"; it has {likely_name(missing[0], unknown)}" if missing and unknown else ""))
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, the model needs {tuple(expected[name].shape)}"
             raise InputError(f"{folder}: tensor {name!r} has shape {shapes}")
         if not tensor.is_floating_point():
             raise InputError(f"{folder}: tensor {name!r} holds {tensor.dtype}, not floating-point numbers")
+
+
+def likely_name(missing: str, unknown: list[str]) -> str:
+    """What to say of a folder's tensors that the model does not know: that one is the missing, under a longer name."""
+    for name in unknown:
+        if name.endswith(f".{missing}"):
+            return f"{name!r:.200}: rename its tensors without {name.removesuffix(missing)!r:.100}"
+    return f"{unknown[0]!r:.200} instead: it is of another kind of model, or of another program"
 
 
 def pick_writing_dtype(name: str, device: str, folder: str | Path) -> torch.dtype:

@@ -1,5 +1,7 @@
 """HuggingFace's names of tensors to this project's models and back: they differ little, and some copies are dropped."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,30 @@ from minprefix.system.errors import InputError
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # HuggingFace stores these (in, out)
 TIED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # torch.compile, DDP, FSDP
+HEADS = ("score.", "v_head.", "classification_head.", "classifier.", "qa_outputs.", "multiple_choice_head.")
+
+
+def without_wrappers(tensors: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
+    """The tensors under the names that they had before torch.compile, DDP or FSDP wrapped their model.
+
+    InputError if two tensors get the same name.
+    """
+    bare = {}
+    for name, tensor in tensors.items():
+        bare_name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if bare_name in bare:
+            raise InputError(f"{folder}: tensor {bare_name!r:.200} is there twice, with and without a wrapper's name")
+        bare[bare_name] = tensor
+    return bare
+
+
+def without_heads(tensors: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
+    """The tensors without classification, value and similar heads; one line on stderr names what is dropped."""
+    heads = [name for name in tensors if name.startswith(HEADS)]
+    if heads:
+        print(f"{folder}: left out {', '.join(heads):.200}, which generation does not need", file=sys.stderr)
+    return {name: tensor for name, tensor in tensors.items() if name not in heads}
 
 
 def to_huggingface(model: Model) -> dict[str, Tensor]:
@@ -25,8 +51,9 @@ def gpt2_from_huggingface(tensors: dict[str, Tensor], config: dict[str, Any]) ->
     for name, tensor in bare_names(tensors, "transformer.").items():
         if not name.endswith((".attn.bias", ".attn.masked_bias")):
             state[name] = tensor.T if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
-    if config["tie_word_embeddings"] and "wte.weight" in state:
-        head = state.pop("lm_head.weight", state["wte.weight"])
+    if config["tie_word_embeddings"] and "lm_head.weight" in state:
+        head = state.pop("lm_head.weight")
+        state.setdefault("wte.weight", head)  # safetensors' save_model keeps one name of a tied tensor
         if not torch.equal(head, state["wte.weight"]):
             tied = "config.json has tie_word_embeddings true, GPT-2's default: set it to false"
             raise InputError(f"tensors 'lm_head.weight' and 'wte.weight' differ, but {tied}")

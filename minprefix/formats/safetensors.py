@@ -34,19 +34,21 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """A model folder's `config.json` as a dict; InputError if the folder or the file is missing or unusable.
 
     As in HuggingFace, a `generation_config.json` goes before it: BART's forced first and last tokens are only those
-    that this file names, and its decoder start token is taken if it names one.
+    that this file names, and its decoder start token and end tokens are taken if it names them.
     """
     folder = check_folder(folder)
     path = folder / "config.json"
     if not os.path.lexists(path):
         raise InputError(f"{folder} has no config.json: give a HuggingFace model folder (config, weights, tokeniser)")
     config = read_object(path)
+    if config.get("force_bos_token_to_be_generated") is True and config.get("forced_bos_token_id") is None:
+        config["forced_bos_token_id"] = config.get("bos_token_id", 0)  # BART before transformers 4.7
     path = folder / "generation_config.json"
     if not path.is_file():
         return config
-    generation, start = read_object(path), "decoder_start_token_id"
-    forced = {key: generation.get(key) for key in ("forced_bos_token_id", "forced_eos_token_id")}
-    return {**config, **forced, **({start: generation[start]} if start in generation else {})}
+    generation = read_object(path)
+    config.update((key, generation[key]) for key in ("decoder_start_token_id", "eos_token_id") if key in generation)
+    return {**config, **{key: generation.get(key) for key in ("forced_bos_token_id", "forced_eos_token_id")}}
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -151,7 +153,8 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     try:
         with open(path, "rb") as file:
             header, data_start = read_header(file, path)
-            metadata = header.pop("__metadata__", {})
+            metadata = header.pop("__metadata__", None)
+            metadata = {} if metadata is None else metadata
             if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
                 raise InputError(f"{path}: `__metadata__` must be an object of strings: the file is damaged")
             entries = {name: check_entry(name, entry, path) for name, entry in header.items()}

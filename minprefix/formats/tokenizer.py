@@ -7,6 +7,7 @@ from typing import Any
 
 import tiktoken
 
+from minprefix.formats.added_tokens import AddedToken, AddedTokens, read_added_tokens, read_if_there
 from minprefix.formats.hub import resolve_model
 from minprefix.system.errors import InputError
 from minprefix.system.files import read_json, read_text
@@ -22,10 +23,20 @@ class Tokenizer:
     """Text to token ids and back; the same ids as HuggingFace's tokeniser of the same files, no special tokens added.
 
     vocab: token (in GPT-2's printable byte alphabet) -> id; merges: pairs of tokens, the most frequent first.
-    end_id ends a target ("<|endoftext|>" or "</s>"), pad_id fills up a batch.
+    added: tokens beside those. add_prefix_space: a text, and what follows an added token, is read as if a space stood
+    before it. end_id ends a target ("<|endoftext|>" or "</s>"), pad_id fills up a batch.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: Iterable[Sequence[str]], where: str = "the tokeniser"):
+    def __init__(
+        self, vocab: dict[str, int], merges: Iterable[Sequence[str]], where: str = "the tokeniser",
+        added: Sequence[AddedToken] = (), add_prefix_space: bool = False,
+    ):  # fmt: skip
+        own = [token for token in SPECIAL_TOKENS if token in vocab]
+        for token in added:
+            if vocab.get(token.content, token.id) != token.id:
+                ids = f"{vocab[token.content]} in the vocabulary, {token.id!r:.40} among the added tokens"
+                raise InputError(f"{where}: {token.content!r:.80} has two ids: {ids}")
+        vocab = {**vocab, **{token.content: token.id for token in added}}
         if not vocab or any(type(i) is not int or not 0 <= i < 2**24 for i in vocab.values()):
             raise InputError(f"{where}: the vocabulary must map tokens to small non-negative integers")
         if len(set(vocab.values())) != len(vocab):
@@ -40,19 +51,31 @@ class Tokenizer:
         self.id_to_rank = {i: rank for rank, i in enumerate(self.rank_to_id)}
         ranks = {to_bytes(token, where): rank for rank, token in enumerate(tokens)}
         self.encoding = tiktoken.Encoding("minprefix", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
-        self.special = {token: vocab[token] for token in SPECIAL_TOKENS if token in vocab}
-        self.id_to_special = {i: token for token, i in self.special.items()}
+        self.add_prefix_space = add_prefix_space
+        found = [token for token in added if token.content not in own]
+        self.finder, self.added = AddedTokens(found), {token.content: token.id for token in found}
+        self.special = {token: vocab[token] for token in [*own, *(t.content for t in added if t.special)]}
+        rest = {token: i for token, i in vocab.items() if token not in tokens}
+        self.id_to_text = {i: literal_bytes(token) for token, i in rest.items()}
+        self.id_to_text.update((token.id, token.content.encode(errors="replace")) for token in added)
         self.vocab_size = max(vocab.values()) + 1
-        end = "</s>" if "</s>" in self.special else "<|endoftext|>"
-        if end not in self.special:
+        ends = [end for tokens in (own, vocab) for end in ("</s>", "<|endoftext|>") if end in tokens]
+        if not ends:
             raise InputError(f"{where}: neither <|endoftext|> nor </s> is in the vocabulary")
-        self.end_id = self.special[end]
+        self.end_id = vocab[ends[0]]
         self.pad_id = self.special.get("<pad>", self.end_id)
-        self.newline_ids = [i for i in self.id_to_rank if b"\n" in self._bytes(i)]
+        self.newline_ids = [i for i in [*self.id_to_rank, *self.id_to_text] if b"\n" in self._bytes(i)]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. "<|endoftext|>" and the like inside it are ordinary characters."""
-        return [self.rank_to_id[rank] for rank in self.encoding.encode_ordinary(text)]
+        """Token ids of a text. The model's own special tokens ("<|endoftext|>") inside it are ordinary characters."""
+        ids: list[int] = []
+        for piece in self.finder.cut(text):
+            if isinstance(piece, int):
+                ids.append(piece)
+                continue
+            space = " " if self.add_prefix_space and not piece.startswith(" ") else ""
+            ids += [self.rank_to_id[rank] for rank in self.encoding.encode_ordinary(space + piece)]
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are not UTF-8 (half a character) become U+FFFD."""
@@ -61,7 +84,7 @@ class Tokenizer:
     def _bytes(self, i: int) -> bytes:
         if i in self.id_to_rank:
             return self.encoding.decode_single_token_bytes(self.id_to_rank[i])
-        return self.id_to_special.get(i, "").encode()  # unused rows of a padded vocabulary have no text
+        return self.id_to_text.get(i, b"")  # unused rows of a padded vocabulary have no text
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -70,42 +93,59 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     InputError when its files are missing, malformed or of another kind.
     """
     folder = resolve_model(folder)
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    config = read_if_there(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").is_file():
+        spec = read_tokenizer_json(folder / "tokenizer.json")
+        vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         lines = read_text(folder / "merges.txt").splitlines()
         lines = lines[1:] if lines and lines[0].startswith("#version") else lines
-        return checked_tokenizer(read_json(folder / "vocab.json"), [line for line in lines if line], folder)
-    if (folder / "tokenizer.json").is_file():
-        return checked_tokenizer(*read_tokenizer_json(folder / "tokenizer.json"), folder)
-    raise InputError(f"{folder} has no tokeniser: vocab.json and merges.txt, or tokenizer.json, must be there")
+        spec, vocab, merges = {}, read_json(folder / "vocab.json"), [line for line in lines if line]
+    else:
+        raise InputError(f"{folder} has no tokeniser: vocab.json and merges.txt, or tokenizer.json, must be there")
+    if not isinstance(vocab, dict):
+        raise InputError(f"{folder}: the vocabulary is not a JSON object of token: id")
+    added = read_added_tokens(folder, vocab, config, spec.get("added_tokens") or [])
+    return Tokenizer(vocab, checked_merges(merges, folder), str(folder), added, add_prefix_space(folder, config, spec))
 
 
-def read_tokenizer_json(path: Path) -> tuple[dict[str, Any], list[Any]]:
+def read_tokenizer_json(path: Path) -> dict[str, Any]:
     spec = read_json(path)
     model = spec.get("model") if isinstance(spec, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         raise InputError(f"{path} is not a byte-level BPE tokeniser (GPT-2's and BART's kind)")
-    split, kind = spec.get("pre_tokenizer"), {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    split, kind = spec.get("pre_tokenizer"), {"type": "ByteLevel", "use_regex": True}
     if not isinstance(split, dict) or any(split.get(key, value) != value for key, value in kind.items()):
         raise InputError(f"{path}: pre_tokenizer {split!r:.100} does not split texts as GPT-2's and BART's do: {kind}")
     for part, key in ((spec, "normalizer"), (model, "ignore_merges")):
         if part.get(key):
             raise InputError(f"{path}: {key} {part[key]!r:.100} is not supported: GPT-2's and BART's have none")
-    vocab, added = model.get("vocab"), spec.get("added_tokens") or []
-    if not isinstance(vocab, dict) or not isinstance(model.get("merges"), list) or not isinstance(added, list):
+    parts = (model.get("vocab"), dict), (model.get("merges"), list), (spec.get("added_tokens") or [], list)
+    if not all(isinstance(part, kind) for part, kind in parts):
         raise InputError(f"{path} lacks the model's vocab or merges")
-    added = {t["content"]: t.get("id") for t in added if isinstance(t, dict) and isinstance(t.get("content"), str)}
-    return {**vocab, **added}, model["merges"]
+    return spec
 
 
-def checked_tokenizer(vocab: object, merges: list[Any], folder: Path) -> Tokenizer:
+def checked_merges(merges: list[Any], folder: Path) -> list[list[str]]:
     """merges: "a b" strings (merges.txt, older tokenizer.json) or [a, b] lists (newer ones)."""
-    if not isinstance(vocab, dict):
-        raise InputError(f"{folder}: the vocabulary is not a JSON object of token: id")
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
             raise InputError(f"{folder}: {pair!r} is not a merge of two tokens")
-    return Tokenizer(vocab, pairs, str(folder))
+    return pairs
+
+
+def add_prefix_space(folder: Path, config: dict[str, Any], spec: dict[str, Any]) -> bool:
+    """Whether a text is read as with a space before it: tokenizer_config.json says it, as for AutoTokenizer.
+
+    Where that names a class that is not GPT-2's or BART's own, tokenizer.json says it.
+    """
+    named = str(config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
+    own = named in ("GPT2Tokenizer", "BartTokenizer", "RobertaTokenizer") or not spec
+    value = (config if own else spec["pre_tokenizer"]).get("add_prefix_space", False)
+    if not isinstance(value, bool):
+        raise InputError(f"{folder}: the tokeniser's add_prefix_space is {value!r:.40}, true or false is needed")
+    return value
 
 
 @functools.cache
@@ -114,6 +154,12 @@ def byte_alphabet() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def literal_bytes(token: str) -> bytes:
+    """The text of a token that no merge makes: in the byte alphabet, or as it stands where that lacks a character."""
+    known = all(character in byte_alphabet() for character in token)
+    return bytes(byte_alphabet()[c] for c in token) if known else token.encode(errors="replace")
 
 
 def to_bytes(token: str, where: str) -> bytes:

@@ -151,6 +151,7 @@ def load_trained(path: str | Path, model: Model) -> KVPrefix | None:
             raise InputError(f"{path} has {P} virtual tokens: the model {model.n_positions} positions")
         check_trained(tensors, {"embedding": torch.empty(P, model.head.weight.size(1))}, path)
         return embedding_prefix(model, tensors["embedding"], info)
+    model.config.pop("eos_token_id", None)  # targets in training end with the tokeniser's end token
     own = new_adapters(tensors, model, path) if method == "adapter" else parameters_of(model, top_layers(model))
     check_trained(tensors, own, path)
     for name, tensor in tensors.items():

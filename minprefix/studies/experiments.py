@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -29,11 +29,11 @@ from minprefix.cli.options import Parser, check_above_zero, check_not_negative
 from minprefix.cli.runs import check_out
 from minprefix.cli.search import recipe
 from minprefix.cli.settings import STUDY_STEPS, default_settings
-from minprefix.core.batches import Example, batches_per_epoch, collate, encode_pairs
+from minprefix.core.batches import batches_per_epoch, collate, encode_pairs
 from minprefix.core.generate import generate
 from minprefix.core.kernels import packed_weights
 from minprefix.core.prefix import Prefix
-from minprefix.core.training import DIVERGED, batch_stream, make_optimizer, training_step
+from minprefix.core.training import DIVERGED, batch_stream, make_optimizer, pair_count, training_step
 from minprefix.data.tasks import TASKS, find_e2e, json_rows, load_examples, load_on_topics
 from minprefix.formats.hub import model_name, resolve_model
 from minprefix.formats.load import empty_model, load_model
@@ -50,7 +50,6 @@ from minprefix.system.files import atomic_write, locked, read_json, write_jsonl
 SCRIPTS = Path(__file__).resolve().parents[2]  # the repository, where train.py and sample.py are
 TRAINED = "trained.json"  # in a run's folder: the arguments with which train.py has finished it
 START = 20  # seconds that the programs take to start, to read the data and to compile
-Process = subprocess.Popen[bytes]
 Rates = dict[str, dict[str, float | None]]  # method -> {learning rate: dev loss}
 
 
@@ -64,7 +63,7 @@ def parse_args() -> Namespace:
     add("--data", metavar="FOLDER", help="of the task's files (e2e: data/e2e)")
     add("--steps", type=int, metavar="N", help=f"of a run on all data ({steps}, else by epochs)")
     add("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each (101 102; in low data 101)")
-    add("--samplings", type=int, metavar="N", help="samples of each size, in low-data and init (5)")
+    add("--samplings", type=int, metavar="N", default=5, help="samples of a size, in low-data and init (%(default)s)")
     add("--limit-test", type=int, metavar="N", help="score the first N test inputs only")
     add("--out", type=Path, metavar="FOLDER", help="for all that is written (runs/studies-MODEL)")
     add("--jobs", type=int, metavar="N", help="runs at a time (one for each CPU core; 1 on a GPU)")
@@ -73,50 +72,38 @@ def parse_args() -> Namespace:
     check_above_zero(args, ("steps", "samplings", "limit_test", "jobs"))
     check_not_negative(args, ("seeds",))
     check_out(args.out)
-    if args.samplings is not None and args.study not in ("low-data", "init"):
-        raise InputError(f"--samplings does nothing for the study {args.study}: leave it out")
     resolve_defaults(args)
     return args
 
 
 def resolve_defaults(args: Namespace) -> None:
-    """What the command line leaves open, and what model, data and machine say."""
+    """Set what the command line leaves open, and what the model, the data and the machine determine."""
     folder = resolve_model(args.model)
     args.model, args.kind = model_name(folder) or args.model, str(read_config(folder).get("model_type"))
     bart = args.kind == "bart"
-    if args.study == "extrapolation":
-        if args.task not in (None, "webnlg"):
-            raise InputError(f"--task {args.task}: extrapolation needs topics, those of webnlg")
-        args.task = "webnlg"
-    if args.study == "ablation" and bart:
-        raise InputError(f"{args.model} is a BART: the ablation's embedding and infix need a GPT-2")
-    args.task = args.task or ("scitldr" if bart else "e2e")
-    if args.data is None and args.task == "e2e":
-        args.data = find_e2e()
-    if args.data is None:
+    if args.study == "extrapolation" and args.task not in (None, "webnlg"):
+        raise InputError(f"--task {args.task}: extrapolation needs topics, those of webnlg")
+    args.task = args.task or ("webnlg" if args.study == "extrapolation" else "scitldr" if bart else "e2e")
+    data = find_e2e(args.data) if args.task == "e2e" else args.data
+    if data is None:
         raise InputError(f"a study needs the real data of {args.task}: give --data its folder")
-    args.data = str(args.data)
+    args.data = str(data)
     args.methods = [method for method in METHODS if not (bart and method == "embedding")]
     args.widths = {f"adapter {share}%": adapter_width(folder, share / 100) for share in (3, 0.1)}
     train = load_on_topics(args.task, "train", args.data, SEEN if args.study == "extrapolation" else None)
-    args.tests = {name: len(inputs(args, *test)) for name, test in test_sets(args).items()}  # set -> inputs
+    args.tests = {}  # name of a test set -> how many texts are written for it
+    for name, (split, topics) in test_sets(args).items():
+        args.tests[name] = len(load_on_topics(args.task, split, args.data, topics)[: args.limit_test])
     settings = default_settings(args.model, args.kind, args.task)
     args.batch_size = settings["batch_size"]
-    pairs = [reference for example in train for reference in example.references]
-    per_epoch = batches_per_epoch(pairs, args.batch_size)
+    per_epoch = batches_per_epoch(range(sum(len(example.references) for example in train)), args.batch_size)
     args.steps = args.steps or STUDY_STEPS.get(args.model) or math.ceil(settings["epochs"] * per_epoch)
-    args.samplings = args.samplings or 5
     args.seeds = list(dict.fromkeys(args.seeds or ([101] if args.study in ("low-data", "init") else [101, 102])))
     args.out = args.out or Path("runs", f"studies-{folder.resolve().name}")
     args.device = pick_device("auto")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     args.jobs = args.jobs or (cores if args.device == "cpu" else 1)
     args.threads = max(1, cores // args.jobs)  # runs of one thread each are faster than one with all threads
-
-
-def inputs(args: Namespace, split: str, topics: Sequence[str]) -> list[Example]:
-    """The Examples that sample.py writes texts for."""
-    return load_on_topics(args.task, split, args.data, topics)[: args.limit_test]
 
 
 def adapter_width(folder: Path, share: float) -> int:
@@ -135,7 +122,8 @@ def main() -> None:
     study, (data, methods) = STUDIES[args.study], TUNED[args.study]
     methods = [method for method in methods if method in (*args.methods, "prefix 10", "infix")]
     rates = f"learning-rates-{args.task}-{data}.json"
-    losses = read_rates(resolve_model(args.model) / rates)
+    tuned, own = resolve_model(args.model) / rates, args.out / rates  # beside the model; of earlier studies
+    losses: Rates = read_json(tuned) if tuned.is_file() else {}
     untuned = [run for method in methods if method not in losses for run in tuning(args, data, method)]
     shared = args.out / f"tune-{data}"  # by several studies
     if args.dry_run:
@@ -147,13 +135,13 @@ def main() -> None:
         args.lr = {method: "TUNED" if method in unknown else best(losses[method]) for method in methods}
         print_plan(study(args), args.out / args.study, args, speed)
         times = ", ".join(f"{1000 * seconds:.1f} ms for a {what}" for what, seconds in speed.items())
-        print(f"estimated from what was measured just now on {args.device}, {args.threads} thread(s): {times}")
+        print(f"estimated from a measurement on {args.device}, {args.threads} thread(s): {times}")
         return
     with locked(shared, wait=f"waiting for another study that works in {shared}"):
         add_losses(losses, run_all(untuned, shared, args))
-        known = read_rates(args.out / rates)
-        with atomic_write(args.out / rates) as file:  # put beside the model it spares other studies the tuning
-            json.dump(known | losses, file, indent=2)
+        losses = (read_json(own) if own.is_file() else {}) | losses
+        with atomic_write(own) as file:  # put beside the model it spares other studies the tuning
+            json.dump(losses, file, indent=2)
     args.lr = {method: best(losses[method]) for method in methods}
     runs, folder = study(args), args.out / args.study
     with locked(folder):
@@ -166,12 +154,8 @@ def main() -> None:
         draw(rows, folder / "figure.png")
 
 
-def read_rates(path: Path) -> Rates:
-    return read_json(path) if path.is_file() else {}
-
-
 def add_losses(losses: Rates, rows: list[Row]) -> None:
-    """Put in what came out of runs of `tuning`."""
+    """Add the dev losses of runs of `tuning`."""
     for row in rows:
         losses.setdefault(row["what"]["method"], {})[row["what"]["lr"]] = row["dev_loss"]
 
@@ -196,16 +180,15 @@ def measure(args: Namespace) -> dict[str, float]:
     examples = load_examples(args.task, "dev", args.data)[:64]
     prefix = Prefix(model, length=10).to(args.device)
     optimizer, seconds = make_optimizer(prefix, lr=0.0), []
-    pairs = encode_pairs(examples, tokenizer, model, what=None)
-    batches = list(islice(batch_stream(pairs, 16, 0, 0, model.encoder_decoder), 4))
+    encoded = encode_pairs(examples, tokenizer, model, what=None)
+    batches = list(islice(batch_stream(encoded, 16, 0, 0, model.encoder_decoder), 4))
     with packed_weights(model, training=True):
-        for pairs in [*batches, *batches]:
+        for groups in [*batches, *batches]:
             started = time.perf_counter()
-            training_step(model, prefix, collate(pairs, tokenizer, model).to(args.device), optimizer).item()
-            seconds.append((time.perf_counter() - started) / len(pairs))
+            training_step(model, prefix, collate(groups, tokenizer, model).to(args.device), optimizer).item()
+            seconds.append((time.perf_counter() - started) / pair_count(groups))
     seconds = seconds[len(batches) :]  # the first time includes compiling
-    sources = [example.source for example in examples[:16]]
-    started = time.perf_counter()
+    sources, started = [example.source for example in examples[:16]], time.perf_counter()
     generate(model, tokenizer, sources, prefix.fold(), what=None, **recipe(args.task))
     return {"training example": statistics.median(seconds), "text": (time.perf_counter() - started) / len(sources)}
 
@@ -218,17 +201,15 @@ def estimate(run: Run, args: Namespace, speed: dict[str, float]) -> float:
 
 
 def print_plan(runs: list[Run], folder: Path, args: Namespace, speed: dict[str, float]) -> None:
-    """Print the runs that are not done yet, with their commands, and what all of it comes to."""
+    """Print the runs that are not done yet, with their commands, and the time that they will take."""
     done = read_rows(folder, runs)
     left = [run for run in runs if run.name not in done]
     for run in left:
         print(f"\n{run.name}: {run.examples:,} training examples, {minutes(estimate(run, args, speed))}")
         for command in commands(run, folder):
             print("  " + shlex.join(["python", *command]))
-    examples, texts = sum(run.examples for run in left), sum(sum(args.tests.values()) for run in left if run.samples)
     total = minutes(sum(estimate(run, args, speed) for run in left) / args.jobs)
-    print(f"\n{folder}: {len(left)} of {len(runs)} runs to do, {args.jobs} at a time: {examples:,} training examples, "
-          f"{texts:,} texts, {total}")  # fmt: skip
+    print(f"\n{folder}: {len(left)} of {len(runs)} runs to do, {args.jobs} at a time, {total}")
 
 
 def minutes(seconds: float) -> str:
@@ -247,19 +228,20 @@ def commands(run: Run, folder: Path) -> Iterator[list[str]]:
 
 
 def reuse_runs(runs: list[Run], out: Path, folder: Path) -> None:
-    """Put a study's runs into its folder that were trained already, to tune a learning rate or for another study."""
-    there = {tuple(read_json(path)): path.parent for path in out.glob(f"*/*/{TRAINED}") if path.parent.suffix != ".tmp"}
+    """Copy those of a study's runs that were trained already, to tune a learning rate or for another study."""
+    done = (path for path in out.glob(f"*/*/{TRAINED}") if path.parent.suffix != ".tmp")
+    trained = {tuple(read_json(path)): path.parent for path in done}
     for run in runs:
-        twin, own = there.get(tuple(run.train)), folder / run.name
-        if twin and not own.exists():
-            part = own.with_name(own.name + ".tmp")
-            passing = shutil.ignore_patterns("*.tmp", "checkpoint.pt")  # they may vanish while its study goes on
-            shutil.copytree(twin, part, ignore=passing, dirs_exist_ok=True)  # there is one if it was stopped in this
-            part.rename(own)
+        same, target = trained.get(tuple(run.train)), folder / run.name
+        if same and not target.exists():
+            part = target.with_name(target.name + ".tmp")  # it exists if an earlier copy was stopped
+            ignored = shutil.ignore_patterns("*.tmp", "checkpoint.pt")  # they may vanish while its study goes on
+            shutil.copytree(same, part, ignore=ignored, dirs_exist_ok=True)
+            part.rename(target)
 
 
 def is_trained(run: Run, out: Path) -> bool:
-    """Whether train.py has finished this run, with these arguments, so that only sample.py is left."""
+    """Whether train.py has finished this run with these arguments: only sample.py is left."""
     return (out / TRAINED).is_file() and read_json(out / TRAINED) == run.train
 
 
@@ -273,13 +255,12 @@ def run_all(runs: list[Run], folder: Path, args: Namespace) -> list[Row]:
         if run.name not in rows and not run.samples and is_trained(run, folder / run.name):
             rows[run.name] = make_row(run, folder / run.name, diverged=False)  # all that was missing
     waiting = [run for run in runs if run.name not in rows]
-    running: dict[Process, tuple[Run, list[list[str]], float]] = {}  # its run, the commands left, when it began
+    running: dict[subprocess.Popen[bytes], tuple[Run, list[list[str]], float]] = {}  # run, commands left, start
     if not waiting:
         return [rows[run.name] for run in runs]
-    for run in waiting:
-        if (folder / run.name).exists():
-            with locked(folder / run.name):  # or it is at work still: a study that is killed cannot stop its runs
-                pass
+    for out in filter(Path.exists, (folder / run.name for run in waiting)):
+        with locked(out):  # or it is at work still: a study that is killed cannot stop its runs
+            pass
     speed = measure(args)
     total, done = sum(estimate(run, args, speed) for run in waiting), 0
     print(f"{folder}: {len(waiting)} of {len(runs)} runs to do, {args.jobs} at a time, {minutes(total / args.jobs)}")
@@ -318,7 +299,7 @@ def run_all(runs: list[Run], folder: Path, args: Namespace) -> list[Row]:
     return [rows[run.name] for run in runs]
 
 
-def start(command: list[str], out: Path, args: Namespace) -> Process:
+def start(command: list[str], out: Path, args: Namespace) -> subprocess.Popen[bytes]:
     """A command as a process that writes to OUT/output.txt."""
     out.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(args.threads)} if args.device == "cpu" else {}
@@ -328,28 +309,24 @@ def start(command: list[str], out: Path, args: Namespace) -> Process:
 
 
 def has_diverged(run: Run, out: Path, returncode: int) -> bool:
-    """Whether a learning rate that is tried made training diverge, now that a command of a run has ended.
+    """Whether training with a learning rate under trial diverged, now that a command of a run has ended.
 
-    If the command succeeded, note that the run is trained. InputError if it failed otherwise.
+    If the command succeeded, note that the run is trained. InputError if it failed for another reason.
     """
     if returncode == 0:
         if not is_trained(run, out):
             with atomic_write(out / TRAINED) as file:
                 json.dump(run.train, file)
         return False
-    line = last_line(out)
-    if run.samples or DIVERGED not in line:
-        raise InputError(f"{run.name} failed: {line} (all that it said: {out}/output.txt)")
+    output = (out / "output.txt").read_text(encoding="utf-8", errors="replace").strip()
+    last_line = (output.splitlines() or ["no output"])[-1].removeprefix("error: ")
+    if run.samples or DIVERGED not in last_line:
+        raise InputError(f"{run.name} failed: {last_line} (its output is in {out}/output.txt)")
     return True
 
 
-def last_line(out: Path) -> str:
-    lines = (out / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.strip().removeprefix("error: ") for line in reversed(lines) if line.strip()), "it said nothing")
-
-
 def make_row(run: Run, out: Path, diverged: bool) -> Row:
-    """What there is to know of a run that is done; one that diverged has no dev loss."""
+    """The row of a run that is done; one that diverged has no dev loss."""
     row: Row = {"run": run.name, "what": run.factors, "train": run.train, "samples": run.samples, "dev_loss": None}
     if not diverged:
         result = read_json(out / "result.json")

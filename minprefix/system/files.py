@@ -98,6 +98,19 @@ def is_stream(path: str | Path) -> bool:
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
+def check_writable(path: Path) -> None:
+    """WriteError, before any work, unless `atomic_write` could write a file there. Makes no folder."""
+    if os.path.isdir(path):
+        raise WriteError(f"cannot write {path}: it is a folder")
+    if not is_stream(path):
+        target = Path(os.path.realpath(path))
+        folder = next(parent for parent in target.parents if os.path.exists(parent))
+        try:
+            tempfile.NamedTemporaryFile(prefix=target.name + ".", suffix=".tmp", dir=folder).close()
+        except OSError as error:
+            raise WriteError(f"cannot write {path}: {error.strerror}") from error
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary neighbour of `path` for writing; rename it to `path` only if the block succeeds.

@@ -8,22 +8,21 @@ from pathlib import Path
 import pytest
 
 import sample
+from minprefix.cli import sample_args
 from minprefix.cli.runs import disk_size, remove_half_written, run_folder, sample_command, texts_file
 from minprefix.core.batches import Example
 from minprefix.system.errors import InputError
 from minprefix.system.files import locked
 from tests.tiny import ROOT
 
-SHORT, LONG = [Example("item 3", ["It is three."])], [Example("word " * 99, ["Words."])]
+SHORT = [Example("item 3", ["It is three."])]
 
 
 @pytest.mark.parametrize(
     "task, data, test, expected",
     [
         ("e2e", None, SHORT, "--input 'name[The Golden Lantern]"),
-        ("my.jsonl", None, SHORT, "--input 'item 3'"),
-        ("my.jsonl", None, [], "--input ..."),
-        ("my own.jsonl", "here", LONG, "--task 'my own.jsonl' --split test --data here --limit 10"),
+        ("my own.jsonl", "here", SHORT, "--task 'my own.jsonl' --split test --data here --limit 10"),
         ("scitldr", "sci tldr", SHORT, "--task scitldr --split test --data 'sci tldr' --limit 10"),
         ("webnlg", "webnlg", [], "--task webnlg --split dev --data webnlg --limit 10"),
     ],
@@ -32,7 +31,7 @@ def test_what_to_try_first(task, data, test, expected, monkeypatch):
     command = sample_command(Path("runs/a b/prefix.safetensors"), task, data, test)
     assert command.startswith(f"python sample.py --prefix 'runs/a b/prefix.safetensors' {expected}")
     monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
-    monkeypatch.setattr(sample, "check_place", lambda task, data: None)  # the data are not there
+    monkeypatch.setattr(sample_args, "check_place", lambda task, data: None)  # the data are not there
     args = sample.parse_args()
     assert (args.task or args.input) and args.data == (data if args.task else None)
 

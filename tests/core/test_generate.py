@@ -354,6 +354,7 @@ class Letters:
     """A tokenizer of characters: their code minus 30, so that a blank is 2; a line break is 1."""
 
     end_id, pad_id, newline_ids, special, rank_to_id = END, END, [1], {"<|endoftext|>": END}, range(END)
+    added: dict[str, int] = {}
 
     def encode(self, text):
         return [1 if c == "\n" else ord(c) - 30 for c in text]

@@ -407,7 +407,7 @@ def test_recipes():
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"length_penalty": float("nan")}, "length_penalty is nan"),
         ({"length_penalty": 20.0}, "length_penalty is 20.0"),
-        ({"beams": 16}, "beams is 16: it must be at most 15, half of the tokens that may be written"),
+        ({"beams": 16}, "beams is 16: it must be at most 15, 1/2 of the tokens that may be written"),
         ({"beams": 15, "forbidden": [3]}, "beams is 15: it must be at most 14"),
         ({"prefix": {"cross": torch.zeros(L, 2, 3, H, 1, D)}}, "has 3 rows for 2 sources"),
         ({"prefix": {"encoder": torch.zeros(L, 2, 3, H, 1, D)}}, "has 3 rows for 2 sources"),

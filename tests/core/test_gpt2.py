@@ -147,7 +147,7 @@ def test_a_tensor_under_both_names_is_refused():
         ({"activation_function": "swish"}, "activation 'swish' is not supported, only gelu, gelu_new, relu"),
         ({"activation_function": None}, "activation None"),
         ({"activation_function": ["gelu"]}, "activation .*gelu"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not supported"),
+        ({"scale_attn_by_inverse_layer_idx": 1}, "scale_attn_by_inverse_layer_idx is 1, true or false is needed"),
         ({"scale_attn_weights": False}, "scale_attn_weights = False is not supported"),
         ({"add_cross_attention": True}, "add_cross_attention = True is not supported"),
         ({"n_embd": 15}, "n_embd 15 is not a multiple of n_head 2"),
@@ -253,6 +253,27 @@ def test_float64_logits_and_prefix_gradient_equal_transformers(small):
         (logits, gradient), (their, expected) = gradients
         assert (logits - their).abs().max() <= 1e-10
         assert (gradient - expected).abs().max() <= 1e-6 * expected.abs().max() and expected.abs().min() > 0
+
+
+@pytest.mark.parametrize("upcast, dtype, error", [(False, torch.float64, 1e-12), (True, torch.float32, 1e-5)])
+def test_scores_scaled_by_the_layer_equal_transformers(upcast, dtype, error):
+    """Those of the prefix, too, and step by step. reorder_and_upcast_attn is how such models compute, not what."""
+    hf, scaled = transformers(), {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": upcast}
+    torch.manual_seed(0)
+    theirs = hf.GPT2LMHeadModel(hf.GPT2Config(**{**CONFIG, **scaled}, attn_implementation="eager")).eval()
+    theirs = theirs.requires_grad_(False).to(dtype)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    ours, unscaled = (GPT2(config).to(dtype).requires_grad_(False) for config in (theirs.config.to_dict(), CONFIG))
+    for model in (ours, unscaled):
+        model.load_state_dict(from_huggingface(theirs.state_dict(), ours.config))
+    ids, prefix = torch.randint(37, (2, 6)), torch.randn(2, 2, 2, 3, 8, dtype=dtype)
+    for kv in (None, prefix):
+        expected, taken = their_logits(theirs, ids, kv), None if kv is None else {"decoder": kv}
+        torch.testing.assert_close(ours(ids, taken), expected, rtol=0, atol=error)
+        cache = ours.prefill(ids[:, :5], torch.tensor([5, 5]), taken)
+        torch.testing.assert_close(ours.logits(ours.step(ids[:, 5], cache)), expected[:, 5], rtol=0, atol=error)
+        assert (unscaled(ids, taken) - expected).abs().max() > 100 * error
 
 
 def test_folders_go_both_ways(tmp_path):

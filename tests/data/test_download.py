@@ -27,6 +27,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setattr(download, "E2E_URL", f"http://127.0.0.1:{closed_port()}/e2e.zip")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     download.download_e2e.cache_clear()
     yield
     download.download_e2e.cache_clear()
@@ -209,9 +210,22 @@ def test_no_network(capsys):
     assert time.monotonic() - begin < 5
 
 
-def test_folder_cannot_be_written(serve, capsys):
-    serve(send(GOOD_ZIP))
+def test_a_folder_that_cannot_be_written_is_replaced_by_the_users_cache(serve, capsys, tmp_path):
+    requests = serve(send(GOOD_ZIP))
     Path("data").symlink_to("/dev/null")
+    folder = tmp_path / "cache" / "minprefix" / "e2e"
+    assert find_e2e() == folder and load_examples("e2e", "dev") == [Example("name : B", ["This is B.", "It is B."])]
+    (line,) = lines_of(capsys)
+    assert "cannot write data/e2e/" in line and line.endswith(f": the E2E data are in {folder}")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == CONTENTS
+    download.download_e2e.cache_clear()  # a later process
+    assert find_e2e() == folder and len(requests) == 1 and lines_of(capsys) == []
+
+
+def test_no_folder_can_be_written(serve, capsys):
+    serve(send(GOOD_ZIP))
+    for name in ("data", "../cache"):
+        Path(name).symlink_to("/dev/null")
     assert find_e2e() is None and load_examples("e2e", "dev")
     (line,) = lines_of(capsys)
-    assert "cannot write data/e2e/" in line
+    assert "cannot write " in line and "/cache/minprefix/e2e/" in line

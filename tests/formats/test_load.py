@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 
-from minprefix import load_model, load_tokenizer
-from minprefix.core.batches import check_vocabulary
+from minprefix import Prefix, generate, load_model, load_tokenizer
+from minprefix.core.batches import check_vocabulary, encode_sources, end_ids
 from minprefix.formats.load import pick_writing_dtype
 from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
 from minprefix.system.device import pick_device, pick_dtype
 from minprefix.system.errors import InputError
-from tests.tiny import ROOT, write_tiny_bart
+from tests.helpers import complaint
+from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 TINY = ROOT / "tests" / "golden" / "tiny-gpt2"
 CONFIG = json.loads((TINY / "config.json").read_text())
@@ -123,10 +124,66 @@ def test_untied_head(tmp_path, tiny):
         load_model(write(tmp_path / "m", TENSORS, config=config))
 
 
+@pytest.mark.parametrize("start", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_of_wrapped_models(tmp_path, tiny, start):
+    """As torch.compile and DDP save them, whole or in part."""
+    assert_same(load_model(write(tmp_path / "m", renamed(start)), dtype=torch.float64), tiny)
+    part = {name.replace(".h.1.", f".h.1.{start}"): tensor for name, tensor in TENSORS.items()}
+    assert_same(load_model(write(tmp_path / "part", part), dtype=torch.float64), tiny)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+def test_what_safetensors_save_model_writes(tmp_path, kind):
+    """Of tensors that share their memory it keeps one name: GPT-2's table is lm_head.weight then, and nothing else."""
+    transformers = pytest.importorskip("transformers", reason="saves a model of transformers")
+    save_model = pytest.importorskip("safetensors.torch", reason="saves by the safetensors package").save_model
+    folder = shutil.copytree(TINY, tmp_path / "m") if kind == "gpt2" else write_tiny_bart(tmp_path / "m")
+    names = {"gpt2": "GPT2LMHeadModel", "bart": "BartForConditionalGeneration"}
+    theirs = getattr(transformers, names[kind]).from_pretrained(folder)
+    expected = load_model(folder)
+    save_model(theirs, folder / "model.safetensors")
+    stored = read_safetensors(folder / "model.safetensors")[0]
+    assert kind == "bart" or ("lm_head.weight" in stored and "transformer.wte.weight" not in stored)
+    assert all(torch.equal(p, expected.state_dict()[name]) for name, p in load_model(folder).state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["GPT2ForSequenceClassification", "GPT2DoubleHeadsModel", "GPT2ForTokenClassification", "GPT2ForQuestionAnswering",
+     "BartForSequenceClassification", "BartForQuestionAnswering"],
+)  # fmt: skip
+def test_heads_that_generation_does_not_need(tmp_path, capsys, name):
+    """They are left out, and that is said in one line; the rest is what transformers takes for generation."""
+    transformers = pytest.importorskip("transformers", reason="saves a model of transformers")
+    folder = shutil.copytree(TINY, tmp_path / "m") if "GPT2" in name else write_tiny_bart(tmp_path / "m")
+    getattr(transformers, name).from_pretrained(folder).save_pretrained(folder)
+    language = "GPT2LMHeadModel" if "GPT2" in name else "BartForConditionalGeneration"
+    theirs = getattr(transformers, language).from_pretrained(folder).eval()
+    inputs = {"input_ids": IDS, **({} if "GPT2" in name else {"decoder_input_ids": IDS})}
+    capsys.readouterr()
+    ours = load_model(folder)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "which generation does not need" in lines[0], lines
+    torch.testing.assert_close(ours(*inputs.values()), theirs(**inputs).logits, rtol=0, atol=1e-5)
+
+
+def test_a_value_head_is_left_out(tmp_path, tiny, capsys):
+    """As trl saves it for reinforcement learning."""
+    head = {"v_head.summary.weight": torch.zeros(1, 16), "v_head.summary.bias": torch.zeros(1)}
+    folder = write(tmp_path / "m", {**TENSORS, **head})
+    assert_same(load_model(folder, dtype=torch.float64), tiny)
+    left_out = "left out v_head.summary.bias, v_head.summary.weight, which generation does not need"
+    assert capsys.readouterr().err == f"{folder}: {left_out}\n"
+
+
 def changed(**change):
     """The tensors with some replaced, or dropped where the new one is None."""
     change = {f"transformer.{name.replace('__', '.')}": tensor for name, tensor in change.items()}
     return {name: tensor for name, tensor in {**TENSORS, **change}.items() if tensor is not None}
+
+
+def renamed(start):
+    return {start + name: tensor for name, tensor in TENSORS.items()}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +197,9 @@ def changed(**change):
         (changed(h__1__mlp__c_fc__weight=torch.zeros(640)), r"'h.1.mlp.c_fc.weight' has shape \(640,\)"),
         (changed(ln_f__bias=torch.zeros(16, dtype=torch.int32)), "'ln_f.bias' holds torch.int32"),
         ({**TENSORS, "wte.weight": torch.zeros(37, 16)}, "'wte.weight' is there twice"),
+        ({**TENSORS, "module.transformer.wpe.weight": torch.zeros(24, 16)}, "is there twice, with and without"),
+        (renamed("lm."), "it has 'lm.transformer.h.0.attn.c_attn.bias': rename its tensors without 'lm.transformer.'"),
+        ({"layers.0.bias": torch.zeros(3)}, "lacks 28 of .*; it has 'layers.0.bias' instead: it is of another kind"),
     ],
 )
 def test_other_tensors_are_refused(tmp_path, tensors, message):
@@ -226,3 +286,86 @@ def test_the_tokens_that_generation_config_names(tmp_path):
     (folder / "generation_config.json").write_text("[]")
     with pytest.raises(InputError, match="generation_config.json holds a JSON list"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"force_bos_token_to_be_generated": True, "bos_token_id": 0}, 0),
+        ({"force_bos_token_to_be_generated": True, "bos_token_id": 3, "forced_bos_token_id": None}, 3),
+        ({"force_bos_token_to_be_generated": False, "bos_token_id": 3}, None),
+        ({"force_bos_token_to_be_generated": True, "bos_token_id": 0, "forced_bos_token_id": 0}, 0),
+    ],
+)
+def test_old_bart_configs_force_the_first_token(tmp_path, config, expected):
+    """As in transformers; a generation_config.json goes before it there, too."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    folder = write_tiny_bart(tmp_path / "bart")
+    written = {key: v for key, v in json.loads((folder / "config.json").read_text()).items() if "forced_bos" not in key}
+    (folder / "config.json").write_text(json.dumps({**written, **config}))
+    for generation in (None, {"forced_bos_token_id": 5}, {"eos_token_id": 2}):
+        if generation:
+            (folder / "generation_config.json").write_text(json.dumps(generation))
+            expected = generation.get("forced_bos_token_id")
+        theirs = transformers.BartForConditionalGeneration.from_pretrained(folder).generation_config
+        assert load_model(folder).config["forced_bos_token_id"] == theirs.forced_bos_token_id == expected
+
+
+# ---- the model's end tokens ----
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+def test_texts_of_a_model_alone_end_where_transformers_ends_them(tmp_path, kind, file, beams):
+    """eos_token_id is a number or a list: any of them ends a text, which an ordinary token stays in."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers' generate")
+    folder = shutil.copytree(ROOT / "weights" / f"{kind}-mini", tmp_path / "m")
+    tokenizer, sources = load_tokenizer(folder), [f"name : {word} | food : fish" for word in ("A", "Bar", "The End")]
+    options, model = {"beams": beams, "max_new_tokens": 16, "one_line": False}, load_model(folder)
+    unchanged = generate(model, tokenizer, sources, **options)
+    one, two, three = (tokenizer.encode(f" {text}")[6] for text in unchanged)
+    for ends in (one, [two], [tokenizer.end_id, three, one], [two, 10**6]):
+        config = json.loads((folder / "config.json").read_text())
+        if file != "config.json":
+            config = {key: config[key] for key in config if "forced" in key or "start" in key}
+        (folder / file).write_text(json.dumps({**config, "eos_token_id": ends}))
+        named = {"gpt2": "GPT2LMHeadModel", "bart": "BartForConditionalGeneration"}[kind]
+        theirs = getattr(transformers, named).from_pretrained(folder, dtype=torch.float32).eval()
+        model, expected = load_model(folder), []
+        for ids in encode_sources(sources, tokenizer, model):
+            ids = torch.tensor([ids if kind == "bart" else [*ids, tokenizer.end_id]])
+            written = theirs.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.pad_id,
+                                      max_new_tokens=16, num_beams=beams, do_sample=False)  # fmt: skip
+            new = written[0, 0 if kind == "bart" else ids.size(1) :].tolist()
+            expected.append(tokenizer.decode(i for i in new if i not in tokenizer.special.values()).strip())
+        assert generate(model, tokenizer, sources, **options) == expected != unchanged, ends
+
+
+def test_a_prefix_keeps_the_end_token_that_it_was_trained_with(tmp_path):
+    """train.py's targets end with the tokeniser's end token, whatever the model's config.json names."""
+    folder = shutil.copytree(ROOT / "weights" / "gpt2-mini", tmp_path / "m")
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    ends = tokenizer.encode(f" {generate(model, tokenizer, ['x'])[0]}")[2:4]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": ends}))
+    other, prefix = load_model(folder), Prefix(model, 3).fold()
+    assert end_ids(other, tokenizer) == ends and end_ids(other, tokenizer, prefix) == [tokenizer.end_id]
+    assert generate(other, tokenizer, ["x"], prefix) == generate(model, tokenizer, ["x"], prefix)
+    assert generate(other, tokenizer, ["x"]) != generate(model, tokenizer, ["x"])
+
+
+@pytest.mark.parametrize("value", [None, [], [10**6], -1])
+def test_without_an_end_token_in_the_vocabulary_the_tokenisers_ends_texts(tmp_path, value):
+    folder = write_tiny_model(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": value}))
+    assert end_ids(load_model(folder), load_tokenizer(folder)) == [4095]
+
+
+@pytest.mark.parametrize("value", ["</s>", True, 2.0, ["x"], [None], {}])
+@pytest.mark.parametrize("write_model", [write_tiny_model, write_tiny_bart])
+def test_end_tokens_that_are_no_ids_are_refused(tmp_path, write_model, value):
+    folder = write_model(tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert "eos_token_id is" in complaint(load_model, folder)

@@ -4,15 +4,19 @@ import json
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import sample
 from minprefix import Prefix, load_model, load_prefix
 from minprefix.cli import prefix_tool
+from minprefix.core.generate import generate_ids
+from minprefix.core.prefix_kv import KVPrefix
 from minprefix.formats.prefix_file import save_prefix
 from minprefix.formats.safetensors import read_safetensors, write_safetensors
+from minprefix.studies.bench import peer_generate
 from minprefix.system.errors import InputError
 from tests.helpers import call
-from tests.tiny import write_tiny_bart, write_tiny_model
+from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 BART_LAYERS = {"encoder_layers": 4, "decoder_layers": 4, "decoder_attention_heads": 4}
@@ -67,6 +71,39 @@ def test_export_gives_peft_the_same_logits_and_import_the_same_file(name, world,
     ours, back = read_safetensors("ours.safetensors"), read_safetensors("back.safetensors")
     assert torch.equal(ours[0]["decoder"], back[0]["decoder"])
     assert {**ours[1], "base_model": ""} == {**back[1], "base_model": ""}  # a name, a path
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+def test_texts_by_an_exported_adapter(name, tmp_path, capsys):
+    """PEFT's own generate leaves the prefix out, as export says; by the call that it names, the texts are the same."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    gpt2, folder, exported = name == "gpt2", ROOT / "weights" / f"{name}-mini", tmp_path / "adapter"
+    torch.manual_seed(1)
+    model = load_model(folder)
+    kv = {"decoder": 2 * torch.randn_like(Prefix(model, 5, 16, sites="decoder").fold()["decoder"])}
+    prefix, end = KVPrefix(kv, 5, {}), 4095 if gpt2 else 2
+    save_prefix(tmp_path / "p", prefix, model, {"base_model": str(folder)})
+    code, out, _ = call(prefix_tool, capsys, "export", "--prefix", tmp_path / "p", "--to", exported)
+    assert code == 0 and "generate leaves the prefix out" in out and "get_prompt(" in out
+    kind = transformers.GPT2LMHeadModel if gpt2 else transformers.BartForConditionalGeneration
+    alone, base = (kind.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
+    adapted = peft.PeftModel.from_pretrained(base, exported).eval()
+    if (peft.__version__, transformers.__version__) == ("0.21.2", "5.24.0"):
+        first = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        logits = adapted.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), pad_token_id=1, **first).logits[0]
+        where = {"position_ids": 5 + torch.arange(5)[None]} if gpt2 else {"decoder_input_ids": torch.full((2, 1), 2)}
+        torch.testing.assert_close(logits, alone(input_ids=IDS, **where).logits[:, -1], rtol=0, atol=1e-4)
+
+    sources = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
+    rows = [torch.tensor([*source, end] if gpt2 else source) for source in sources]
+    ids, mask = (pad_sequence(x, batch_first=True, padding_side="left" if gpt2 else "right")
+                 for x in (rows, [torch.ones_like(row) for row in rows]))  # fmt: skip
+    options = {"max_new_tokens": 8, "min_new_tokens": 8}
+    for beams in (1, 3):
+        ours = generate_ids(model, sources, end, end, prefix, beams=beams, **options)
+        base.generation_config.update(eos_token_id=end, forced_bos_token_id=None, forced_eos_token_id=None)
+        theirs = peer_generate(adapted, ids, mask, beams, pad_token_id=1, **options)
+        assert theirs[:, -8:].tolist() == ours != generate_ids(model, sources, end, end, None, beams=beams, **options)
 
 
 @pytest.mark.parametrize(

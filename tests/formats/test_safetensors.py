@@ -102,6 +102,15 @@ def test_same_as_the_safetensors_package(tmp_path):
         assert file.metadata() == read_safetensors(theirs)[1] == {"format": "pt", "task": "e2e"}
 
 
+def test_metadata_that_is_null(tmp_path):
+    """As some writers put it; the safetensors package reads it, too."""
+    package = pytest.importorskip("safetensors.torch", reason="compares with the safetensors package")
+    path = tmp_path / "null.safetensors"
+    path.write_bytes(safetensors_bytes({"__metadata__": None, "x": entry(0, 4)}, FLOAT))
+    assert_same(read_safetensors(path)[0], package.load_file(path))
+    assert read_safetensors(path)[1] == {}
+
+
 def test_unaligned_tensor_is_read(tmp_path):
     values = torch.arange(4.0)
     header = {"a": entry(0, 1, "U8", [1]), "b": entry(1, 17)}
@@ -211,7 +220,7 @@ HOSTILE = {
     "key of an entry twice": (safetensors_bytes(b'{"x": {"dtype": "F32", "dtype": "F32"}}'), "'dtype' appears twice"),
     "metadata twice": (safetensors_bytes(b'{"__metadata__": {}, "__metadata__": {}}'), "appears twice"),
     "metadata a list": (safetensors_bytes({"__metadata__": ["pt"]}), "__metadata__"),
-    "metadata null": (safetensors_bytes({"__metadata__": None}), "__metadata__"),
+    "metadata false": (safetensors_bytes({"__metadata__": False}), "__metadata__"),
     "metadata of numbers": (safetensors_bytes({"__metadata__": {"length": 5}}), "__metadata__"),
     "metadata nested": (safetensors_bytes({"__metadata__": {"a": {"b": "c"}}}), "__metadata__"),
     "data without tensors": (safetensors_bytes({}, FLOAT), "4 bytes after"),

@@ -302,7 +302,6 @@ LLAMA = {
         (spec(pre_tokenizer=None), "pre_tokenizer None"),
         (spec(pre_tokenizer={"type": "Metaspace"}), "pre_tokenizer .*Metaspace.* does not split"),
         (spec(pre_tokenizer=LLAMA), "pre_tokenizer .*Sequence"),
-        (spec(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "'add_prefix_space': True"),
         (spec(pre_tokenizer={"type": "ByteLevel", "use_regex": False}), "'use_regex': False"),
         (spec(normalizer={"type": "NFC"}), "normalizer .*NFC.* is not supported"),
         (spec(model={**spec()["model"], "ignore_merges": True}), "ignore_merges True is not supported"),

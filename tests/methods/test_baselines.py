@@ -54,7 +54,7 @@ def test_train_and_sample(world, tmp_path, capsys, dtype):
     for name, p in model.named_parameters():
         assert p.dtype == torch.float32 and not torch.equal(p, base.state_dict()[name]), name
     line = out.splitlines()[-1]
-    assert line.startswith(f"  python sample.py --model {tmp_path / 'run' / 'model'} --input")
+    assert line.startswith(f"  python sample.py --model {tmp_path / 'run' / 'model'} --task")
     options = ["--model", tmp_path / "run" / "model", "--max-new-tokens", 9]
     code, out, _ = call(sample, capsys, *options, "--input", "item 3 of the list")
     assert code == 0 and len(out.splitlines()) == 1
@@ -131,7 +131,7 @@ def test_each_method_trains_and_samples(world, tmp_path, capsys, method):
                           "--steps", 4, "--eval-every", 4, "--eval-inputs", 1, "--out", run, "--device", "cpu",
                           *(["--adapter-width", 2] if method == "adapter" else []))  # fmt: skip
     assert code == 0, err
-    assert out.splitlines()[-1].startswith(f"  python sample.py --prefix {run / method}.safetensors --input")
+    assert out.splitlines()[-1].startswith(f"  python sample.py --prefix {run / method}.safetensors --task")
     tensors, info = read_safetensors(run / f"{method}.safetensors")
     assert info["method"] == method and info["task"] == "jsonl" and info["base_model"] == str(world / "model")
     result = json.loads((run / "result.json").read_text())

@@ -19,14 +19,14 @@ import torch
 import sample
 import train
 from minprefix import load_model, load_prefix, load_tokenizer
-from minprefix.cli import evaluation, prefix_tool, runs
+from minprefix.cli import evaluation, prefix_tool, runs, sample_args, train_args
 from minprefix.core import training
 from minprefix.core.training import train as train_loop
 from minprefix.data import tasks
 from minprefix.formats.safetensors import read_safetensors
 from minprefix.metrics import scores
 from minprefix.studies import experiments
-from minprefix.system.files import atomic_write, locked
+from minprefix.system.files import atomic_write, check_writable, locked
 from tests.helpers import ROWS, assert_one_clear_line, call, entry, write_xml
 from tests.tiny import write_tiny_model
 
@@ -131,7 +131,7 @@ def test_texts_that_differ_have_names_that_differ(arguments, name, prefix_file, 
     monkeypatch.chdir(world)
     (world / "unfinished").mkdir(exist_ok=True)
     (world / "unfinished" / "log.jsonl").touch()
-    monkeypatch.setattr(sample, "check_place", lambda task, data: None)  # the data are not there
+    monkeypatch.setattr(sample_args, "check_place", lambda task, data: None)  # the data are not there
     monkeypatch.setattr(sys, "argv", ["sample.py", *arguments.split(), "--evaluate"])
     assert str(sample.parse_args().output) == f"{name}.txt"
 
@@ -369,7 +369,11 @@ BAD = {
     "unknown task": (train, "--model model --task poetry", "there is no task 'poetry': known are e2e, webnlg"),
     "a file for a folder": (train, "--model model --task rows.jsonl --out rows.jsonl", "--out rows.jsonl is a file"),
     "run there already": (train, "--model model --task rows.jsonl --out run", "--resume"),
-    "a warm-up without end": (train, "--model nowhere --steps 5 --warmup 5", "--warmup is 5: it must be"),
+    "a warm-up without end": (
+        train,
+        "--model model --task rows.jsonl --steps 5 --warmup 5",
+        "--warmup is 5: it must be",
+    ),
     "prefix length 0": (train, "--model model --task rows.jsonl --prefix-length 0", "--prefix-length is 0"),
     "no virtual tokens": (train, "--model model --method embedding --prefix-length 0", "--prefix-length is 0"),
     "hidden width -1": (train, "--model model --task rows.jsonl --method embedding --hidden -1", "--hidden is -1"),
@@ -382,30 +386,36 @@ BAD = {
     "scores into a folder": (
         sample,
         "--prefix run --task rows.jsonl --split test --evaluate --output scored.txt",
-        "scored.json is a folder",
+        "cannot write scored.json: it is a folder",
     ),
-    "texts into a folder": (sample, "--prefix run/prefix.safetensors --input x --output run", "run is a folder"),
-    "texts below a file": (sample, "--prefix run --input x --output rows.jsonl/texts", "rows.jsonl is not a folder"),
-    "a name of 300 letters": (sample, f"--prefix run --input x --output {'x' * 300}", "too long a name for the texts"),
-    "texts over inputs": (sample, "--prefix run --file long.txt --output long.txt", "would overwrite what the"),
+    "texts into a folder": (
+        sample,
+        "--prefix run/prefix.safetensors --input x --output run",
+        "cannot write run: it is a folder",
+    ),
+    "texts below a file": (
+        sample,
+        "--prefix run --input x --output rows.jsonl/texts",
+        "cannot write rows.jsonl/texts: Not a dir",
+    ),
+    "a name of 300 letters": (sample, f"--prefix run --input x --output {'x' * 300}", "File name too long"),
+    "texts over inputs": (sample, "--prefix run --file long.txt --output long.txt", "would overwrite long.txt"),
     "texts over the prefix": (
         sample,
         "--prefix run/prefix.safetensors --input x --output run/prefix.safetensors",
-        "would overwrite what",
+        "would overwrite run/prefix.safetensors",
     ),
     "scores over a result": (
         sample,
         "--prefix run --task rows.jsonl --split test --evaluate --output run/result.txt",
-        "is a run's own file",
+        "would overwrite run/result.json",
     ),
-    "texts to -": (sample, "--prefix run --input x --output -", "leave it out, the texts go to stdout"),
-    "no file's name": (sample, ["--prefix", "run", "--file", ""], "--file is empty"),
-    "no folder's name": (train, ["--out", ""], "--out is empty"),
+    "no file's name": (sample, ["--prefix", "run", "--file", ""], "cannot read"),
     "steps without end": (train, "--epochs 1e308", "--epochs is 1e+308: it must be above 0, and less than a billion"),
     "another user's row": (
         sample,
         "--prefix run --file others.jsonl",
-        """a row has "prefix": 'theirs', given is 'run': give that""",
+        """a row has "prefix": 'theirs': give that""",
     ),
     "scores over texts": (sample, "--prefix run/prefix.safetensors --input x --evaluate --output a.json", "a.json"),
     "another model's tokeniser": (train, "--model mixed --task rows.jsonl", "different models"),
@@ -481,8 +491,7 @@ def test_more_beams_than_tokens_are_refused_before_training(world, capsys, monke
 WITHOUT_EFFECT = {
     "a seed of no draw": (train, "--low-data-seed 0", "--low-data-seed does nothing without --low-data"),
     "a field of no topics": (train, "--topic-field topic", "--topic-field does nothing without --topics"),
-    "a field of no rows": (train, "--task webnlg --topics A --topic-field a", "does nothing for --task webnlg"),
-    "beams of no texts": (train, "--beams 2 --eval-inputs 0", "--beams does nothing with --eval-inputs 0"),
+    "beams of no texts": (train, "--beams 2 --eval-inputs 0", "--beams does nothing without --eval-inputs"),
     "another method's option": (train, "--method top2 --prefix-length 5", "--prefix-length has no effect with"),
     "epochs and steps": (train, "--epochs 1 --steps 9", "--steps: not allowed with argument --epochs"),
     "two draws": (train, "--limit 1 --low-data 9", "--low-data: not allowed with argument --limit"),
@@ -501,7 +510,6 @@ WITHOUT_EFFECT = {
     "an unknown method": (train, "--method magic", "invalid choice: 'magic'"),
     "no number": (train, "--steps many", "invalid int value: 'many'"),
     "an unknown split": (sample, "--task e2e --split nose", "invalid choice: 'nose'"),
-    "samples of all data": (experiments, "full --samplings 2", "--samplings does nothing for the study full"),
     "an unknown study": (experiments, "fuller", "invalid choice: 'fuller'"),
 }
 
@@ -510,7 +518,11 @@ WITHOUT_EFFECT = {
 def test_options_without_effect_are_refused_in_one_line(case, world, prefix_file, capsys, monkeypatch):
     """And before anything is loaded, even if what is given is the default."""
     monkeypatch.chdir(world)
-    for script, loads in ((train, "resolve_model"), (sample, "resolve_base_model"), (experiments, "resolve_model")):
+    for script, loads in (
+        (train_args, "resolve_model"),
+        (sample, "resolve_base_model"),
+        (experiments, "resolve_model"),
+    ):
         monkeypatch.setattr(script, loads, None)
     script, arguments, message = WITHOUT_EFFECT[case]
     assert_one_clear_line(script, arguments, message, capsys, world)
@@ -543,7 +555,8 @@ def test_help_is_a_page(script, capsys):
     lines = out.splitlines()
     assert code == 0 and len(lines) < 72 and max(map(len, lines)) <= 100
     assert out.count(f"    python {script.__name__}.py") >= 5
-    options = set(re.findall(r'"(--[\w-]+)"', open(script.__file__, encoding="utf-8").read()))
+    arguments = {train: train_args, sample: sample_args}[script]
+    options = set(re.findall(r'"(--[\w-]+)"', open(arguments.__file__, encoding="utf-8").read()))
     described = [re.match(r"  (--[\w-]+).*?  +\S", line) for line in lines]
     described = {match[1] for match in described if match}
     assert options and options <= described and not any(line.startswith(" " * 20) for line in lines)  # none goes on
@@ -552,8 +565,11 @@ def test_help_is_a_page(script, capsys):
 def test_texts_of_own_data_may_have_several_lines(world, capsys, tmp_path):
     rows = [{"source": f"item {i}", "target": "one\ntwo\nthree"} for i in range(30)]
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = shutil.copytree(world / "model", tmp_path / "model")  # which ends its texts at a line break
+    config, line_break = json.loads((model / "config.json").read_text()), load_tokenizer(model).encode("\n")
+    (model / "config.json").write_text(json.dumps({**config, "eos_token_id": line_break}))
     options = "--method finetune --steps 60 --batch-size 10 --lr 0.01 --eval-every 60 --eval-inputs 0"
-    files = ["--task", tmp_path / "lines.jsonl", "--model", world / "model", "--out", tmp_path / "run"]
+    files = ["--task", tmp_path / "lines.jsonl", "--model", model, "--out", tmp_path / "run"]
     assert call(train, capsys, *options.split(), *files)[0] == 0
     code, out, err = call(sample, capsys, "--prefix", tmp_path / "run", "--input", "item 3")
     assert (code, out) == (0, "one\ntwo\nthree\n"), err
@@ -590,7 +606,7 @@ def test_output_to_a_pipe_and_through_a_link(tmp_path, monkeypatch):
     assert os.read(reader, 10) == b"text"
     monkeypatch.setattr(os, "access", lambda *_: False)  # /dev is root's
     for path in ("/dev/null", f"/dev/fd/{writer}"):
-        sample.check_output(Path(path))
+        check_writable(Path(path))
     os.close(reader)
     os.close(writer)
     (tmp_path / "link").symlink_to(tmp_path / "there")

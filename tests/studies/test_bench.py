@@ -11,7 +11,7 @@ from minprefix import load_model, load_tokenizer
 from minprefix.core.kernels import can_pack_bfloat16
 from minprefix.studies import bench
 from minprefix.system.errors import InputError
-from tests.helpers import call
+from tests.helpers import call, singles
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 MR = "name[The Golden Lantern], eatType[pub], food[Thai]"
@@ -22,7 +22,7 @@ QUICK = ["--batch-size", "3", "--steps", "2", "--rounds", "1", "--hidden", "8", 
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     write_tiny_model(folder / "gpt2")
-    write_tiny_bart(folder / "bart")
+    write_tiny_bart(folder / "bart", decoder_attention_heads=4)
     for name in ("trainset", "testset_w_refs"):
         rows = "".join(f'"{MR}, near[Café {i}]","The Golden Lantern is a Thai pub {i}."\n' for i in range(12))
         (folder / f"{name}.csv").write_text("mr,ref\n" + rows, encoding="utf-8")
@@ -53,7 +53,7 @@ def test_one_json_line_with_the_figures(world, what, kind):
     assert row["settings"]["batch_size"] == 3 and row["settings"]["dtype"] in ("bfloat16", "float32")
 
 
-@pytest.mark.parametrize("what, kind", [("train", "gpt2"), ("generate", "bart")])
+@pytest.mark.parametrize("what, kind", [("train", "gpt2"), ("generate", "gpt2"), ("generate", "bart")])
 def test_a_sweep_and_the_peer(world, what, kind):
     pytest.importorskip("peft", reason="the peer, PEFT, is not installed")
     done = run(world, what, "--model", str(world / kind), "--json", "--peer", "--sweep", "prefix-length", "1", "6")
@@ -86,7 +86,7 @@ def test_useful_operations_are_those_of_rows_alone(world):
         # Backward: each score product twice; nothing flows into the first layer's input, so not through its c_attn.
         total += layers * (2 * weights + 3 * scores) - 2 * T * 3 * C * C + 2 * 2 * N * V * C
         total -= 2 * 2 * T * T * C + 2 * T * P * C  # in the first layer: no gradient of its keys, values and queries
-    assert bench.useful_flop(model, tokenizer, pairs, P, ["decoder"]) == pytest.approx(total, rel=0.02)
+    assert bench.useful_flop(model, tokenizer, singles(pairs), P, ["decoder"]) == pytest.approx(total, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_the_scripts_must_be_there(scripts, capsys):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("ablation --model bart --data e2e", "need a GPT-2"),
+        ("ablation --model bart --task e2e --data e2e", "bart cannot be trained with"),
         ("full --model bart", "the real data of scitldr: give --data"),
         ("extrapolation --model model --task e2e --data e2e", "--task e2e: extrapolation needs topics"),
         ("extrapolation --model model --data e2e", "e2e lacks train/*triples/*.xml"),

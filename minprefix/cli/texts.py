@@ -1,0 +1,66 @@
+"""The inputs of sample.py (rows, lines or arguments) and the texts that it writes for them."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from minprefix.cli.requests import prefix_name
+from minprefix.core.batches import Example
+from minprefix.data.tasks import format_source, load_on_topics, read_lines
+from minprefix.system import distributed
+from minprefix.system.errors import InputError
+from minprefix.system.files import atomic_write
+
+
+def read_examples(args: Namespace, trained_task: str) -> list[Example]:
+    """The inputs that the command line names, at most --limit, in the form that the prefix was trained on."""
+    rows = args.task or args.file or ""
+    if args.task or rows.endswith(".jsonl"):
+        return read_rows(args, rows, trained_task)[: args.limit]
+    return read_texts(args, trained_task)[: args.limit]
+
+
+def read_rows(args: Namespace, rows: str, trained_task: str) -> list[Example]:
+    """The Examples of a task, or of a file FILE.jsonl."""
+    examples = load_on_topics(rows, args.split, args.data, args.topics, args.topic_field if args.task else "prefix")
+    if not rows.endswith(".jsonl"):
+        return examples
+    if (
+        args.file
+        and args.prefix
+        and (others := [e.topic for e in examples if e.topic not in (None, prefix_name(args.prefix))])
+    ):
+        raise InputError(f'{rows}: a row has "prefix": {others[0]!r:.80}: give that --prefix, too')
+    for number, example in enumerate(examples, 1):
+        example.source = format_source(trained_task, example.source, f"{rows}, row {number}")
+    return examples
+
+
+def read_texts(args: Namespace, trained_task: str) -> list[Example]:
+    """An Example without references for each --input, or each line of --file or of stdin that is not blank."""
+    where = "--input" if args.input else "stdin" if args.file is None else args.file
+    if where == "stdin" and distributed.world_size() > 1:
+        raise InputError("stdin is one process's to read: give the inputs by --file")
+    if where == "stdin" and sys.stdin.isatty():
+        print("type inputs, one a line, then Ctrl-D", file=sys.stderr)
+    lines = args.input or read_lines("-" if args.file is None else args.file)
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise InputError(f"{where} holds no input: give --input TEXT, --file FILE, --task, or lines on stdin")
+    if len(numbered) < len(lines):
+        print(f"skipped {len(lines) - len(numbered)} blank inputs", file=sys.stderr)
+    return [Example(format_source(trained_task, line, f"{where}, number {number}"), []) for number, line in numbered]
+
+
+def write_lines(texts: list[str], output: Path | None) -> list[str]:
+    """Print the texts, or write them to the file `output`, one a line -> the lines. A single text is printed as is."""
+    lines = [" ".join(text.splitlines()) for text in texts]  # at all line ends of Unicode
+    if distributed.rank() > 0:
+        return lines
+    if output:
+        with atomic_write(output) as file:
+            file.writelines(line + "\n" for line in lines)
+        print(f"wrote {len(lines)} texts to {output}", file=sys.stderr)
+    else:
+        print(*(texts if len(texts) == 1 else lines), sep="\n")
+    return lines
