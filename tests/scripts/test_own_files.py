@@ -1,0 +1,56 @@
+"""train.py and sample.py on files and terminals as users have them: encodings, rows, lengths, prefixes."""
+
+import json
+import os
+import sys
+
+import pytest
+
+import sample
+import train
+from tests.helpers import call
+from tests.tiny import write_tiny_model
+
+QUICK = ("--steps", 2, "--eval-every", 2, "--eval-inputs", 2, "--beams", 2, "--device", "cpu", "--dtype", "float32")
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def call_on_terminal(script, capsys, encoding, path, *options):
+    """The exit code of a script whose stdout is a terminal (a file here) of some encoding, and what is printed."""
+    with pytest.MonkeyPatch.context() as patch, open(path, "w", encoding=encoding) as terminal:
+        patch.setattr(sys, "stdout", terminal)
+        code = call(script, capsys, *options)[0]
+    return code, path.read_text(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_a_terminal_cannot_print_is_escaped_and_files_are_utf8(encoding, world, capsys, tmp_path, monkeypatch):
+    rows = [{"source": f"caf\xe9 {i} \u4e2d", "target": "\u4e2d"} for i in range(20)]
+    options = ("--task", write_rows(tmp_path / "rows.jsonl", rows), *QUICK, "--out", tmp_path / "run")
+    terminal = (capsys, encoding, tmp_path / "terminal")
+    code, printed = call_on_terminal(train, *terminal, "--model", world / "model", *options)
+    assert code == 0 and (tmp_path / "run" / "result.json").is_file()
+    assert "reference           \\u4e2d" in printed and ("caf\\xe9" if encoding == "ascii" else "caf\xe9") in printed
+    monkeypatch.setattr(sample, "generate", lambda *args, **options: ["\u4e2d"])
+    options = ("--prefix", tmp_path / "run", "--input", "x")
+    assert call_on_terminal(sample, *terminal, *options) == (0, "\\u4e2d\n")
+    assert call_on_terminal(sample, *terminal, *options, "--output", tmp_path / "texts.txt") == (0, "")
+    assert (tmp_path / "texts.txt").read_bytes() == b"\xe4\xb8\xad\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file's name may be any bytes on Linux")
+def test_folders_whose_names_are_no_utf8(world, capsys, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write_tiny_model(folder / "model")
+    rows = write_rows(folder / "rows.jsonl", [{"source": f"item {i}", "target": "x"} for i in range(20)])
+    code, _, err = call(train, capsys, "--model", folder / "model", "--task", rows, *QUICK, "--out", folder / "run")
+    assert code == 0 and (folder / "run" / "result.json").is_file(), err
+    options = ("--prefix", folder / "run", "--task", rows, "--limit", 1, "--max-new-tokens", 2, "--evaluate")
+    code, _, err = call(sample, capsys, *options)
+    assert code == 2 and "as its base model; if that is elsewhere now, give --model" in err and err.count("\n") == 2
+    code, _, err = call(sample, capsys, *options, "--model", folder / "model")
+    assert code == 0 and (folder / "run" / "texts-all.txt").is_file(), err
