@@ -40,7 +40,7 @@ def save_method(
     base, base_fingerprint: the model's folder, its fingerprint before training. With it goes what sample.py must know:
     the task, where sources are cut. sequence: `sequence_form` of the model, for people who look into the file.
     """
-    info = {"task": "jsonl" if task.endswith(".jsonl") else task, "sequence": sequence}
+    info = {"task": "jsonl" if task.endswith((".jsonl", ".csv")) else task, "sequence": sequence}
     if max_source:
         info["max_source"] = str(max_source)
     if method == "finetune":
