@@ -54,3 +54,27 @@ def test_folders_whose_names_are_no_utf8(world, capsys, tmp_path):
     assert code == 2 and "as its base model; if that is elsewhere now, give --model" in err and err.count("\n") == 2
     code, _, err = call(sample, capsys, *options, "--model", folder / "model")
     assert code == 0 and (folder / "run" / "texts-all.txt").is_file(), err
+
+
+def test_rows_with_the_same_source_are_scored_together(world, capsys, tmp_path, monkeypatch):
+    """As if their references stood in one row: 25 inputs, not 50, and the BLEU of all references."""
+    texts = [f"This is item {i}." for i in range(25)]
+    single = [{"source": f"item {i}", "target": f"{start} item {i}."} for start in ("This is", "Here we have")
+              for i in range(25)]  # fmt: skip
+    together = [{"source": f"item {i}", "references": [f"This is item {i}.", f"Here we have item {i}."]}
+                for i in range(25)]  # fmt: skip
+    monkeypatch.setattr(sample, "generate", lambda model, tokenizer, sources, *args, **options: texts[: len(sources)])
+    results = []
+    for name, rows in (("single", single), ("together", together)):
+        path = write_rows(tmp_path / f"{name}.jsonl", rows)
+        options = ("--model", world / "model", "--task", path, "--evaluate", "--output", tmp_path / f"{name}.txt")
+        code, _, err = call(sample, capsys, *options)
+        assert code == 0 and ("50 rows are 25 inputs" in err) == (name == "single"), err
+        results.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    assert results[0]["scores"] == results[1]["scores"] and results[0]["inputs"] == 25
+    assert results[0]["scores"]["BLEU"] == pytest.approx(1)
+    write_rows(tmp_path / "single.jsonl", single)
+    options = ("--model", world / "model", "--task", tmp_path / "single.jsonl", "--limit", 30)
+    monkeypatch.setattr(sample, "generate", lambda model, tokenizer, sources, *args, **options: sources)
+    code, out, _ = call(sample, capsys, *options)
+    assert code == 0 and out.count("\n") == 30  # a text for each row where nothing is scored
