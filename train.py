@@ -70,7 +70,7 @@ def run(args: Namespace) -> None:
     ).to(device)  # fmt: skip
     common: dict[str, Any] = {
         "tokenizer": tokenizer, "model": model, "start": trainable.position_offset, "max_source": args.max_source,
-        "data": args.data, "topics": args.topics, "topic_field": args.topic_field,
+        "data": args.data, "topics": args.topics, "topic_field": args.topic_field, "skip_long": args.skip_long,
     }  # fmt: skip
     drawn = {"low_data": args.low_data, "seed": args.low_data_seed}
     train_pairs = load_pairs(args.task, "train", limit=args.limit, **common, **drawn)

@@ -10,7 +10,9 @@ from minprefix.formats.hub import resolve_model
 from minprefix.system.errors import InputError
 
 # Options that may change when a run is resumed. train() itself compares the data, the model, its dtype and the steps.
-MAY_CHANGE = ("model", "task", "data", "epochs", "steps", "eval_inputs", "beams", "dtype", "device", "out", "resume")
+MAY_CHANGE = {
+    "model", "task", "data", "skip_long", "epochs", "steps", "eval_inputs", "beams", "dtype", "device", "out", "resume",
+}  # fmt: skip
 
 
 def parse_args(description: str = "") -> Namespace:
@@ -26,6 +28,7 @@ def parse_args(description: str = "") -> Namespace:
     add("--low-data-seed", type=int, metavar="N", help="seed of that draw, independent of --seed (0)")
     add("--topics", nargs="+", metavar="TOPIC", help="only pairs on these topics (WebNLG: categories)")
     add("--topic-field", metavar="NAME", help="the key of a JSONL row's topic (topic)")
+    add("--skip-long", action="store_true", help="leave out pairs that are too long for the model, not refuse them")
     add("--max-source", type=int, metavar="N", help="cut sources to N tokens (BART 512; GPT-2's are not cut)")
 
     add = parser.add_argument_group("what is trained").add_argument

@@ -78,3 +78,15 @@ def test_rows_with_the_same_source_are_scored_together(world, capsys, tmp_path, 
     monkeypatch.setattr(sample, "generate", lambda model, tokenizer, sources, *args, **options: sources)
     code, out, _ = call(sample, capsys, *options)
     assert code == 0 and out.count("\n") == 30  # a text for each row where nothing is scored
+
+
+def test_long_rows_can_be_left_out(world, capsys, tmp_path):
+    rows = [{"source": f"item {i}", "target": "x " * (300 if i == 7 else 3)} for i in range(40)]
+    path = write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "dev.jsonl", rows[:4])
+    options = ("--model", world / "model", "--task", path, *QUICK, "--out", tmp_path / "run")
+    code, _, err = call(train, capsys, *options)
+    assert code == 2 and "1 of 40 are too long; in the longest it is the target, which begins 'x x" in err
+    assert err.count("\n") == 1
+    code, out, err = call(train, capsys, *options, "--skip-long")
+    assert code == 0 and "39 training pairs" in out and "left out 1 of 40, too long for the model" in err
