@@ -93,8 +93,8 @@ def run(args: Namespace) -> None:
     with torch.autocast(device, dtype, enabled=finetune and dtype != torch.float32, cache_enabled=False):
         log, best_step = train(
             model, trainable, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
-            lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, resume=args.resume,
-            settings={key: value for key, value in vars(args).items() if key not in MAY_CHANGE},
+            lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, group=args.group,
+            resume=args.resume, settings={key: value for key, value in vars(args).items() if key not in MAY_CHANGE},
         )  # fmt: skip
     if distributed.rank() > 0:  # the rest is one process's work
         return

@@ -35,6 +35,16 @@ def assert_one_clear_line(script, arguments, message, capsys, world):
     assert not list(world.rglob("*.tmp"))
 
 
+def singles(pairs):
+    """(source, target) pairs as groups of one target each, of which `collate` makes a row each."""
+    return [(source, [target]) for source, target in pairs]
+
+
+def pairs_of(groups):
+    """The (source, target) pairs of groups, in order."""
+    return [(source, target) for source, targets in groups for target in targets]
+
+
 def complaint(function, *arguments):
     """The message of the InputError that a call raises: one line, not too long."""
     with pytest.raises(InputError) as caught:

@@ -176,7 +176,7 @@ def print_attention(model: Model, tokenizer: Tokenizer, prefix: KVPrefix, text: 
     source = format_source(task, text)
     written = generate(model, tokenizer, [source], prefix, max_source=max_source, **recipe(task))[0]
     target = encode_target(written, tokenizer, model)
-    batch = collate([(encode_sources([source], tokenizer, model, max_source, None)[0], target)], tokenizer, model)
+    batch = collate([(encode_sources([source], tokenizer, model, max_source, None)[0], [target])], tokenizer, model)
     shares = attention_shares(model, prefix, batch)
     print(f"\nsource            {printable(source)}\nwritten           {printable(written)}")
     for site, share in shares.items():

@@ -9,9 +9,11 @@ from typing import Any
 
 from minprefix.cli.options import fill_defaults, flag
 from minprefix.cli.search import recipe
+from minprefix.core.batches import group_sizes
 from minprefix.formats.hub import model_name
 from minprefix.formats.load import model_kind
 from minprefix.formats.safetensors import read_config
+from minprefix.system.errors import InputError
 
 PAPER: dict[str, dict[str, float]] = {  # by config.json's model_type
     "gpt2": {"prefix_length": 5, "hidden": 512, "adapter_width": 108, "batch_size": 10, "epochs": 5},
@@ -57,7 +59,7 @@ def default_settings(name: str | None, kind: str, task: str, method: str = "pref
 
     name: the model's, if it is a bundled one; kind: its model_type in config.json.
     """
-    settings = {"eval_every": 100, "lr": learning_rate(name, kind, task, method)}
+    settings = {"eval_every": 100, "group": 1, "lr": learning_rate(name, kind, task, method)}
     if name in BUNDLED:
         settings |= BUNDLED[name]
         if method in ("embedding", "infix"):
@@ -79,7 +81,11 @@ def fill_settings(args: Namespace) -> None:
         settings["lr"] = OTHER_FORM_LR["MLP" if args.hidden else "direct"]
     if args.epochs is not None or args.steps is not None:
         settings = {key: value for key, value in settings.items() if key not in ("epochs", "steps")}
+    given = args.group
     fill_defaults(args, {"topic_field": "topic", "low_data_seed": 0, "beams": recipe(args.task)["beams"], **settings})
+    if given and given > 1 and group_sizes(args.batch_size, given) == [1]:
+        raise InputError(f"--group {given} has no effect: no number from 2 to {given} divides the batch size, "
+                         f"{args.batch_size}")  # fmt: skip
 
 
 def learning_rate(name: str | None, kind: str, task: str, method: str, low_data: bool = False) -> float | None:

@@ -50,6 +50,7 @@ def parse_args(description: str = "") -> Namespace:
     duration("--epochs", type=float, metavar="X", help="passes over the training pairs (by model)")
     duration("--steps", type=int, metavar="N", help="steps, instead of --epochs (by model)")
     add("--batch-size", type=int, metavar="N", help="pairs in a step (by model)")
+    add("--group", type=int, metavar="N", help="at most N references share one reading of their source (by model)")
     add("--lr", type=float, metavar="X", help="learning rate, decays to 0 (by model and method)")
     add("--warmup", type=int, metavar="N", default=0, help="steps in which it rises first (%(default)s)")
     add("--seed", type=int, metavar="N", default=101, help="seed of the initial values and the order (%(default)s)")
@@ -67,7 +68,7 @@ def parse_args(description: str = "") -> Namespace:
 
     args = parser.parse_args()
     above_zero = ("epochs", "steps", "limit", "low_data", "batch_size", "lr", "eval_every", "beams", "max_source")
-    check_above_zero(args, (*above_zero, "prefix_length", "adapter_width"))
+    check_above_zero(args, (*above_zero, "group", "prefix_length", "adapter_width"))
     check_not_negative(args, ("hidden", "warmup", "eval_inputs", "seed", "low_data_seed", "offset"))
     check_requires(args, {"topic_field": "topics", "low_data_seed": "low_data", "beams": "eval_inputs"})
     for key in sorted(other_options(args.method)):

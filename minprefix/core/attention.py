@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from minprefix.system.errors import InputError
 
-FUSED_FROM = 16  # query tokens: from so many on, a GPU's fused kernel is used
+FEW_QUERIES = 16  # tokens: with fewer, as in decoding, keys are never copied
+SHORT_PREFIX = 64  # virtual tokens: up to so many, copying them before the tokens' keys is faster on CPU
 
 
 class KV(NamedTuple):
@@ -35,17 +36,28 @@ class KV(NamedTuple):
 def attend(q: Tensor, kv: KV, prefix: KV | None = None) -> Tensor:
     """Scaled dot-product attention of the queries q (B, H, T, D) over the prefix and the tokens -> (B, H, T, D).
 
-    softmax(q [K_prefix; K]^T / sqrt(D) + mask) [V_prefix; V], as in Li & Liang (2021), section 4. The keys are not
-    copied together: the scores are.
+    softmax(q [K_prefix; K]^T / sqrt(D) + mask) [V_prefix; V], as in Li & Liang (2021), section 4.
     """
-    if q.is_cuda and q.size(2) >= FUSED_FROM:
-        return fused_attend(q, kv, prefix)
+    T, gpu = q.size(2), q.is_cuda
+    if prefix is not None and T >= FEW_QUERIES and (gpu or prefix.k.size(2) <= SHORT_PREFIX):
+        kv, prefix = concat(prefix, kv, len(q), T), None
+    return fused_attend(q, kv) if gpu and T >= FEW_QUERIES else plain_attend(q, kv, prefix)
+
+
+def plain_attend(q: Tensor, kv: KV, prefix: KV | None = None) -> Tensor:
+    """`attend` by two products for each part; the prefix's keys are not copied, only the scores are concatenated."""
     q = q * q.size(-1) ** -0.5
     if prefix is None:
         return product(scores(q, kv).softmax(dim=-1), kv.v)
     P = prefix.k.size(2)
     weights = torch.cat([scores(q, prefix), scores(q, kv)], dim=-1).softmax(dim=-1)
     return product(weights[..., :P], prefix.v) + product(weights[..., P:], kv.v)
+
+
+def fused_attend(q: Tensor, kv: KV) -> Tensor:
+    """`attend` without a prefix by torch's fused kernel, which keeps no scores in memory: for a GPU."""
+    k, v = kv.k.expand(len(q), -1, -1, -1), kv.v.expand(len(q), -1, -1, -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=kv.mask)
 
 
 def scores(q: Tensor, kv: KV) -> Tensor:
@@ -62,28 +74,36 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (a.transpose(0, 1).reshape(H, B * T, X) @ b[0]).unflatten(1, (B, T)).transpose(0, 1)
 
 
-def fused_attend(q: Tensor, kv: KV, prefix: KV | None) -> Tensor:
-    """`attend` by torch's fused kernel over [prefix; tokens], which keeps no scores in memory: for a GPU."""
-    k, v, mask = kv if prefix is None else concat(prefix, kv, len(q), q.size(2))
-    B = len(q)
-    k, v = k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
 def concat(prefix: KV, kv: KV, B: int, T: int) -> KV:
     """The prefix and the tokens as one KV, for B rows of T queries."""
     k = torch.cat([prefix.k.expand(B, -1, -1, -1), kv.k.expand(B, -1, -1, -1)], dim=2)
     v = torch.cat([prefix.v.expand(B, -1, -1, -1), kv.v.expand(B, -1, -1, -1)], dim=2)
     if prefix.mask is None and kv.mask is None:
         return KV(k, v)
-    masks = [x.k.new_zeros(1, 1, 1, x.k.size(2)) if x.mask is None else x.mask for x in (prefix, kv)]
-    rows = max(len(mask) for mask in masks)
-    return KV(k, v, torch.cat([mask.expand(rows, 1, T, -1) for mask in masks], dim=3))
+    masks = [x.k.new_zeros(1, 1, 1, 1) if x.mask is None else x.mask for x in (prefix, kv)]
+    rows = max(len(mask) for mask in masks)  # an infix's mask is the same for all of its keys: (b, 1, T, 1)
+    masks = [mask.expand(rows, 1, T, x.k.size(2)) for mask, x in zip(masks, (prefix, kv), strict=True)]
+    return KV(k, v, torch.cat(masks, dim=3))
 
 
-def causal_mask(T: int, like: Tensor) -> Tensor:
-    """(1, 1, T, T): token t may look at tokens 0..t. dtype and device of the tensor `like`."""
-    return torch.full((T, T), float("-inf"), dtype=like.dtype, device=like.device).triu(1)[None, None]
+def causal_mask(T: int, like: Tensor, segments: Tensor | None = None) -> Tensor:
+    """(1, 1, T, T): token t may look at tokens 0..t. dtype and device of the tensor `like`.
+
+    segments (B, T): of rows that hold several targets, see `visible_keys`; the mask is then (B, 1, T, T).
+    """
+    if segments is None:
+        return torch.full((T, T), float("-inf"), dtype=like.dtype, device=like.device).triu(1)[None, None]
+    visible = visible_keys(segments)
+    return like.new_zeros(visible.shape).masked_fill(~visible, float("-inf"))[:, None]
+
+
+def visible_keys(segments: Tensor) -> Tensor:
+    """(B, T, T), true where a query (dim 1) sees a key (dim 2): the source, and its own target up to itself.
+
+    segments (B, T): 0 at a row's source, 1 at its first target, 2 at its second and so on, -1 at padding.
+    """
+    query, key = segments[:, :, None], segments[:, None, :]
+    return ((key == 0) | (key == query)).tril()
 
 
 def length_mask(lengths: Tensor, S: int) -> Tensor:
@@ -97,12 +117,20 @@ def padding_mask(real: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(pads.shape, dtype=like.dtype, device=like.device).masked_fill(pads, float("-inf"))[:, None, None]
 
 
-def position_ids(ids: Tensor, start: int | Tensor, n_positions: int, lengths: Tensor | None = None) -> Tensor:
+def position_ids(
+    ids: Tensor, start: int | Tensor, n_positions: int, lengths: Tensor | None = None, segments: Tensor | None = None
+) -> Tensor:
     """(T,) for tokens ids (B, T), the first at `start`, or (B, T) for starts (B,); InputError if they are too many.
 
     lengths (B,): how many tokens a row has before its padding, which may stand anywhere; None: T each.
+    segments (B, T): see `visible_keys`; each target's positions then follow the source's, and the ids are (B, T).
     """
     T = ids.size(1)
+    positions = torch.arange(T, device=ids.device)
+    if segments is not None:
+        positions = visible_keys(segments).sum(dim=-1) - 1  # as many as the tokens that it sees before itself
+        if T + int(torch.as_tensor(start).max()) > n_positions:  # else all fit, and a GPU need not be waited for
+            lengths = (positions + 1).masked_fill(segments < 0, 0).amax(dim=1)
     lengths = torch.tensor([T]) if lengths is None else lengths.cpu()
     end, row = (torch.as_tensor(start).cpu() + lengths).max(dim=0)
     if end > n_positions:
@@ -111,6 +139,5 @@ def position_ids(ids: Tensor, start: int | Tensor, n_positions: int, lengths: Te
             f"{count} tokens from position {end - count} on do not fit the model's {n_positions} positions: "
             "shorten the text (--max-source cuts sources) or the prefix"
         )
-    positions = torch.arange(T, device=ids.device)
     positions = positions + (start.to(ids.device)[:, None] if torch.is_tensor(start) else start)
     return positions.clamp(max=n_positions - 1)  # that of padding alone

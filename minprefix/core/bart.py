@@ -129,14 +129,16 @@ class BART(nn.Module):
 
     def forward(
         self, source_ids: Tensor, target_ids: Tensor, source_mask: Tensor | None = None,
-        prefix: PrefixDict | None = None,
+        prefix: PrefixDict | None = None, segments: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """source_ids (B, S), target_ids (B, T): the decoder's inputs -> logits (B, T, V).
 
         source_mask (B, S): true or 1 at tokens (one in a row at least), false or 0 at padding; None: no padding.
         prefix: {site: (L, 2, [B,] H, P, D)}, any of the sites "encoder", "decoder", "cross"; or None.
+        segments (B, T): which of a row's target_ids are its first target's, which its second's and so on, for rows that
+        hold several targets of one source, each as if it stood alone; see `visible_keys`.
         """
-        return self.logits(self.hidden_states(source_ids, target_ids, source_mask, prefix))
+        return self.logits(self.hidden_states(source_ids, target_ids, source_mask, prefix, segments=segments))
 
     def logits(self, states: Tensor) -> Tensor:
         """Decoder states (..., C) -> logits (..., V)."""
@@ -149,14 +151,15 @@ class BART(nn.Module):
 
     def hidden_states(
         self, source_ids: Tensor, target_ids: Tensor, source_mask: Tensor | None = None,
-        prefix: PrefixDict | None = None, start: int | Tensor | None = None,
+        prefix: PrefixDict | None = None, start: int | Tensor | None = None, segments: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As `forward`, but the decoder's states (B, T, C) before `logits`: the loss needs few of those.
 
         start: position id of the decoder's first token, if it is not the one that the prefix sets.
         """
         source = self.source_kv(self.encode(source_ids, source_mask, prefix), source_mask)
-        return self._decode(target_ids, source, prefix, first_position(prefix) if start is None else start)
+        start = first_position(prefix) if start is None else start
+        return self._decode(target_ids, source, prefix, start, segments=segments)
 
     def encode(
         self, source_ids: Tensor, source_mask: Tensor | None = None, prefix: PrefixDict | None = None,
@@ -207,11 +210,12 @@ class BART(nn.Module):
 
     def _decode(
         self, target_ids: Tensor, source: list[KV], prefix: PrefixDict | None, start: int | Tensor,
-        caches: list[LayerCache] | None = None,
+        caches: list[LayerCache] | None = None, segments: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """target_ids (B, T) -> states (B, T, C). caches: take the keys and values of each layer."""
-        x = self._embed(self.decoder, target_ids, position_ids(target_ids, start, self.n_positions))
-        mask = causal_mask(target_ids.size(1), x)
+        positions = position_ids(target_ids, start, self.n_positions, segments=segments)
+        x = self._embed(self.decoder, target_ids, positions)
+        mask = causal_mask(target_ids.size(1), x, segments)
         prefixes, cross_prefixes = (self._layer_prefixes(prefix, site) for site in ("decoder", "cross"))
         for n, layer in enumerate(self.decoder.layers):
             x = layer(x, mask, source[n], prefixes[n], cross_prefixes[n], caches[n] if caches else None)

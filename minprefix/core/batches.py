@@ -3,6 +3,8 @@
 GPT-2 reads `" {x} <|endoftext|> {y} <|endoftext|>"` in one sequence, as in the paper; BART's encoder reads
 `<s>{x}</s>`, its decoder `</s><s>{y}` and writes `<s>{y}</s>`, as HuggingFace's. Only the target's tokens are in the
 loss. Shapes: B rows, S source tokens, T tokens, N target tokens of a batch.
+
+A row of a batch may hold several targets of one source, one behind the other, so that the model reads the source once.
 """
 
 import math
@@ -21,6 +23,8 @@ from minprefix.core.prefix_kv import PrefixDict
 from minprefix.system.errors import InputError
 
 Pair = tuple[list[int], list[int]]  # the ids of a source, those of a target
+Group = tuple[list[int], list[list[int]]]  # the ids of a source, those of some of its targets: a row of a batch
+EVAL_GROUP = 8  # targets that a row of a dev loss holds at most
 MAX_SOURCE = 512  # tokens of a source that an encoder reads (the paper's XSum articles are cut there, too)
 
 
@@ -133,28 +137,39 @@ class Batch:
     target_positions: Tensor  # (N,) int64, b * T + t where the next token is in the target
     labels: Tensor  # (N,) int64, those next tokens
     source_lengths: Tensor  # (B,) int64
+    pairs: int  # of a source and a target that its rows hold
+    segments: Tensor | None = None  # (B, T) int64, see `attention.visible_keys`; None where each row has one target
 
     def to(self, device: str | torch.device) -> "Batch":
         inputs = tuple(x.to(device) for x in self.inputs)
         index, labels, lengths = (x.to(device) for x in (self.target_positions, self.labels, self.source_lengths))
-        return Batch(inputs, index, labels, lengths)
+        segments = None if self.segments is None else self.segments.to(device)
+        return Batch(inputs, index, labels, lengths, self.pairs, segments)
 
 
-def collate(pairs: list[Pair], tokenizer: Tokenizer, model: Model) -> Batch:
-    """A list of B (source ids, target ids) -> Batch, rows padded on the right."""
+def collate(groups: list[Group], tokenizer: Tokenizer, model: Model) -> Batch:
+    """B groups -> Batch, rows padded on the right: GPT-2's hold the source and its targets, a BART decoder's these."""
     start, pad_id = start_id(model, tokenizer), tokenizer.pad_id
-    sources, targets = [source for source, _ in pairs], [[start, *target[:-1]] for _, target in pairs]
-    lengths = torch.tensor([len(source) for source in sources])
+    rows, segments, labels = [], [], []
+    for source, targets in groups:
+        row = [] if model.encoder_decoder else list(source)
+        segment = [0] * len(row)
+        for number, target in enumerate(targets, 1):
+            row += [start, *target[:-1]]
+            segment += [number] * len(target)
+            labels += target
+        rows.append(row)
+        segments.append(segment)
+    inputs: tuple[Tensor, ...] = (pad(rows, pad_id),)
+    lengths = torch.tensor([len(source) for source, _ in groups])
     if model.encoder_decoder:
-        source_ids, read, first = pad(sources, pad_id), targets, [0] * len(pairs)
-        inputs = (source_ids, pad(read, pad_id), length_mask(lengths, source_ids.size(1)))
-    else:
-        read, first = [s + t for s, t in zip(sources, targets, strict=True)], [len(source) for source in sources]
-        inputs = (pad(read, pad_id),)
-    T = max(len(row) for row in read)
-    index = [b * T + t for b, row in enumerate(read) for t in range(first[b], len(row))]
-    labels = [token for _, target in pairs for token in target]
-    return Batch(inputs, torch.tensor(index), torch.tensor(labels), lengths)
+        source_ids = pad([source for source, _ in groups], pad_id)
+        inputs = (source_ids, *inputs, length_mask(lengths, source_ids.size(1)))
+    padded = pad(segments, -1)
+    target_positions = (padded > 0).flatten().nonzero()[:, 0]
+    pairs = sum(len(targets) for _, targets in groups)
+    several = padded if pairs > len(groups) else None
+    return Batch(inputs, target_positions, torch.tensor(labels), lengths, pairs, several)
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
@@ -163,32 +178,91 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (T - len(row))] for row in rows])
 
 
-def batches_per_epoch(rows: Sequence[Any], batch_size: int) -> int:
-    """How many `bucket_batches` are made of rows: all full but one."""
-    return math.ceil(len(rows) / batch_size)
+def batches_per_epoch(pairs: Sequence[Any], batch_size: int) -> int:
+    """How many `epoch_batches` are made of pairs: all full but one."""
+    return math.ceil(len(pairs) / batch_size)
 
 
-def bucket_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """One epoch's batches as lists of indices: each index once, rows of like lengths together, all full but one.
+def group_sizes(batch_size: int, group: int) -> list[int]:
+    """How many targets a row may hold, the most first: what divides a batch of so many pairs, and is at most `group`.
 
-    lengths: (N,), those of the rows; or (N, 2), those of both parts of each row, where the parts are padded apart.
-    The rows are shuffled, cut into windows of up to 50 batches, sorted by length inside each, and the batches are
-    shuffled. There are at least four windows if there are enough rows: with a single one, sorted as a whole, the same
-    rows would nearly always share a batch.
+    So a batch is made of rows that hold equally many, and need little padding.
+    """
+    return [size for size in range(min(group, batch_size), 0, -1) if batch_size % size == 0]
+
+
+def pairs_by_source(pairs: list[Pair]) -> list[list[Pair]]:
+    """The pairs of each source, the sources in the order in which they come first."""
+    same: dict[tuple[int, ...], list[Pair]] = {}
+    for pair in pairs:
+        same.setdefault(tuple(pair[0]), []).append(pair)
+    return list(same.values())
+
+
+def cut_groups(by_source: list[list[Pair]], sizes: list[int], seed: int, epoch: int) -> list[Group]:
+    """The targets of each source in random order, cut into as few groups of these sizes (descending) as they take."""
+    rng = np.random.default_rng([seed, epoch, 1])  # another order than that of `epoch_batches`
+    groups = []
+    for pairs in by_source:
+        targets = [pairs[i][1] for i in rng.permutation(len(pairs))] if len(pairs) > 1 else [pairs[0][1]]
+        while targets:
+            size = next(size for size in sizes if size <= len(targets))
+            groups.append((pairs[0][0], targets[:size]))
+            targets = targets[size:]
+    return groups
+
+
+def group_lengths(groups: list[Group], encoder_decoder: bool) -> np.ndarray:
+    """(N,), the tokens of each row; for a BART, which pads sources and targets apart, (N, 2), the tokens of both."""
+    lengths = np.array([(len(source), sum(map(len, targets))) for source, targets in groups]).reshape(-1, 2)
+    return lengths if encoder_decoder else lengths.sum(axis=1)
+
+
+def epoch_batches(
+    groups: list[Group], batch_size: int, seed: int, epoch: int, encoder_decoder: bool = False
+) -> list[list[Group]]:
+    """One epoch's batches: each group once, batch_size pairs in all batches but one, which may have fewer.
+
+    The groups of a batch are of one size and like lengths. Only what is left over, less than a batch of each size, is
+    batched together, some of its groups being cut in two.
     """
     rng = np.random.default_rng([seed, epoch])
+    lengths, sizes = group_lengths(groups, encoder_decoder), np.array([len(targets) for _, targets in groups])
+    batches: list[list[Group]] = []
+    left_over: list[Group] = []
+    for size in np.unique(sizes)[::-1]:
+        same = np.flatnonzero(sizes == size)
+        rows = batch_size // size
+        for picked in length_buckets(lengths[same], rows, rng):
+            batch = [groups[i] for i in same[picked]]
+            if len(picked) == rows:
+                batches.append(batch)
+            else:
+                left_over += batch
+    batches += fill_batches(left_over, batch_size)
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def length_buckets(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Batches of row numbers: each once, rows of like lengths together, all batches full but the last.
+
+    lengths: (N,), those of the rows; or (N, 2), those of both parts of each row, where the parts are padded apart.
+    The rows are shuffled, cut into windows of up to 50 batches, and sorted by length inside each. There are at least
+    four windows if there are enough rows: with a single one, sorted as a whole, the same rows would nearly always share
+    a batch.
+    """
     order = rng.permutation(len(lengths))
     window = batch_size * min(max(len(lengths) // batch_size // 4, 1), 50)
     batches = []
     for start in range(0, len(order), window):
         part = order[start : start + window]
         part = part[by_length(lengths[part], batch_size)]
-        batches += [part[i : i + batch_size].tolist() for i in range(0, len(part), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return batches
 
 
 def by_length(lengths: np.ndarray, batch_size: int) -> np.ndarray:
-    """The order (N,) in which neighbouring rows have like lengths. lengths: as in `bucket_batches`."""
+    """The order (N,) in which neighbouring rows have like lengths. lengths: as in `length_buckets`."""
     if lengths.ndim == 1:
         return np.argsort(lengths, kind="stable")
     order = np.argsort(lengths[:, 0], kind="stable")
@@ -197,7 +271,37 @@ def by_length(lengths: np.ndarray, batch_size: int) -> np.ndarray:
     return np.concatenate([rows[np.argsort(lengths[rows, 1], kind="stable")] for rows in groups])
 
 
-def sorted_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Batches for evaluation: each index once, the longest rows first, so that too little memory shows at once."""
-    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def fill_batches(groups: list[Group], batch_size: int) -> list[list[Group]]:
+    """Groups in order -> batches of batch_size pairs, all full but the last: where one ends a group is cut in two."""
+    batches: list[list[Group]] = []
+    room = 0
+    for source, targets in groups:
+        while targets:
+            if room == 0:
+                batches.append([])
+                room = batch_size
+            batches[-1].append((source, targets[:room]))
+            targets, room = targets[room:], max(0, room - len(targets))
+    return batches
+
+
+def eval_batches(pairs: list[Pair], batch_size: int) -> list[list[Group]]:
+    """Batches for evaluation: each pair once, a source's targets together, and the longest rows first.
+
+    So too little memory shows at once. A batch has at most batch_size pairs, or a single row.
+    """
+    groups = [
+        (same[0][0], [target for _, target in same[i : i + EVAL_GROUP]])
+        for same in pairs_by_source(pairs)
+        for i in range(0, len(same), EVAL_GROUP)
+    ]
+    batches: list[list[Group]] = []
+    room = 0
+    for i in np.argsort(-group_lengths(groups, False), kind="stable"):
+        count = len(groups[i][1])
+        if count > room:
+            batches.append([])
+            room = batch_size
+        batches[-1].append(groups[i])
+        room -= count
+    return batches

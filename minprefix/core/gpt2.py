@@ -89,9 +89,13 @@ class GPT2(nn.Module):
             self.lm_head = Linear(C, V, bias=False)
         self.prefix_sites = {"decoder": (L, H, C // H)}  # site -> (L, H, D)
 
-    def forward(self, ids: Tensor, prefix: PrefixDict | None = None) -> Tensor:
-        """ids (B, T), prefix {"decoder": (L, 2, [B,] H, P, D)} or None -> logits (B, T, V)."""
-        return self.logits(self.hidden_states(ids, prefix))
+    def forward(self, ids: Tensor, prefix: PrefixDict | None = None, segments: Tensor | None = None) -> Tensor:
+        """ids (B, T), prefix {"decoder": (L, 2, [B,] H, P, D)} or None -> logits (B, T, V).
+
+        segments (B, T): which tokens of a row are its source's, which its first target's and so on, for rows that hold
+        several targets of one source, each as if it stood alone behind the source; see `visible_keys`.
+        """
+        return self.logits(self.hidden_states(ids, prefix, segments=segments))
 
     def logits(self, states: Tensor) -> Tensor:
         """States (..., C) -> logits (..., V)."""
@@ -102,12 +106,15 @@ class GPT2(nn.Module):
         """The layer whose weight (V, C) makes logits of states."""
         return self.wte if self.config["tie_word_embeddings"] else self.lm_head
 
-    def hidden_states(self, ids: Tensor, prefix: PrefixDict | None = None, start: int | Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, ids: Tensor, prefix: PrefixDict | None = None, start: int | Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """As `forward`, but the states (B, T, C) before `logits`: the loss needs few of those.
 
         start: position id of the first token, if it is not the one that the prefix sets.
         """
-        return self._run(ids, prefix, first_position(prefix) if start is None else start)
+        return self._run(ids, prefix, first_position(prefix) if start is None else start, segments=segments)
 
     def prefill(self, ids: Tensor, lengths: Tensor, prefix: PrefixDict | None = None) -> Cache:
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`."""
@@ -135,11 +142,11 @@ class GPT2(nn.Module):
 
     def _run(
         self, ids: Tensor, prefix: PrefixDict | None, start: int | Tensor, lengths: Tensor | None = None,
-        caches: list[LayerCache] | None = None,
+        caches: list[LayerCache] | None = None, segments: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """ids (B, T), of which `lengths` (B,) are tokens -> states (B, T, C). caches: take the keys of each layer."""
         check_prefix(prefix, self.prefix_sites, len(ids))
-        positions = position_ids(ids, start, self.n_positions, lengths)
+        positions = position_ids(ids, start, self.n_positions, lengths, segments)
         prefixes = self._layer_prefixes(prefix)
         if isinstance(prefix, KVInfix):
             source = length_mask(prefix.source_lengths, ids.size(1))
@@ -147,7 +154,7 @@ class GPT2(nn.Module):
             hidden_from_source = padding_mask(~source, self.wte.weight).mT  # (B, 1, T, 1)
             prefixes = [kv and KV(kv.k, kv.v, hidden_from_source) for kv in prefixes]
         x = self.wte(ids) + self.wpe(positions)
-        mask = causal_mask(ids.size(1), x)
+        mask = causal_mask(ids.size(1), x, segments)
         for n, block in enumerate(self.h):
             x = block(x, mask, prefixes[n], caches[n] if caches else None)
         return self.ln_f(x)

@@ -21,9 +21,10 @@ def target_loss(model: Model, batch: Batch, prefix: PrefixDict | None) -> Tensor
     """Negative log-likelihood of all target tokens of a batch, summed (nats)."""
     if isinstance(prefix, KVInfix):
         prefix = prefix.with_source_lengths(batch.source_lengths)
-    states = model.hidden_states(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.target_positions]
+    states = model.hidden_states(*batch.inputs, prefix=prefix, segments=batch.segments)
+    states = states.flatten(0, 1)[batch.target_positions]
     if model.head.weight.requires_grad or states.device.type == "meta":  # meta: bench.py counts operations by shapes
-        return F.cross_entropy(model.logits(states).float(), batch.labels, reduction="sum")
+        return F.cross_entropy(at_least_float32(model.logits(states)), batch.labels, reduction="sum")
     return HeadLoss.apply(states, model, batch.labels)
 
 
@@ -41,7 +42,7 @@ class HeadLoss(torch.autograd.Function):
                 loss, gradient = compiled(loss_and_gradient)(model.logits(x), y)
                 gradients.append(gradient @ model.head.weight)
             else:
-                loss = F.cross_entropy(model.logits(x).float(), y, reduction="sum")
+                loss = F.cross_entropy(at_least_float32(model.logits(x)), y, reduction="sum")
             total = total + loss
         ctx.gradients = gradients
         return total
@@ -53,8 +54,12 @@ class HeadLoss(torch.autograd.Function):
 
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (N, V), labels (N,) -> their cross-entropy, summed, and its gradient (N, V) by the logits."""
-    total = logits.float().logsumexp(dim=-1, keepdim=True)
-    target = logits.gather(1, labels[:, None]).float() - total
-    gradient = (logits.float() - total).exp().to(logits.dtype)
+    total = at_least_float32(logits).logsumexp(dim=-1, keepdim=True)
+    target = at_least_float32(logits.gather(1, labels[:, None])) - total
+    gradient = (at_least_float32(logits) - total).exp().to(logits.dtype)
     at_label = target.expm1().to(logits.dtype)  # p - 1, exact where p is near 1
     return -target.sum(), gradient.scatter_(1, labels[:, None], at_label)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

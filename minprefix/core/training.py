@@ -10,14 +10,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from minprefix.core.batches import Batch, Pair, batches_per_epoch, bucket_batches, collate, pair_lengths, sorted_batches
+from minprefix.core.batches import (
+    Batch,
+    Group,
+    Pair,
+    batches_per_epoch,
+    collate,
+    cut_groups,
+    epoch_batches,
+    eval_batches,
+    group_sizes,
+    pairs_by_source,
+)
 from minprefix.core.checkpointing import Log, read_checkpoint, save_checkpoint, too_little_memory
 from minprefix.core.kernels import packed_weights
 from minprefix.core.loss import target_loss
@@ -47,7 +57,7 @@ def training_step(model: Model, trainable: Method, batch: Batch, optimizer: Opti
     other ranks; the loss returned is the whole batch's.
     """
     loss = target_loss(model, batch, trainable())
-    (loss / len(batch.labels if model.encoder_decoder else batch.source_lengths) * share).backward()
+    (loss / (len(batch.labels) if model.encoder_decoder else batch.pairs) * share).backward()
     loss = loss.detach() if share else torch.zeros_like(loss)
     distributed.all_reduce_sum([*(p.grad for p in trainable.parameters() if p.grad is not None), loss])
     torch.nn.utils.clip_grad_norm_(trainable.parameters(), 1.0)
@@ -58,18 +68,22 @@ def training_step(model: Model, trainable: Method, batch: Batch, optimizer: Opti
 
 @torch.no_grad()
 def dev_loss(model: Model, trainable: Method, pairs: list[Pair], tokenizer: Tokenizer, batch_size: int) -> float:
-    """Nats per target token over (source, target) pairs."""
+    """Nats per target token over (source, target) pairs; the model reads a source once for several targets."""
     device = next(model.parameters()).device
     prefix, total = trainable(), torch.zeros((), device=device)
-    for picked in distributed.shard(sorted_batches(pair_lengths(pairs), batch_size)):
-        batch = collate([pairs[i] for i in picked], tokenizer, model).to(device)
+    for groups in distributed.shard(eval_batches(pairs, batch_size)):
+        batch = collate(groups, tokenizer, model).to(device)
         total = total + target_loss(model, batch, prefix)
     distributed.all_reduce_sum([total])
-    return float(total) / target_tokens(pairs)
+    return float(total) / sum(len(target) for _, target in pairs)
 
 
-def target_tokens(pairs: list[Pair]) -> int:
-    return sum(len(target) for _, target in pairs)
+def pair_count(groups: list[Group]) -> int:
+    return sum(len(targets) for _, targets in groups)
+
+
+def target_tokens(groups: list[Group]) -> int:
+    return sum(len(target) for _, targets in groups for target in targets)
 
 
 def linear_schedule(step: int, steps: int, warmup: int) -> float:
@@ -78,18 +92,18 @@ def linear_schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def batch_stream(
-    pairs: list[Pair], batch_size: int, seed: int, start: int, encoder_decoder: bool = False
-) -> Iterator[list[Pair]]:
-    """Batches of pairs from step `start` on, epoch after epoch, the same for the same seed.
+    pairs: list[Pair], batch_size: int, seed: int, start: int, encoder_decoder: bool = False, group: int = 1
+) -> Iterator[list[Group]]:
+    """Batches of batch_size pairs from step `start` on, epoch after epoch, the same for the same seed.
 
-    encoder_decoder: whether they are for a BART, which pads sources and targets apart.
+    encoder_decoder: whether they are for a BART, which pads sources and targets apart. group: how many of a source's
+    targets may share a row, see `group_sizes`; which of them do changes from epoch to epoch.
     """
-    apart = [(len(source), len(target)) for source, target in pairs]
-    lengths = np.array(apart if encoder_decoder else pair_lengths(pairs))
-    per_epoch = batches_per_epoch(pairs, batch_size)
+    sizes, per_epoch = group_sizes(batch_size, group), batches_per_epoch(pairs, batch_size)
+    by_source = [[pair] for pair in pairs] if sizes == [1] else pairs_by_source(pairs)
     for epoch in itertools.count(start // per_epoch):
-        for picked in bucket_batches(lengths, batch_size, seed, epoch)[start % per_epoch :]:
-            yield [pairs[i] for i in picked]
+        groups = cut_groups(by_source, sizes, seed, epoch)
+        yield from epoch_batches(groups, batch_size, seed, epoch, encoder_decoder)[start % per_epoch :]
         start = 0
 
 
@@ -126,23 +140,24 @@ class Run:
         due = self.step % self.settings["eval_every"] == 0 or self.step == self.steps
         return due and (not self.log or self.log[-1]["step"] < self.step)
 
-    def batches(self, start: int) -> Iterator[list[Pair]]:
+    def batches(self, start: int) -> Iterator[list[Group]]:
         """The batches from step `start` on."""
-        seed = self.settings["seed"]
-        return batch_stream(self.train_pairs, self.batch_size, seed, start, self.model.encoder_decoder)
+        seed, group = self.settings["seed"], self.settings["group"]
+        return batch_stream(self.train_pairs, self.batch_size, seed, start, self.model.encoder_decoder, group)
 
-    def train_step(self, pairs: list[Pair]) -> None:
-        """One step on a batch of pairs, of which this rank takes its share."""
-        mine, device = distributed.shard(pairs), next(self.model.parameters()).device
-        # A rank without a share takes one pair, of weight 0: `all_reduce_sum` needs a gradient of every rank.
-        batch = collate(mine or pairs[:1], self.tokenizer, self.model).to(device)
-        share = target_tokens(mine) / target_tokens(pairs) if self.model.encoder_decoder else len(mine) / len(pairs)
+    def train_step(self, groups: list[Group]) -> None:
+        """One step on a batch, of whose rows this rank takes its share."""
+        mine, device = distributed.shard(groups), next(self.model.parameters()).device
+        # A rank without a share takes one row, of weight 0: `all_reduce_sum` needs a gradient of every rank.
+        batch = collate(mine or groups[:1], self.tokenizer, self.model).to(device)
+        count = target_tokens if self.model.encoder_decoder else pair_count
+        share = count(mine) / count(groups)
         with signals.defer_signals():  # a step is made whole or not at all
             self.losses.append(training_step(self.model, self.trainable, batch, self.optimizer, share))
             self.schedule.step()
             self.step += 1
-            self.sums["tokens"] += target_tokens(pairs)
-            self.sums["examples"] += len(pairs)
+            self.sums["tokens"] += target_tokens(groups)
+            self.sums["examples"] += pair_count(groups)
             self.bar.update()
             if self.step % 10 == 0:
                 self.sync_losses()
@@ -249,14 +264,15 @@ class Run:
 def train(
     model: Model, trainable: Method, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
     out: str | Path, *, steps: int, batch_size: int, lr: float, warmup: int = 0, eval_every: int = 100,
-    seed: int = 101, settings: dict[str, Any] | None = None, resume: bool = False,
+    seed: int = 101, group: int = 1, settings: dict[str, Any] | None = None, resume: bool = False,
 ) -> tuple[Log, int]:  # fmt: skip
     """Train for `steps` steps; leave the weights with the best dev loss in `trainable` -> (log, best step).
 
     trainable: a Prefix, or another method of `methods/`; calling it gives the prefix that the model takes.
 
     As in the authors' runs the loss is averaged over the batch's sentences for GPT-2 (a sentence's being the sum over
-    its tokens), over its tokens for BART; and the gradient's norm is cut to 1.
+    its tokens), over its tokens for BART; and the gradient's norm is cut to 1. A batch is of batch_size pairs; up to
+    `group` of a source's targets share a row of it, for which the model reads the source once.
     At the start and every `eval_every` steps the dev loss is taken and OUT/checkpoint.pt and OUT/log.jsonl are written,
     the former also when the run is stopped by a signal, or because its output cannot be written. With `resume` it goes
     on from there, on the same CPU bit for bit as if it had not stopped.
@@ -272,7 +288,7 @@ def train(
         **(settings or {}),
         "dtype": str(dtype_of_products(model)), "model": fingerprint(model), "trained": type(trainable).__name__,
         "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "eval_every": eval_every, "seed": seed,
-        "position_offset": trainable.position_offset,
+        "group": group, "position_offset": trainable.position_offset,
         "training data": digest(train_pairs), "dev data": digest(dev_pairs),
     }  # fmt: skip
     distributed.check_same_on_ranks(settings)  # one rank may have fallen back to the bundled sample

@@ -11,6 +11,10 @@ programs that it made after the first round.
 
 PEFT's `generate` leaves the prefix out (peft 0.21.2 with transformers 5.24.0), so that the peer's texts are written by
 the base model's `generate`, to which the adapter's keys and values are given as a cache.
+
+In training minprefix reads an input of E2E once for several of its references (--group), the peer once for each, as it
+does; both are given the same pairs, and examples_per_s counts pairs. tokens_per_s and the operations of TFLOP_per_s are
+those that each contender needs for them.
 """
 
 import json
@@ -34,7 +38,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from minprefix.cli.options import Parser, add_device_options, check_above_zero, check_not_negative, flag
-from minprefix.core.batches import Pair, collate, encode_pairs, pad, pair_lengths, start_id
+from minprefix.core.batches import Group, collate, encode_pairs, pad, start_id
 from minprefix.core.generate import generate_ids
 from minprefix.core.kernels import Linear, pack_weights
 from minprefix.core.loss import target_loss
@@ -60,6 +64,7 @@ def parse_args() -> Namespace:
     add("--model", default="gpt2-mini", help="a HuggingFace folder or a model's name (%(default)s)")
     add("--data", metavar="FOLDER", help="of E2E's files (as train.py)")
     add("--batch-size", type=int, metavar="N", default=10, help="pairs or inputs at a time (%(default)s)")
+    add("--group", type=int, metavar="N", default=8, help="references that may share a row in training (%(default)s)")
     add("--prefix-length", type=int, metavar="N", default=5, help="virtual tokens (%(default)s)")
     add("--hidden", type=int, metavar="N", default=512, help="width of the MLP in training, 0: none (%(default)s)")
     add("--source-length", type=int, metavar="N", help="random sources of N tokens (E2E's own)")
@@ -74,7 +79,7 @@ def parse_args() -> Namespace:
     add("--json", action="store_true", help="print JSON lines only, minprefix's own the last")
     args = parser.parse_args()
     numbers = ("batch_size", "prefix_length", "beams", "new_tokens", "steps", "rounds", "threads", "source_length")
-    check_above_zero(args, numbers)
+    check_above_zero(args, (*numbers, "group"))
     check_not_negative(args, ("hidden",))
     if args.peer and not all(find_spec(name) for name in ("transformers", "peft")):  # before the first is measured
         raise InputError("--peer needs transformers and PEFT: pip install -e '.[parity]'")
@@ -205,6 +210,9 @@ def print_table(rows: list[dict[str, Any]], args: Namespace) -> None:
     for name in FIGURES:
         if name in rows[0]:
             print(f"  {name:<20}" + "".join(f"{row[name]!s:>22}" for row in rows))
+    if args.what == "train" and not args.source_length:
+        print(f"  examples are pairs; minprefix reads an input once for up to {args.group} of its references (--group)"
+              + (", the peer once for each" if len(rows) > 1 else ""))  # fmt: skip
     if len(rows) > 1:
         speed, memory = (rows[0][key] / rows[1][key] for key in ("examples_per_s", "peak_GiB"))
         print(f"  minprefix / peer: {speed:.2f} times the examples per second, {memory:.2f} of the memory")
@@ -224,7 +232,8 @@ def ours(args: Namespace) -> Work:
     start, count = start_id(model, tokenizer), args.new_tokens
 
     def train(i: int) -> None:
-        training_step(model, prefix, collate(batches[i], tokenizer, model).to(args.device), optimizer)
+        batch = collate(batches[i], tokenizer, model).to(args.device)
+        training_step(model, prefix, batch, optimizer)
 
     def write(i: int) -> None:
         sources = [source for source, _ in batches[i]]
@@ -239,18 +248,19 @@ def ours(args: Namespace) -> Work:
 def peer(args: Namespace) -> Work:
     """transformers + PEFT with the same pairs, the same MLP or none; BART has a prefix at the decoder only, PEFT's way.
 
-    The batches are random ones: to put rows of like length together is minprefix's doing.
+    The batches are random ones of a row for each pair: to put rows of like length together, or several targets into a
+    row, is minprefix's doing.
     """
     try:
         import transformers
         from peft import PrefixTuningConfig, get_peft_model
     except ImportError as error:
         raise InputError(f"--peer needs transformers and PEFT: pip install -e '.[parity]' ({error})") from error
-    model, tokenizer, batches = shared(args)
-    facts = facts_of(args, model, tokenizer, batches, ["decoder"])
+    model, tokenizer, groups = shared(args)
+    pairs = [(source, target) for source, targets in chain(*groups) for target in targets]
+    facts = facts_of(args, model, tokenizer, [[(source, [target]) for source, target in pairs]], ["decoder"])
     decoder_only, folder = not model.encoder_decoder, resolve_model(args.model)
     del model
-    pairs = list(chain(*batches))
     random.Random(0).shuffle(pairs)
     batches = [pairs[i : i + args.batch_size] for i in range(0, len(pairs), args.batch_size)]
     kind = transformers.GPT2LMHeadModel if decoder_only else transformers.BartForConditionalGeneration
@@ -303,45 +313,51 @@ def peer_generate(peft_model: Any, ids: Tensor, mask: Tensor, num_beams: int, **
     )
 
 
-def shared(args: Namespace) -> tuple[Model, Tokenizer, list[list[Pair]]]:
-    """The model, the tokeniser, and batches of (source ids, target ids) of one round: the same for both contenders."""
+def shared(args: Namespace) -> tuple[Model, Tokenizer, list[list[Group]]]:
+    """The model, the tokeniser, and the batches of one round: the same pairs for both contenders."""
     model = load_model(args.model, args.device, pick_dtype(args.dtype, args.device))
     tokenizer = load_tokenizer(args.model)
     examples = load_examples("e2e", "train" if args.what == "train" else "test", args.data)
-    examples = random.Random(0).sample(examples, min(len(examples), 20 * args.batch_size * args.steps))
-    pairs = encode_pairs([Example(e.source, e.references[:1]) for e in examples], tokenizer, model, what=None)
+    group = 1 if args.what == "generate" or args.source_length else args.group
+    examples = random.Random(0).sample(examples, min(len(examples), 20 * args.batch_size * args.steps // group))
+    if group == 1:
+        examples = [Example(e.source, e.references[:1]) for e in examples]
+    pairs = encode_pairs(examples, tokenizer, model, what=None)
     pairs = pairs[: len(pairs) // args.batch_size * args.batch_size]  # full batches only
     if not pairs:
         raise InputError(f"there are {len(examples)} inputs, too few for --batch-size {args.batch_size}: lower it")
     if args.source_length:
         sources = torch.randint(5, min(tokenizer.vocab_size - 5, 4000), (len(pairs), args.source_length)).tolist()
         pairs = [(source, target) for source, (_, target) in zip(sources, pairs, strict=True)]
-    return model, tokenizer, list(islice(batch_stream(pairs, args.batch_size, 0, 0, model.encoder_decoder), args.steps))
+    batches = batch_stream(pairs, args.batch_size, 0, 0, model.encoder_decoder, group)
+    return model, tokenizer, list(islice(batches, args.steps))
 
 
 def facts_of(
-    args: Namespace, model: Model, tokenizer: Tokenizer, batches: list[list[Pair]], sites: Iterable[str]
+    args: Namespace, model: Model, tokenizer: Tokenizer, batches: list[list[Group]], sites: Iterable[str]
 ) -> dict[str, Any]:
     """What a round is: tokens (read in training, padding not counted; else written), and the work that they need."""
     if args.what == "generate":
         return {"tokens": args.steps * args.batch_size * args.new_tokens, "bytes": bytes_of_a_step(model)}
     flop = useful_flop(model, tokenizer, chain(*batches), args.prefix_length, sites)
-    return {"tokens": sum(sum(pair_lengths(pairs)) for pairs in batches), "flop": flop}
+    tokens = sum(len(source) + sum(map(len, targets)) for source, targets in chain(*batches))
+    return {"tokens": tokens, "flop": flop}
 
 
-def useful_flop(model: Model, tokenizer: Tokenizer, pairs: Iterable[Pair], length: int, sites: Iterable[str]) -> int:
-    """Floating-point operations of all matrix products that training on pairs needs: each row by itself, unpadded.
+def useful_flop(model: Model, tokenizer: Tokenizer, groups: Iterable[Group], length: int, sites: Iterable[str]) -> int:
+    """Floating-point operations of all matrix products that training on groups needs: each row by itself, unpadded.
 
     As torch counts them, forward and backward, for a frozen model with a prefix of this length at these sites; the
     prefix's MLP is left out.
     """
     with torch.device("meta"):  # shapes alone, nothing is computed
         shapes = type(model)(model.config).requires_grad_(False)
+        shapes.n_positions = sys.maxsize  # a row of several targets may be longer than any of its pairs
         prefix = {site: torch.zeros(L, 2, H, length, D, requires_grad=True)
                   for site, (L, H, D) in model.prefix_sites.items() if site in sites}  # fmt: skip
     with FlopCounterMode(display=False) as counter:
-        for pair in pairs:
-            target_loss(shapes, collate([pair], tokenizer, shapes).to("meta"), prefix).backward()
+        for group in groups:
+            target_loss(shapes, collate([group], tokenizer, shapes).to("meta"), prefix).backward()
     return counter.get_total_flops()
 
 

@@ -33,7 +33,7 @@ from minprefix.core.batches import batches_per_epoch, collate, encode_pairs
 from minprefix.core.generate import generate
 from minprefix.core.kernels import packed_weights
 from minprefix.core.prefix import Prefix
-from minprefix.core.training import DIVERGED, batch_stream, make_optimizer, training_step
+from minprefix.core.training import DIVERGED, batch_stream, make_optimizer, pair_count, training_step
 from minprefix.data.rows import json_rows
 from minprefix.data.tasks import TASKS, find_e2e, load_examples, load_on_topics
 from minprefix.formats.hub import model_name, resolve_model
@@ -184,10 +184,10 @@ def measure(args: Namespace) -> dict[str, float]:
     encoded = encode_pairs(examples, tokenizer, model, what=None)
     batches = list(islice(batch_stream(encoded, 16, 0, 0, model.encoder_decoder), 4))
     with packed_weights(model, training=True):
-        for pairs in [*batches, *batches]:
+        for groups in [*batches, *batches]:
             started = time.perf_counter()
-            training_step(model, prefix, collate(pairs, tokenizer, model).to(args.device), optimizer).item()
-            seconds.append((time.perf_counter() - started) / len(pairs))
+            training_step(model, prefix, collate(groups, tokenizer, model).to(args.device), optimizer).item()
+            seconds.append((time.perf_counter() - started) / pair_count(groups))
     seconds = seconds[len(batches) :]  # the first time includes compiling
     sources, started = [example.source for example in examples[:16]], time.perf_counter()
     generate(model, tokenizer, sources, prefix.fold(), what=None, **recipe(args.task))

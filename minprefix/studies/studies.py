@@ -177,7 +177,7 @@ def make_run(
     train = [
         "--model", args.model, *data, "--method", method.split()[0], *options, "--lr", lr or args.lr[method],
         "--steps", str(steps), "--batch-size", str(batch_size), "--eval-every", str(math.ceil(steps / evaluations)),
-        "--seed", str(seed), "--eval-inputs", "0",
+        "--group", "1", "--seed", str(seed), "--eval-inputs", "0",  # the same batches for every method
     ]  # fmt: skip
     samples: dict[str, list[str]] = {}
     limit = ["--limit", str(args.limit_test)] if args.limit_test else []

@@ -20,7 +20,7 @@ from minprefix.formats.tokenizer import load_tokenizer
 from minprefix.methods.baselines import Adapters, Infix
 from minprefix.methods.files import load_trained, save_trained
 from minprefix.system.errors import InputError
-from tests.helpers import call
+from tests.helpers import call, singles
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 
@@ -66,7 +66,7 @@ def test_shares_are_those_of_the_definition(name, method, world):
     model, tokenizer = load_model(name).double(), load_tokenizer(name)
     torch.manual_seed(4)
     prefix = Prefix(model, 5, 0).fold()
-    batch = collate([([11, 12, 13, 14], [21, 22, 23])], tokenizer, model)
+    batch = collate(singles([([11, 12, 13, 14], [21, 22, 23])]), tokenizer, model)
     outputs = {}
     for key, module in model.named_modules():
         module.register_forward_hook(lambda module, x, y, key=key: outputs.__setitem__(key, y))
@@ -89,7 +89,7 @@ def test_shares_are_those_of_the_definition(name, method, world):
 def test_an_infix_is_seen_by_the_target_alone(world):
     model, tokenizer = load_model("gpt2"), load_tokenizer("gpt2")
     infix = KVInfix(Prefix(model, 3, 0).fold(), 3)
-    batch = collate([([11, 12, 13, 14], [21, 22, 23])], tokenizer, model)
+    batch = collate(singles([([11, 12, 13, 14], [21, 22, 23])]), tokenizer, model)
     assert (prefix_tool.attention_shares(model, infix, batch)["decoder"] > 0.01).all()
     batch.target_positions = torch.arange(4)
     assert (prefix_tool.attention_shares(model, infix, batch)["decoder"] == 0).all()
@@ -97,7 +97,7 @@ def test_an_infix_is_seen_by_the_target_alone(world):
 
 def test_no_hook_is_left(world):
     model, tokenizer = load_model("gpt2"), load_tokenizer("gpt2")
-    prefix_tool.attention_shares(model, Prefix(model, 3, 0).fold(), collate([([1], [2])], tokenizer, model))
+    prefix_tool.attention_shares(model, Prefix(model, 3, 0).fold(), collate(singles([([1], [2])]), tokenizer, model))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -28,21 +28,21 @@ from tests.tiny import write_tiny_bart, write_tiny_model
 def test_the_papers_settings(kind, task, lr, epochs, batch_size, length, hidden):
     settings = default_settings("gpt2-medium" if kind == "gpt2" else None, kind, task)
     assert settings == {"lr": lr, "epochs": epochs, "batch_size": batch_size, "prefix_length": length, "hidden": hidden,
-                        "eval_every": 100 if kind == "gpt2" else 1000}  # fmt: skip
+                        "group": 1, "eval_every": 100 if kind == "gpt2" else 1000}  # fmt: skip
 
 
 @pytest.mark.parametrize("task", ["e2e", "dart"])
 def test_the_bundled_models_settings_are_their_own_whatever_the_task(task):
     assert default_settings("gpt2-mini", "gpt2", task) == {
-        "lr": 0.03, "steps": 1500, "batch_size": 16, "prefix_length": 100, "hidden": 0, "eval_every": 100,
+        "lr": 0.03, "steps": 1500, "batch_size": 16, "prefix_length": 100, "hidden": 0, "group": 1, "eval_every": 100,
     }  # fmt: skip
     assert default_settings("bart-mini", "bart", task) == {
-        "lr": 3e-3, "steps": 750, "batch_size": 16, "prefix_length": 20, "hidden": 512, "eval_every": 100,
+        "lr": 3e-3, "steps": 750, "batch_size": 16, "prefix_length": 20, "hidden": 512, "group": 1, "eval_every": 100,
     }  # fmt: skip
     rates = {method: learning_rate("gpt2-mini", "gpt2", task, method) for method in OPTIONS}
     assert rates == {"prefix": 0.03, "finetune": 1e-3, "top2": 3e-3, "adapter": 1e-2, "embedding": 3.0, "infix": 0.09}
     assert default_settings("gpt2-mini", "gpt2", task, "adapter") == {
-        "lr": 1e-2, "steps": 1500, "batch_size": 16, "adapter_width": 28, "eval_every": 100,
+        "lr": 1e-2, "steps": 1500, "batch_size": 16, "adapter_width": 28, "group": 1, "eval_every": 100,
     }  # fmt: skip
 
 
@@ -72,6 +72,13 @@ def test_train_takes_them(task, method, options, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*command, "--steps", "7", "--lr", "0.5", "--batch-size", "3"])
     args = train.parse_args()
     assert (args.epochs, args.steps, args.lr, args.batch_size) == (None, 7, 0.5, 3)
+
+
+def test_a_group_that_no_batch_could_be_made_of_is_told(tmp_path, capsys, monkeypatch):
+    folder = write_tiny_model(tmp_path / "model")
+    message = "--group 4 has no effect: no number from 2 to 4 divides the batch size, 7"
+    assert_one_clear_line(train, f"--model {folder} --group 4 --batch-size 7", message, capsys, tmp_path)
+    assert_one_clear_line(train, f"--model {folder} --group 0", "--group is 0: it must be above 0", capsys, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +136,7 @@ def test_the_table_of_help_has_every_default():
     assert lines["--prefix-length"] == ["100", "20", "5", "200"] and lines["--hidden"] == ["0", "512", "512", "800"]
     assert lines["--lr of prefix"] == ["0.03", "0.003", "8e-5", "5e-5"]
     assert lines["--lr of infix"] == ["0.09", "-", "8e-5", "-"] and lines["--steps"] == ["1500", "750", "-", "-"]
-    assert len(lines) == 13
+    assert len(lines) == 14
     assert "other GPT-2 on dart: --lr 5e-5 --batch-size 5 --epochs 10 --prefix-length 10" in settings_table()
 
 

@@ -6,12 +6,32 @@ import pytest
 import torch
 
 from minprefix.core import cache as cache_module
-from minprefix.core.attention import KV, attend, causal_mask, fused_attend, length_mask, padding_mask
+from minprefix.core.attention import (
+    KV,
+    attend,
+    causal_mask,
+    concat,
+    fused_attend,
+    length_mask,
+    padding_mask,
+    plain_attend,
+)
 from minprefix.core.gpt2 import GPT2
 from minprefix.core.prefix_kv import KVPrefix, layer_prefixes, prefix_length
 
 B, H, T, D, P, S = 6, 2, 4, 3, 5, 7
 INF = float("inf")
+
+
+def fused(q, kv, prefix=None):
+    return fused_attend(q, concat(prefix, kv, len(q), q.size(2)) if prefix else kv)
+
+
+def copied(q, kv, prefix=None):
+    return plain_attend(q, concat(prefix, kv, len(q), q.size(2)) if prefix else kv)
+
+
+BODIES = {"as chosen": attend, "scores concatenated": plain_attend, "keys copied": copied, "a GPU's kernel": fused}
 
 
 def rand(*shape):
@@ -70,10 +90,10 @@ def cases():
 
 @pytest.mark.parametrize("q, segments", [pytest.param(q, segments, id=name) for name, q, segments in cases()])
 def test_attend_is_its_definition(q, segments):
-    """Both bodies: the plain one, and the one of a GPU's fused kernel. Segments: the tokens, or a prefix and they."""
+    """By every path, see BODIES. Segments: the tokens, or a prefix and they."""
     expected = definition(q, segments)
     single = [KV(*(x if x is None else x.float() for x in segment)) for segment in segments]
-    for function in (attend, fused_attend):
+    for function in BODIES.values():
         *prefix, kv = (KV(*segment) for segment in segments)
         torch.testing.assert_close(function(q, kv, *(prefix or [None])), expected, rtol=0, atol=1e-13)
         *prefix, kv = single
@@ -91,11 +111,11 @@ def test_the_fused_body_has_the_same_gradients():
             parts.append(KV(leaves[-2], leaves[-1], mask))
         prefix = parts[0] if len(parts) == 2 else None
         upstream = rand(*q.shape)
-        plain, fused = (
+        plain, other = (
             torch.autograd.grad(function(leaves[0], parts[-1], prefix), leaves, upstream)
-            for function in (attend, fused_attend)
+            for function in (plain_attend, fused)
         )
-        for a, b in zip(plain, fused, strict=True):
+        for a, b in zip(plain, other, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 

@@ -22,6 +22,7 @@ from minprefix.formats.names import bart_from_huggingface as from_huggingface
 from minprefix.formats.names import to_huggingface
 from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
 from minprefix.system.errors import InputError
+from tests.helpers import singles
 from tests.tiny import ROOT, write_tiny_bart
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -350,7 +351,9 @@ def test_too_long():
 
 def loss_batch(model):
     """Two pairs of (source ids, target ids) of unequal length."""
-    return collate([([0, 5, 6, 7, 2], [0, 8, 2]), ([0, 9, 2], [0, 3, 4, 11, 2])], SimpleNamespace(pad_id=1), model)
+    return collate(
+        singles([([0, 5, 6, 7, 2], [0, 8, 2]), ([0, 9, 2], [0, 3, 4, 11, 2])]), SimpleNamespace(pad_id=1), model
+    )
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -383,7 +386,7 @@ def test_only_the_prefix_is_trained(tmp_path, hidden):
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     prefix = Prefix(model, 3, hidden)
     pairs = [([0, 5, 6, 7, 2], [0, 8, 2]), ([0, 9, 2], [0, 3, 4, 11, 2])]
-    target_loss(model, collate(pairs, tokenizer, model), prefix()).backward()
+    target_loss(model, collate(singles(pairs), tokenizer, model), prefix()).backward()
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     assert not model.final_logits_bias.requires_grad
     assert list(prefix.sites) == ["encoder", "decoder", "cross"]

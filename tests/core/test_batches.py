@@ -1,5 +1,6 @@
 """Sequences read as the paper says, batches hold each row once, and no padding is in the loss; for both models."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -11,20 +12,23 @@ from minprefix import load_tokenizer
 from minprefix.core.attention import length_mask
 from minprefix.core.batches import (
     Batch,
-    bucket_batches,
     collate,
+    cut_groups,
     encode_pairs,
     encode_sources,
     encode_target,
+    epoch_batches,
+    eval_batches,
+    group_sizes,
     pair_lengths,
+    pairs_by_source,
     sequence_form,
-    sorted_batches,
     start_id,
 )
 from minprefix.data.pairs import load_pairs
 from minprefix.data.tasks import Example, load_e2e
 from minprefix.formats.tokenizer import Tokenizer, byte_alphabet
-from tests.helpers import complaint
+from tests.helpers import complaint, pairs_of, singles
 from tests.tiny import ROOT
 
 MINI = ROOT / "weights" / "gpt2-mini"
@@ -73,7 +77,7 @@ def test_exact_ids(tiny):
     assert start_id(gpt2(), tiny) == end
     assert pair_lengths(pairs) == [6, 7, 6]
 
-    batch = collate(pairs, SimpleNamespace(end_id=end, pad_id=999), gpt2())
+    batch = collate(singles(pairs), SimpleNamespace(end_id=end, pad_id=999), gpt2())
     assert len(batch.inputs) == 1 and batch.inputs[0].tolist() == [
         [a, blank, end, blank, b, blank, 999],
         [a, blank, end, blank, c, a, blank],
@@ -101,7 +105,7 @@ def test_exact_ids_of_an_encoder_decoder(tiny_bart, start):
     assert start_id(model, tiny_bart) == start
     assert pair_lengths(pairs) == [6, 7, 7, 4]
 
-    batch = collate(pairs, tiny_bart, model)
+    batch = collate(singles(pairs), tiny_bart, model)
     source_ids, target_ids, source_mask = batch.inputs
     assert source_ids.tolist() == [[s, a, end, pad], [s, a, end, pad], [s, b, _a, end], [s, end, pad, pad]]
     assert target_ids.tolist() == [[start, s, b, pad], [start, s, c, _a], [start, s, a, pad], [start, s, pad, pad]]
@@ -117,7 +121,7 @@ def test_the_sequence_reads_as_in_the_paper():
     pairs = encode_pairs(examples, tokenizer, model)
     texts = [(example.source, y) for example in examples for y in example.references]
     assert len(pairs) == len(texts) == 60
-    batch = collate(pairs, tokenizer, model)
+    batch = collate(singles(pairs), tokenizer, model)
     (ids,) = batch.inputs
     T = ids.size(1)
     for b, ((source, _), (x, y)) in enumerate(zip(pairs, texts, strict=True)):
@@ -248,7 +252,7 @@ def test_collate_properties():
     for _ in range(200):
         pairs = random_pairs(rng)
         before = json.dumps(pairs)
-        batch = collate(pairs, SPECIAL, gpt2())
+        batch = collate(singles(pairs), SPECIAL, gpt2())
         (ids,) = batch.inputs
         assert ids.dtype == torch.int64 and ids.shape == (len(pairs), max(len(s) + len(t) for s, t in pairs))
         assert int((ids != 51).sum()) == sum(pair_lengths(pairs))
@@ -263,7 +267,7 @@ def test_collate_properties_of_an_encoder_decoder():
     for _ in range(200):
         pairs = random_pairs(rng)
         before = json.dumps(pairs)
-        batch = collate(pairs, SPECIAL, bart(start=50))
+        batch = collate(singles(pairs), SPECIAL, bart(start=50))
         source_ids, target_ids, mask = batch.inputs
         assert source_ids.dtype == target_ids.dtype == torch.int64 and mask.dtype == torch.bool
         assert source_ids.shape == mask.shape == (len(pairs), max(len(s) for s, _ in pairs))
@@ -281,12 +285,12 @@ def test_collate_properties_of_an_encoder_decoder():
 def test_a_batch_shares_no_memory(model):
     """Not with the pairs, not among its tensors, not with another batch: all may be changed in place."""
     pairs = [([1, 2], [3, 4]), ([5, 6], [7, 8])]
-    batch, other = (collate(pairs, SPECIAL, model) for _ in range(2))
+    batch, other = (collate(singles(pairs), SPECIAL, model) for _ in range(2))
     tensors = [*batch.inputs, batch.target_positions, batch.labels]
     assert len({x.untyped_storage().data_ptr() for x in tensors}) == len(tensors)
     for x in tensors:
         x.zero_()
-    again = collate(pairs, SPECIAL, model)
+    again = collate(singles(pairs), SPECIAL, model)
     assert pairs == [([1, 2], [3, 4]), ([5, 6], [7, 8])]
     tensors = ([*batch.inputs, batch.target_positions, batch.labels] for batch in (other, again))
     for one, two in zip(*tensors, strict=True):
@@ -295,7 +299,7 @@ def test_a_batch_shares_no_memory(model):
 
 def test_collate_when_padding_is_the_end_token(tiny):
     pairs = encode_pairs([Example("a", ["b"]), Example("a a a", ["c c c"])], tiny, gpt2())
-    batch = collate(pairs, tiny, gpt2())
+    batch = collate(singles(pairs), tiny, gpt2())
     assert tiny.end_id == tiny.pad_id
     assert batch.labels.tolist() == pairs[0][1] + pairs[1][1]
 
@@ -303,14 +307,14 @@ def test_collate_when_padding_is_the_end_token(tiny):
 def test_collate_when_a_text_has_the_padding_id():
     """The mask goes by lengths, not by ids."""
     pairs = [([1, 51, 51], [2]), ([1, 2, 3, 4], [51, 3])]
-    source_ids, target_ids, mask = collate(pairs, SPECIAL, bart(start=51)).inputs
+    source_ids, target_ids, mask = collate(singles(pairs), SPECIAL, bart(start=51)).inputs
     assert source_ids.tolist() == [[1, 51, 51, 51], [1, 2, 3, 4]] and target_ids.tolist() == [[51, 51], [51, 51]]
     assert mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("model", [gpt2(), bart()], ids=["gpt2", "bart"])
 def test_batch_to_device(model):
-    batch = collate([([1, 2], [3, 4, 5])], SPECIAL, model)
+    batch = collate(singles([([1, 2], [3, 4, 5])]), SPECIAL, model)
     moved = batch.to("meta")
     tensors = [*moved.inputs, moved.target_positions, moved.labels]
     assert isinstance(moved, Batch) and {x.device for x in tensors} == {torch.device("meta")}
@@ -318,34 +322,57 @@ def test_batch_to_device(model):
     assert len(moved.source_lengths) == 1 and batch.inputs[0].device.type == "cpu"
 
 
-def test_bucket_batches_properties():
+def numbered_pairs(lengths):
+    """A pair for each length: its source is its number, its target makes up for the rest."""
+    return [([i], [0] * (int(length) - 1)) for i, length in enumerate(lengths)]
+
+
+def numbers(groups):
+    return [source[0] for source, _ in pairs_of(groups)]
+
+
+def batches_of_pairs(lengths, size, seed, epoch):
+    return [numbers(batch) for batch in epoch_batches(singles(numbered_pairs(lengths)), size, seed, epoch)]
+
+
+def test_epoch_batches_properties():
     rng = np.random.default_rng(2)
     for trial in range(200):
         n, size = int(rng.integers(0, 700)), int(rng.integers(1, 20))
-        lengths = rng.integers(1, 40, n)
-        parts = np.stack([lengths, rng.integers(1, 9, n)], axis=1)
-        assert sorted(i for batch in bucket_batches(parts, size, trial, 3) for i in batch) == list(range(n))
-        batches = bucket_batches(lengths, size, trial, 3)
+        lengths = rng.integers(2, 40, n)
+        groups = singles(numbered_pairs(lengths))
+        both = epoch_batches(groups, size, trial, 3, encoder_decoder=True)
+        assert sorted(i for batch in both for i in numbers(batch)) == list(range(n))
+        batches = batches_of_pairs(lengths, size, trial, 3)
         assert sorted(i for batch in batches for i in batch) == list(range(n))
-        assert all(type(i) is int for batch in batches for i in batch)
         assert len(batches) == -(-n // size)
         assert sum(len(batch) != size for batch in batches) == (n % size > 0)
-        assert batches == bucket_batches(lengths, size, trial, 3)
-        in_order = sorted_batches(lengths, size)
+        assert batches == batches_of_pairs(lengths, size, trial, 3)
+        in_order = [numbers(batch) for batch in eval_batches(numbered_pairs(lengths), size)]
         assert [i for batch in in_order for i in batch] == sorted(range(n), key=lambda i: -lengths[i])
         assert [len(batch) for batch in in_order] == [size] * (n // size) + [n % size] * (n % size > 0)
 
 
+def test_batches_of_one_target_are_those_of_earlier_versions():
+    """So that a run that was begun then goes on with the same batches, and recorded tables stay comparable."""
+    rng = np.random.default_rng(5)
+    pairs = [([i, *[1] * rng.integers(30)], [2] * rng.integers(1, 20)) for i in range(333)]
+    for encoder_decoder, digest in ((False, "9afee377f500bc01"), (True, "028f55464ebd357a")):
+        batches = epoch_batches(singles(pairs), 8, 101, 2, encoder_decoder)
+        text = json.dumps([numbers(batch) for batch in batches])
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
+
+
 def test_epochs_and_seeds_differ_and_the_global_seed_does_not_matter():
     lengths = np.random.default_rng(3).integers(5, 60, 100)
-    runs = [bucket_batches(lengths, 10, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (0, 1), (2, 0))]
+    runs = [batches_of_pairs(lengths, 10, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (0, 1), (2, 0))]
     members = [{frozenset(batch) for batch in run} for run in runs]
     for i in range(4):
         for j in range(i):
             assert runs[i] != runs[j]
             assert len(members[i] & members[j]) <= 2  # other batches, not only another order of the same
     np.random.seed(0)
-    assert bucket_batches(lengths, 10, 1, 0) == runs[0]
+    assert batches_of_pairs(lengths, 10, 1, 0) == runs[0]
 
 
 def test_buckets_save_padding_and_come_in_any_order():
@@ -355,11 +382,94 @@ def test_buckets_save_padding_and_come_in_any_order():
     def computed(batches):
         return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
 
-    batches = bucket_batches(lengths, 10, 0, 0)
+    batches = batches_of_pairs(lengths, 10, 0, 0)
     assert computed(batches) < 1.05 * lengths.sum() < 1.3 * lengths.sum() < computed(np.split(np.arange(10_000), 1000))
     means = [lengths[batch].mean() for batch in batches]
     assert abs(np.corrcoef(means, np.arange(1000))[0, 1]) < 0.15
     assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.15
+
+
+# ---- several targets of a source in a row ----
+
+
+def referenced_pairs(rng, sources, most=12):
+    """Sources with 1 to `most` references of random lengths, in no order; a source's number is its first token."""
+    pairs = [([i, *[7] * (i % 5)], [count, *[8] * rng.integers(6)])
+             for i in range(sources) for count in range(rng.integers(1, most + 1))]  # fmt: skip
+    return [pairs[i] for i in rng.permutation(len(pairs))]
+
+
+def test_group_sizes_divide_the_batch():
+    assert group_sizes(16, 4) == group_sizes(16, 7) == [4, 2, 1] and group_sizes(16, 8) == [8, 4, 2, 1]
+    assert group_sizes(12, 6) == [6, 4, 3, 2, 1] and group_sizes(5, 9) == [5, 1] and group_sizes(7, 4) == [1]
+
+
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_every_pair_is_in_one_group_of_an_epoch(encoder_decoder):
+    rng = np.random.default_rng(6)
+    for trial in range(100):
+        pairs, size, group = referenced_pairs(rng, int(rng.integers(1, 60))), *map(int, rng.integers(1, 20, 2))
+        sizes = group_sizes(size, group)
+        groups = cut_groups(pairs_by_source(pairs), sizes, trial, 1)
+        assert sorted(pairs_of(groups)) == sorted(pairs)
+        assert {len(targets) for _, targets in groups} <= set(sizes)
+        batches = epoch_batches(groups, size, trial, 1, encoder_decoder)
+        assert sorted(sum(map(pairs_of, batches), [])) == sorted(pairs)
+        assert len(batches) == -(-len(pairs) // size)
+        assert sorted((len(pairs_of(batch)) for batch in batches), reverse=True) == [size] * (len(pairs) // size) + [
+            len(pairs) % size
+        ] * (len(pairs) % size > 0)
+        assert max(len(targets) for batch in batches for _, targets in batch) <= group
+        mixed = sum(len({len(targets) for _, targets in batch}) > 1 for batch in batches)
+        assert mixed <= len(sizes)  # only what is left over of each size
+        assert batches == epoch_batches(cut_groups(pairs_by_source(pairs), sizes, trial, 1), size, trial, 1,
+                                        encoder_decoder)  # fmt: skip
+
+
+def test_other_targets_share_a_row_in_another_epoch():
+    pairs = [([1], [i, 0]) for i in range(40)]
+    groups = [cut_groups(pairs_by_source(pairs), [4, 2, 1], seed, epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    rows = [{frozenset(target[0] for target in targets) for _, targets in epoch} for epoch in groups]
+    assert all(len(row) == 10 for row in rows)
+    assert len(rows[0] & rows[1]) <= 1 and len(rows[0] & rows[2]) <= 1
+
+
+def test_groups_of_one_size_save_padding_too():
+    rng = np.random.default_rng(7)
+    pairs = [([i, *[7] * rng.integers(10, 40)], [8] * rng.integers(10, 40)) for i in range(1500)]
+    pairs = [(source, [*target, i]) for source, target in pairs for i in range(rng.integers(1, 12))]
+    groups = cut_groups(pairs_by_source(pairs), group_sizes(16, 8), 0, 0)
+    lengths = [[len(source) + sum(map(len, targets)) for source, targets in batch]
+               for batch in epoch_batches(groups, 16, 0, 0)]  # fmt: skip
+    assert sum(len(row) * max(row) for row in lengths) < 1.05 * sum(map(sum, lengths))
+
+
+def test_evaluation_reads_a_source_once_for_eight_targets():
+    pairs = referenced_pairs(np.random.default_rng(8), 50, most=30)
+    for size in (1, 5, 16):
+        batches = eval_batches(pairs, size)
+        assert sorted(sum(map(pairs_of, batches), [])) == sorted(pairs)
+        rows = [len(targets) for batch in batches for _, targets in batch]
+        assert len(rows) == sum(-(-len(same) // 8) for same in pairs_by_source(pairs)) and max(rows) == 8
+        assert all(len(pairs_of(batch)) <= size or len(batch) == 1 for batch in batches)
+
+
+def test_exact_ids_of_a_group():
+    groups = [([1, 2], [[3, 50], [4, 5, 50]]), ([6], [[7, 50]])]
+    batch = collate(groups, SPECIAL, gpt2())
+    assert batch.inputs[0].tolist() == [[1, 2, 50, 3, 50, 4, 5], [6, 50, 7, 51, 51, 51, 51]]
+    assert batch.segments.tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 1, 1, -1, -1, -1, -1]]
+    assert batch.target_positions.tolist() == [2, 3, 4, 5, 6, 8, 9]
+    assert batch.labels.tolist() == [3, 50, 4, 5, 50, 7, 50]
+    assert batch.source_lengths.tolist() == [2, 1] and batch.pairs == 3
+
+    batch = collate(groups, SPECIAL, bart(start=9))
+    source_ids, target_ids, mask = batch.inputs
+    assert source_ids.tolist() == [[1, 2], [6, 51]] and mask.tolist() == [[1, 1], [1, 0]]
+    assert target_ids.tolist() == [[9, 3, 9, 4, 5], [9, 7, 51, 51, 51]]
+    assert batch.segments.tolist() == [[1, 1, 2, 2, 2], [1, 1, -1, -1, -1]]
+    assert batch.target_positions.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert batch.labels.tolist() == [3, 50, 4, 5, 50, 7, 50]
 
 
 def test_low_data_makes_do_with_the_dev_pairs_that_there_are(tmp_path, capsys):

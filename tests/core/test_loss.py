@@ -18,14 +18,14 @@ def folder(request, tmp_path_factory):
 def loss_and_gradient(model, states, labels, loss):
     """The loss of the given states, as if a model had made them for a batch."""
     leaf = states.clone().requires_grad_()
-    model.hidden_states = lambda *inputs, prefix: leaf[None]
-    value = loss(model, Batch((), torch.arange(len(labels)), labels, torch.tensor([1])), None)
+    model.hidden_states = lambda *inputs, prefix, segments: leaf[None]
+    value = loss(model, Batch((), torch.arange(len(labels)), labels, torch.tensor([1]), pairs=1), None)
     (3 * value).backward()
     return value.detach().double(), leaf.grad.double()
 
 
 def plain(model, batch, prefix):
-    states = model.hidden_states(prefix=prefix).flatten(0, 1)[batch.target_positions]
+    states = model.hidden_states(prefix=prefix, segments=None).flatten(0, 1)[batch.target_positions]
     return F.cross_entropy(model.logits(states).float(), batch.labels, reduction="sum")
 
 

@@ -20,6 +20,7 @@ from minprefix.core.muon import Muon
 from minprefix.core.training import batch_stream, dev_loss, linear_schedule, make_optimizer, train
 from minprefix.data.tasks import Example
 from minprefix.system.errors import InputError, OutOfMemory
+from tests.helpers import pairs_of, singles
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 PAIRS = [([5 + i, 6, 7 + i], [40 + i, 50, 60, 4095]) for i in range(12)] + [([9], [8, 4095])]
@@ -50,7 +51,7 @@ def run(folder, out, steps=20, pairs=PAIRS, **options):
 def test_loss_is_that_of_the_target_tokens_alone(model_folder):
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
     prefix = Prefix(model, 3, mlp_width=0)()
-    batch = collate(PAIRS, tokenizer, model)
+    batch = collate(singles(PAIRS), tokenizer, model)
     expected = 0.0
     for source, target in PAIRS:  # one row at a time, over the whole sequence, source positions left out by hand
         ids = torch.tensor([[*source, tokenizer.end_id, *target]])
@@ -102,7 +103,7 @@ def test_loss_of_an_encoder_decoder_is_that_of_its_targets(bart_folder):
     model, tokenizer = load_model(bart_folder), load_tokenizer(bart_folder)
     prefix = Prefix(model, 3, mlp_width=0)()
     expected = sum(bart_row_loss(model, *pair, prefix) for pair in BART_PAIRS).item()
-    loss = target_loss(model, collate(BART_PAIRS, tokenizer, model), prefix).item()
+    loss = target_loss(model, collate(singles(BART_PAIRS), tokenizer, model), prefix).item()
     assert loss == pytest.approx(expected, rel=1e-5)
     mean = dev_loss(model, lambda: prefix, BART_PAIRS, tokenizer, batch_size=5)
     assert mean == pytest.approx(expected / sum(len(target) for _, target in BART_PAIRS), rel=1e-5)
@@ -152,7 +153,7 @@ def test_a_warmup_that_leaves_no_step_to_decay_in_is_refused(model_folder, tmp_p
 def test_stream_can_start_anywhere():
     def first(start):
         stream = batch_stream(PAIRS, 4, seed=3, start=start)
-        return [next(stream) for _ in range(12 - start)]
+        return [pairs_of(next(stream)) for _ in range(12 - start)]
 
     whole = first(0)
     assert all(first(start) == whole[start:] for start in range(12))
@@ -219,7 +220,8 @@ def test_the_batch_that_breaks_the_loss_is_named(eval_every, model_folder, tmp_p
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
     pairs = [([5 + i, 6, 7 + i], [40 + i, 50, 60, 4095]) for i in range(80)]
     long = ([9] * 30, [8, 4095])
-    steps = [step for step, batch in enumerate(islice(batch_stream([*pairs, long], 4, 101, 0), 21), 1) if long in batch]
+    steps = [step for step, batch in enumerate(islice(batch_stream([*pairs, long], 4, 101, 0), 21), 1)
+             if long in pairs_of(batch)]  # fmt: skip
     model.wpe.weight[20:] = math.inf
     first = next(islice(batch_stream([*pairs, long], 4, 101, 0), steps[0] - 1, None))[0][0]
     with pytest.raises(InputError) as error:

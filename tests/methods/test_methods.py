@@ -11,6 +11,7 @@ from minprefix.core import training
 from minprefix.core.batches import collate, end_ids
 from minprefix.core.generate import generate_ids
 from minprefix.core.gpt2 import GPT2
+from minprefix.core.loss import target_loss
 from minprefix.core.prefix import count_parameters, fingerprint
 from minprefix.formats.load import save_model
 from minprefix.formats.prefix_file import save_prefix
@@ -18,7 +19,7 @@ from minprefix.formats.safetensors import write_safetensors
 from minprefix.methods.baselines import Adapters, EmbeddingOnly, Finetune, Infix, top_layers
 from minprefix.methods.files import find_trained, load_trained, save_trained
 from minprefix.system.errors import InputError
-from tests.helpers import numpy_inputs, numpy_logits, reference_infix
+from tests.helpers import numpy_inputs, numpy_logits, pairs_of, reference_infix, singles
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,7 +72,7 @@ def optimise(folder, model, trainable, out, steps=20, lr=1e-2, **options):
 @torch.no_grad()
 def target_logits(folder, model, prefix):
     """Of a batch of ragged rows, where the loss looks."""
-    batch = collate((BART_PAIRS if model.encoder_decoder else PAIRS)[:4], load_tokenizer(folder), model)
+    batch = collate(singles((BART_PAIRS if model.encoder_decoder else PAIRS)[:4]), load_tokenizer(folder), model)
     prefix = prefix.with_source_lengths(batch.source_lengths) if hasattr(prefix, "with_source_lengths") else prefix
     return model.logits(model.hidden_states(*batch.inputs, prefix=prefix).flatten(0, 1)[batch.target_positions])
 
@@ -256,6 +257,26 @@ def test_adapters_stand_after_each_sublayer(folders):
     names = Adapters(model, 2).names
     assert len(names) == 2 * 2 + 1 * 3 and "decoder.layers.0.encoder_attn.out_proj" in names
     assert len(Adapters(load_model(folders["gpt2"]), 2).names) == 2 * 2
+
+
+def test_a_row_of_several_targets_is_trained_on_as_its_pairs_alone(case):
+    """Loss and gradients of every method, in float64."""
+    folder, method = case
+    model, trainable = make(folder, method)
+    model.double(), trainable.double()
+    tokenizer, ends = load_tokenizer(folder), ([0], [2]) if model.encoder_decoder else ([], [END])
+    groups = [([*ends[0], 5, 6, 7, *ends[1]], [[40, *ends[1]], [41, 51, 61, *ends[1]], [42, 52, *ends[1]]]),
+              ([*ends[0], 8, *ends[1]], [[43, 53, *ends[1]]])]  # fmt: skip
+    parameters = [p for p in trainable.parameters() if p.requires_grad]
+
+    def loss_and_gradients(batches):
+        loss = sum(target_loss(model, collate(batch, tokenizer, model), trainable()) for batch in batches)
+        return [loss.detach(), *torch.autograd.grad(loss, parameters, allow_unused=True)]
+
+    alone = loss_and_gradients([[pair] for pair in singles(pairs_of(groups))])
+    assert sum(x is not None for x in alone) > 1
+    for a, b in zip(loss_and_gradients([groups]), alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 # ---- files ----

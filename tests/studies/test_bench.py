@@ -11,7 +11,7 @@ from minprefix import load_model, load_tokenizer
 from minprefix.core.kernels import can_pack_bfloat16
 from minprefix.studies import bench
 from minprefix.system.errors import InputError
-from tests.helpers import call
+from tests.helpers import call, singles
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
 MR = "name[The Golden Lantern], eatType[pub], food[Thai]"
@@ -86,7 +86,7 @@ def test_useful_operations_are_those_of_rows_alone(world):
         # Backward: each score product twice; nothing flows into the first layer's input, so not through its c_attn.
         total += layers * (2 * weights + 3 * scores) - 2 * T * 3 * C * C + 2 * 2 * N * V * C
         total -= 2 * 2 * T * T * C + 2 * T * P * C  # in the first layer: no gradient of its keys, values and queries
-    assert bench.useful_flop(model, tokenizer, pairs, P, ["decoder"]) == pytest.approx(total, rel=0.02)
+    assert bench.useful_flop(model, tokenizer, singles(pairs), P, ["decoder"]) == pytest.approx(total, rel=0.02)
 
 
 @pytest.mark.parametrize(
