@@ -32,7 +32,7 @@ def parse_args(description: str = "") -> Namespace:
     add("--low-data-seed", type=int, metavar="N", help="seed of that draw, independent of --seed (0)")
     add("--topics", nargs="+", metavar="TOPIC", help="only pairs on these topics (WebNLG: categories)")
     add("--topic-field", metavar="NAME", help="the key of a JSONL row's topic (topic)")
-    add("--skip-long", action="store_true", help="leave out pairs that are too long for the model, not refuse them")
+    add("--skip-long", action="store_true", help="leave out pairs that are too long for the model")
     add("--max-source", type=int, metavar="N", help="cut sources to N tokens (BART 512; GPT-2's are not cut)")
 
     add = parser.add_argument_group("what is trained").add_argument
@@ -41,7 +41,7 @@ def parse_args(description: str = "") -> Namespace:
     add("--prefix-length", type=int, metavar="N", help="number of virtual tokens (by model)")
     add("--hidden", type=int, metavar="N", help="width of the prefix's MLP; 0: none, and Muon for prefixes (by model)")
     add("--adapter-width", type=int, metavar="N", help="bottleneck of an adapter (by model; 3%% of GPT-2 medium)")
-    add("--init", metavar="START", help="words to start from, or a trained prefix, run or PEFT folder (random numbers)")
+    add("--init", metavar="START", help="words, or a trained prefix, run or PEFT folder to start from (random)")
     add("--sites", nargs="+", metavar="SITE", help="BART: some of encoder, decoder, cross (all)")
     add("--offset", type=int, metavar="N", help="position of the first token (the prefix length; authors' BART 0)")
 
