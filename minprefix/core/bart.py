@@ -10,7 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from minprefix.core.attention import KV, attend, causal_mask, check_positions, length_mask, padding_mask, position_ids
+from minprefix.core.attention import (
+    KV,
+    attend,
+    causal_mask,
+    check_positions,
+    concat,
+    length_mask,
+    padding_mask,
+    position_ids,
+)
 from minprefix.core.cache import Cache, LayerCache
 from minprefix.core.config import check_bart
 from minprefix.core.kernels import Linear, linear
@@ -87,18 +96,48 @@ class DecoderLayer(nn.Module):
         return self.final_layer_norm(x + self.fc2(self.fc1(x, self.activation)))
 
 
-class Stack(nn.Module):
-    """The encoder or the decoder: its position table, its layers; its word embeddings if they are not shared."""
-
-    def __init__(self, layer: type[EncoderLayer] | type[DecoderLayer], config: dict[str, Any], side: str):
+class Encoder(nn.Module):
+    def __init__(self, config: dict[str, Any]):
         super().__init__()
-        C, activation = config["d_model"], config["activation_function"]
-        H, inner = config[f"{side}_attention_heads"], config[f"{side}_ffn_dim"]
-        if not config["tie_word_embeddings"]:
-            self.embed_tokens = nn.Embedding(config["vocab_size"], C)
-        self.embed_positions = nn.Embedding(config["max_position_embeddings"] + POSITION_OFFSET, C)
-        self.layernorm_embedding = nn.LayerNorm(C)
-        self.layers = nn.ModuleList(layer(C, H, inner, activation) for _ in range(config[f"{side}_layers"]))
+        add_embeddings(self, config)
+        C, H, inner = config["d_model"], config["encoder_attention_heads"], config["encoder_ffn_dim"]
+        activation = config["activation_function"]
+        self.layers = nn.ModuleList(EncoderLayer(C, H, inner, activation) for _ in range(config["encoder_layers"]))
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, prefixes: list[KV | None], caches: list[LayerCache] | None = None
+    ) -> Tensor:
+        """Embedded tokens x (B, S, C) through all layers -> (B, S, C); prefixes, caches: one for each layer."""
+        for n, layer in enumerate(self.layers):
+            x = layer(x, mask, prefixes[n], caches[n] if caches else None)
+        return x
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        add_embeddings(self, config)
+        C, H, inner = config["d_model"], config["decoder_attention_heads"], config["decoder_ffn_dim"]
+        activation = config["activation_function"]
+        self.layers = nn.ModuleList(DecoderLayer(C, H, inner, activation) for _ in range(config["decoder_layers"]))
+
+    def forward(
+        self, x: Tensor, mask: Tensor, source: list[KV], prefixes: list[KV | None], cross_prefixes: list[KV | None],
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Embedded tokens x (B, T, C) through all layers -> (B, T, C); lists have one item for each layer."""
+        for n, layer in enumerate(self.layers):
+            x = layer(x, mask, source[n], prefixes[n], cross_prefixes[n], caches[n] if caches else None)
+        return x
+
+
+def add_embeddings(module: Encoder | Decoder, config: dict[str, Any]) -> None:
+    """The position table and its layer norm; word embeddings, too, where encoder and decoder do not share them."""
+    C = config["d_model"]
+    if not config["tie_word_embeddings"]:
+        module.embed_tokens = nn.Embedding(config["vocab_size"], C)
+    module.embed_positions = nn.Embedding(config["max_position_embeddings"] + POSITION_OFFSET, C)
+    module.layernorm_embedding = nn.LayerNorm(C)
 
 
 class BART(nn.Module):
@@ -118,8 +157,8 @@ class BART(nn.Module):
             self.shared = nn.Embedding(V, C)
         else:
             self.lm_head = Linear(C, V, bias=False)
-        self.encoder = Stack(EncoderLayer, config, "encoder")
-        self.decoder = Stack(DecoderLayer, config, "decoder")
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
         self.register_buffer("final_logits_bias", torch.zeros(1, V))
         encoder, decoder = (
             (config[f"{side}_layers"], config[f"{side}_attention_heads"], C // config[f"{side}_attention_heads"])
@@ -171,10 +210,7 @@ class BART(nn.Module):
         positions = position_ids(source_ids, 0, self.n_positions)  # no prefix shifts these
         x = self._embed(self.encoder, source_ids, positions)
         mask = None if source_mask is None else padding_mask(source_mask, x)
-        prefixes = self._layer_prefixes(prefix, "encoder")
-        for n, layer in enumerate(self.encoder.layers):
-            x = layer(x, mask, prefixes[n], caches[n] if caches else None)
-        return x
+        return self.encoder(x, mask, self._layer_prefixes(prefix, "encoder"), caches)
 
     def source_kv(self, states: Tensor, source_mask: Tensor | None = None) -> list[KV]:
         """What each decoder layer's cross-attention sees of the encoder's states (B, S, C)."""
@@ -191,15 +227,15 @@ class BART(nn.Module):
         no_keys = source[0].k[:, :, :0]
         layers = [LayerCache(no_keys, no_keys) for _ in self.decoder.layers]
         mask = no_keys.new_zeros(len(lengths), 1, 0)
-        prefixes, cross_prefixes = (self._layer_prefixes(prefix, site) for site in ("decoder", "cross"))
-        return Cache(layers, mask, position, prefixes, source, cross_prefixes)
+        cross = self._layer_prefixes(prefix, "cross")  # copied before the source's keys once, not at each step
+        source = [concat(p, kv, len(lengths), 1) if p else kv for p, kv in zip(cross, source, strict=True)]
+        return Cache(layers, mask, position, self._layer_prefixes(prefix, "decoder"), source)
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
         """One more token for each row (R,) -> states (R, C) for `logits`; its keys and values go into the cache."""
         position, mask = cache.next_step()
         x = self._embed(self.decoder, ids, position).unflatten(0, (len(mask), -1))  # (B, K, C)
-        for n, layer in enumerate(self.decoder.layers):
-            x = layer(x, mask, cache.source[n], cache.prefix[n], cache.cross_prefix[n], cache.layers[n])
+        x = self.decoder(x, mask, cache.source, cache.prefix, [None] * len(cache.layers), cache.layers)
         return x.flatten(0, 1)
 
     def activations(self, ids: Tensor) -> dict[str, list[LayerCache]]:
@@ -220,14 +256,12 @@ class BART(nn.Module):
         x = self._embed(self.decoder, target_ids, positions)
         mask = causal_mask(target_ids.size(1), x, segments)
         prefixes, cross_prefixes = (self._layer_prefixes(prefix, site) for site in ("decoder", "cross"))
-        for n, layer in enumerate(self.decoder.layers):
-            x = layer(x, mask, source[n], prefixes[n], cross_prefixes[n], caches[n] if caches else None)
-        return x
+        return self.decoder(x, mask, source, prefixes, cross_prefixes, caches)
 
-    def _embed(self, stack: Stack, ids: Tensor, positions: Tensor) -> Tensor:
+    def _embed(self, side: Encoder | Decoder, ids: Tensor, positions: Tensor) -> Tensor:
         """ids (B, T), positions (T,) or (B, T) -> (B, T, C)."""
-        words = self.shared if self.config["tie_word_embeddings"] else stack.embed_tokens
-        return stack.layernorm_embedding(words(ids) * self.scale + stack.embed_positions(positions + POSITION_OFFSET))
+        words = self.shared if self.config["tie_word_embeddings"] else side.embed_tokens
+        return side.layernorm_embedding(words(ids) * self.scale + side.embed_positions(positions + POSITION_OFFSET))
 
     def _layer_prefixes(self, prefix: PrefixDict | None, site: str) -> list[KV | None]:
-        return layer_prefixes(prefix, site, self.prefix_sites[site][0], self.decoder.embed_positions.weight)
+        return layer_prefixes(prefix, site, self.prefix_sites[site][0], self.head.weight)

@@ -51,16 +51,16 @@ class Cache:
     moved when beams are chosen anew, only rows of the mask are.
 
     layers: self-attention. mask: (B, K, M), 0 or -inf: padding, other beams' tokens and empty slots are hidden.
-    position: (R,) position ids of the next tokens. prefix, cross_prefix: of each layer; they stay out of the slots,
-    once for all rows that share them. source: of each layer's cross-attention (BART).
+    position: (R,) position ids of the next tokens. prefix: of each layer; it stays out of the slots, once for all rows
+    that share it. source: what each layer's cross-attention sees (BART), a cross prefix first.
     """
 
     def __init__(
         self, layers: list[LayerCache], mask: Tensor, position: Tensor, prefix: list[KV | None],
-        source: list[KV] | None = None, cross_prefix: list[KV | None] | None = None,
+        source: list[KV] | None = None,
     ):  # fmt: skip
         self.layers, self.mask, self.position, self.prefix = layers, mask, position, prefix
-        self.source, self.cross_prefix = source or [], cross_prefix or []
+        self.source = source or []
 
     def next_step(self) -> tuple[Tensor, Tensor]:
         """Make room for one more token of each row -> their position ids (R,), the mask (B, 1, K, M) with that room."""
@@ -85,7 +85,6 @@ class Cache:
         for layer in self.layers:
             layer.keep(examples)
         self.prefix = [kv and kv.select(examples) for kv in self.prefix]
-        self.cross_prefix = [kv and kv.select(examples) for kv in self.cross_prefix]
         self.source = [kv.select(examples) for kv in self.source]
         self.position = self.position.unflatten(0, (len(self.mask), -1))[examples].flatten()
         self.mask = self.mask[examples]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minprefix.core.model import Model, Tokenizer
-from minprefix.core.prefix_kv import BatchedPrefix, KVInfix, KVPrefix, first_position
+from minprefix.core.prefix_kv import BatchedPrefix, KVInfix, KVPrefix, PrefixDict, first_position
 from minprefix.system.errors import InputError
 
 
@@ -87,9 +87,12 @@ class Prefix(nn.Module):
         ids = tokenizer.encode(words)
         if not ids:
             raise InputError(f"the words {words!r} to start the prefix from hold no token")
-        activations = word_activations(model, list(islice(cycle(ids), self.length)))
+        self.init_from(word_activations(model, list(islice(cycle(ids), self.length))))
+
+    def init_from(self, prefix: PrefixDict) -> None:
+        """Start from given keys and values: exactly where they are trained directly, an MLP is trained towards them."""
         for site, part in self.sites.items():
-            part.fit(activations[site].float())
+            part.fit(prefix[site].float())
 
 
 class DirectKV(nn.Module):
