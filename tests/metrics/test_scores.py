@@ -6,7 +6,6 @@ pycocoevalcap for ROUGE-L and CIDEr) and Stanford's PTBTokenizer 3.4.1 say of th
 
 import json
 import math
-import os
 import random
 import shutil
 import sys
@@ -157,7 +156,7 @@ def test_why_meteor_is_left_out_is_told(java, said, tmp_path, monkeypatch, capsy
     (tmp_path / "java").write_text(java)
     (tmp_path / "java").chmod(0o755)
     (tmp_path / "meteor.py").write_text("METEOR_JAR = 'meteor-1.5.jar'\n")
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PATH", str(tmp_path))
     package = SimpleNamespace(METEOR_JAR="meteor-1.5.jar", __file__=str(tmp_path / "meteor.py"))
     monkeypatch.setitem(sys.modules, "pycocoevalcap", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor", SimpleNamespace(meteor=package))
