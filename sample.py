@@ -109,7 +109,7 @@ def draw_options(args: Namespace) -> dict[str, Any]:
     rank = distributed.rank()
     return {
         "sample": args.sample, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
-        "returned": args.returned or 1,
+        "returned": args.returned or 1, "scored": args.scores,
         "generator": torch.Generator(args.device).manual_seed(args.seed + rank), "batch_size": args.batch_size,
         "what": f"sources of process {rank}" if distributed.world_size() > 1 else "sources",
     }  # fmt: skip

@@ -38,6 +38,7 @@ class Search:
     top_k: int = 0  # sample: only from the k likeliest tokens (0: from all)
     top_p: float = 1.0  # sample: then only from the fewest likeliest tokens whose probabilities add up to p
     returned: int = 1  # texts for each source: the best of the beams, or with sample so many draws
+    scored: bool = True  # work out the scores of greedy texts and draws, too (else they are 0): 2 to 4% of their time
 
     def check(self, model: Model, forbidden: Iterable[int] = (), ends: int = 1) -> None:
         """InputError where an option makes no sense. forbidden: ids never written; ends: how many ids end a text."""
@@ -71,7 +72,7 @@ def generate(
     See `generate_scored` for the options, and for several texts with their scores.
     """
     found = generate_scored(model, tokenizer, sources, prefix, max_source=max_source, what=what, one_line=one_line,
-                            **options)  # fmt: skip
+                            **{"scored": False, **options})  # fmt: skip
     return [texts[0][0] for texts in found]
 
 
@@ -112,6 +113,7 @@ def generate_ids(
     **options: Any,
 ) -> list[list[int]]:  # fmt: skip
     """The best that `search_ids` finds for each source: list of token ids -> list of token ids."""
+    options = {"scored": False, **options}
     return [targets[0][0] for targets in search_ids(model, sources, first_id, ends, prefix, **options)]
 
 
@@ -192,16 +194,17 @@ def greedy_or_sample(
     max_new_tokens = search.max_new_tokens
     tokens = ends[0].repeat(len(ids), max_new_tokens)
     sums = torch.zeros(len(ids), device=ids.device)  # of log-probabilities
-    lengths = torch.zeros_like(sums)
+    lengths = torch.zeros_like(sums) if search.scored else torch.ones_like(sums)
     place = torch.arange(len(ids), device=ids.device)  # of the rows that have not left the batch, in `tokens`
     unfinished = torch.ones_like(ids, dtype=torch.bool)
     for t in range(max_new_tokens):
         logits = model.logits(model.step(ids, cache)).float()
         constrain(logits, tokens[place, :t])
         ids = choose(logits)
-        chosen = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
-        sums[place] += chosen.where(unfinished, 0.0)
-        lengths[place] += unfinished
+        if search.scored:
+            log_probs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
+            sums[place] += log_probs.where(unfinished, 0.0)
+            lengths[place] += unfinished
         ids = tokens[place, t] = ids.where(unfinished, ends[0])
         unfinished = ~is_one_of(ids, ends)
         running = unfinished.nonzero()[:, 0]
