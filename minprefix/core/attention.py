@@ -18,8 +18,8 @@ SHORT_PREFIX = 64  # virtual tokens: up to so many, copying them before the toke
 class KV(NamedTuple):
     """Keys and values of one layer.
 
-    k, v: (b, H, S, D), where b = B, or 1 if all rows share them. mask: None, or (b, 1, 1 or T, S), added to the scores:
-    0 where a query may look, -inf where not.
+    k, v: (b, H, S, D), where b = B, or 1 if all rows share them. mask: None, or (b, 1, 1 or T, 1 or S), added to the
+    scores: 0 where a query may look, -inf where not.
     """
 
     k: Tensor
@@ -80,9 +80,10 @@ def concat(prefix: KV, kv: KV, B: int, T: int) -> KV:
     v = torch.cat([prefix.v.expand(B, -1, -1, -1), kv.v.expand(B, -1, -1, -1)], dim=2)
     if prefix.mask is None and kv.mask is None:
         return KV(k, v)
-    masks = [x.k.new_zeros(1, 1, 1, x.k.size(2)) if x.mask is None else x.mask for x in (prefix, kv)]
+    masks = [x.k.new_zeros(1, 1, 1, 1) if x.mask is None else x.mask for x in (prefix, kv)]
     rows = max(len(mask) for mask in masks)
-    return KV(k, v, torch.cat([mask.expand(rows, 1, T, -1) for mask in masks], dim=3))
+    masks = [mask.expand(rows, 1, T, x.k.size(2)) for mask, x in zip(masks, (prefix, kv), strict=True)]
+    return KV(k, v, torch.cat(masks, dim=3))
 
 
 def causal_mask(T: int, like: Tensor, segments: Tensor | None = None) -> Tensor:

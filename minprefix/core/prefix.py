@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minprefix.core.model import Model, Tokenizer
-from minprefix.core.prefix_kv import BatchedPrefix, KVInfix, KVPrefix, first_position
+from minprefix.core.prefix_kv import BatchedPrefix, KVInfix, KVPrefix, first_position, tensors_of
 from minprefix.system.errors import InputError
 
 
@@ -25,8 +25,8 @@ def stack_prefixes(prefixes: list[KVPrefix], rows: list[int]) -> BatchedPrefix:
     if any(isinstance(prefix, KVInfix) for prefix in prefixes):
         raise InputError("an infix cannot be stacked: it stands behind the source of each row, a prefix before it")
     stack, stacked_lengths = {}, {}
-    for site in {site: None for prefix in prefixes for site in prefix}:
-        parts = [prefix.get(site) for prefix in prefixes]
+    for site in {site: None for prefix in prefixes for site in prefix.kv}:
+        parts = [prefix.kv.get(site) for prefix in prefixes]
         some = next(kv for kv in parts if kv is not None)
         parts = [some[:, :, :, :0] if kv is None else kv.to(some.device) for kv in parts]
         shapes = {(*kv.shape[:3], *kv.shape[4:]) for kv in parts}
@@ -80,7 +80,7 @@ class Prefix(nn.Module):
     @torch.no_grad()
     def fold(self, info: dict[str, str] | None = None) -> KVPrefix:
         """The keys and values alone, the MLP dropped: what is saved, and all that inference needs."""
-        return self.form({site: part().clone() for site, part in self.sites.items()}, self.position_offset, info)
+        return self.form({site: part().clone() for site, part in self.sites.items()}, self.position_offset, info or {})
 
     def init_from_words(self, model: Model, tokenizer: Tokenizer, words: str) -> None:
         """Start from the activations of real words (paper section 7.4), repeated or cut to the prefix length."""
@@ -138,7 +138,7 @@ def word_activations(model: Model, ids: list[int]) -> dict[str, Tensor]:
 
 def count_parameters(trainable: nn.Module, model: nn.Module) -> list[int]:
     """How many numbers of a prefix or another method are trained, how many saved, the model's own."""
-    counted = trainable.parameters(), trainable.fold().values(), model.parameters()
+    counted = trainable.parameters(), tensors_of(trainable.fold()).values(), model.parameters()
     return [sum(tensor.numel() for tensor in tensors) for tensors in counted]
 
 

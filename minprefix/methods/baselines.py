@@ -143,7 +143,7 @@ def embedding_prefix(model: GPT2, embedding: Tensor, info: dict[str, str] | None
         cache = LayerCache()
         x = block(x, mask, cache=cache)
         layers.append(cache.stacked()[:, 0])
-    return KVPrefix({"decoder": torch.stack(layers)}, P, info)
+    return KVPrefix({"decoder": torch.stack(layers)}, P, info or {})
 
 
 class Infix(Prefix):

@@ -123,7 +123,7 @@ def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {}, {"method": "finetune", **finetune_metadata(read_config(path))}
     if Path(path).is_dir():
         prefix = load_prefix(path)
-        return prefix, prefix.info
+        return prefix.kv, prefix.info
     tensors, info = read_safetensors(path)
     if info.get("format") != "minprefix" or info.get("method", "prefix") not in METHODS:
         raise InputError(f"{path} is no file of minprefix's train.py: its metadata does not say so")
