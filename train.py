@@ -31,7 +31,7 @@ from minprefix.core.training import train
 from minprefix.data.examples import evenly_spaced
 from minprefix.data.pairs import load_inputs, load_pairs
 from minprefix.methods.baselines import make_method
-from minprefix.methods.files import save_method
+from minprefix.methods.files import save_method, start_prefix
 from minprefix.system import distributed
 from minprefix.system.device import keep_freed_memory, pick_device, pick_dtype
 from minprefix.system.errors import run_main
@@ -48,7 +48,6 @@ def run(args: Namespace) -> None:
     started = time.time()
     torch.manual_seed(args.seed)
     keep_freed_memory()
-
     # Load the frozen model. Weights that are trained themselves are float32, whatever they are multiplied in.
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -70,16 +69,16 @@ def run(args: Namespace) -> None:
     ).to(device)  # fmt: skip
     common: dict[str, Any] = {
         "tokenizer": tokenizer, "model": model, "start": trainable.position_offset, "max_source": args.max_source,
-        "data": args.data, "topics": args.topics, "topic_field": args.topic_field,
+        "data": args.data, "topics": args.topics, "topic_field": args.topic_field, "skip_long": args.skip_long,
     }  # fmt: skip
-    drawn = {"low_data": args.low_data, "seed": args.low_data_seed}
-    train_pairs = load_pairs(args.task, "train", limit=args.limit, **common, **drawn)
-    dev_pairs = evenly_spaced(load_pairs(args.task, "dev", **common, **drawn), 500)
+    draw = {"low_data": args.low_data, "seed": args.low_data_seed}
+    train_pairs = load_pairs(args.task, "train", limit=args.limit, **common, **draw)
+    dev_pairs = evenly_spaced(load_pairs(args.task, "dev", **common, **draw), 500)
     test = load_inputs(args.task, "test", args.eval_inputs, new_tokens=search["max_new_tokens"], **common)
     steps = args.steps or math.ceil(args.epochs * batches_per_epoch(train_pairs, args.batch_size))
     resuming = args.resume and has_checkpoint(args.out)
     if args.init is not None and not resuming and isinstance(trainable, Prefix):
-        trainable.init_from_words(model, tokenizer, args.init)
+        start_prefix(trainable, args.init, model, tokenizer)
 
     trained, saved, total = count_parameters(trainable, model)
     print(f"{args.model} in {dtype} on {device}")

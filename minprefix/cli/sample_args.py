@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minprefix.cli import options
 from minprefix.cli.runs import is_run, texts_file
-from minprefix.data.tasks import WEBNLG_SPLITS, check_place
+from minprefix.data.tasks import OWN, WEBNLG_SPLITS, check_place
 from minprefix.system.errors import InputError
 from minprefix.system.files import check_writable
 
@@ -29,7 +29,7 @@ def parse_args(description: str = "") -> Namespace:
     group = parser.add_argument_group("inputs")
     add, inputs = group.add_argument, group.add_mutually_exclusive_group().add_argument
     inputs("--input", nargs="+", metavar="TEXT", help="inputs, in the form of the prefix's task")
-    inputs("--file", help="one input a line, or a .jsonl file (without any: stdin)")
+    inputs("--file", help="one input a line, or a .jsonl or .csv file (none: stdin)")
     inputs("--task", help="inputs with references: e2e, webnlg, dart, xsum, scitldr, FILE.jsonl")
     add("--split", choices=SPLITS, metavar="SPLIT", help=f"{', '.join(SPLITS)} (test; FILE.jsonl all)")
     add("--data", metavar="FOLDER", help="folder of the task's files")
@@ -60,8 +60,8 @@ def parse_args(description: str = "") -> Namespace:
 
     args = parser.parse_args()
     check(args)
-    own_rows = args.task and args.task.endswith(".jsonl")
-    if args.evaluate and own_rows and not args.split:
+    own_rows = args.task and args.task.endswith(OWN)
+    if args.evaluate and own_rows and not args.split and Path(args.task).stem != "test":
         print(f"scoring all of {args.task}: if it was trained on, --split test is what was held out", file=sys.stderr)
     defaults = {"split": "all" if own_rows or not args.task else "test", "topic_field": "topic"}
     options.fill_defaults(args, {**defaults, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 101})
@@ -81,7 +81,7 @@ def check(args: Namespace) -> None:
     options.check_requires(args, {"split": "task", "data": "task", "topics": "task", "topic_field": "topics"})
     if args.length_penalty is not None and (args.sample or args.beams == 1):
         raise InputError("--length-penalty does nothing without a search by several --beams: leave it out")
-    if len(args.prefixes) > 1 and (args.evaluate or not str(args.file).endswith(".jsonl")):
+    if len(args.prefixes) > 1 and (args.evaluate or not str(args.file).endswith(OWN)):
         raise InputError('several --prefix need --file FILE.jsonl with rows {"source": ..., "prefix": name}, unscored')
     if args.task:
         check_place(args.task, args.data)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from minprefix.cli.requests import prefix_name
 from minprefix.core.batches import Example
-from minprefix.data.tasks import format_source, load_on_topics, read_lines
+from minprefix.data.rows import group_own, read_lines
+from minprefix.data.tasks import OWN, format_source, load_on_topics
 from minprefix.system import distributed
 from minprefix.system.errors import InputError
 from minprefix.system.files import atomic_write
@@ -15,15 +16,15 @@ from minprefix.system.files import atomic_write
 def read_examples(args: Namespace, trained_task: str) -> list[Example]:
     """The inputs that the command line names, at most --limit, in the form that the prefix was trained on."""
     rows = args.task or args.file or ""
-    if args.task or rows.endswith(".jsonl"):
+    if args.task or rows.endswith(OWN):
         return read_rows(args, rows, trained_task)[: args.limit]
     return read_texts(args, trained_task)[: args.limit]
 
 
 def read_rows(args: Namespace, rows: str, trained_task: str) -> list[Example]:
-    """The Examples of a task, or of a file FILE.jsonl."""
+    """The Examples of a task, or of a user's file. Where they are scored, rows with the same source are one."""
     examples = load_on_topics(rows, args.split, args.data, args.topics, args.topic_field if args.task else "prefix")
-    if not rows.endswith(".jsonl"):
+    if not rows.endswith(OWN):
         return examples
     if (
         args.file
@@ -33,7 +34,7 @@ def read_rows(args: Namespace, rows: str, trained_task: str) -> list[Example]:
         raise InputError(f'{rows}: a row has "prefix": {others[0]!r:.80}: give that --prefix, too')
     for number, example in enumerate(examples, 1):
         example.source = format_source(trained_task, example.source, f"{rows}, row {number}")
-    return examples
+    return group_own(examples, rows) if args.evaluate else examples
 
 
 def read_texts(args: Namespace, trained_task: str) -> list[Example]:

@@ -1,16 +1,22 @@
 """The command line of train.py."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
 from minprefix.cli.options import Parser, add_device_options, check_above_zero, check_not_negative, check_requires, flag
 from minprefix.cli.settings import OPTIONS, fill_settings, other_options, settings_table
+from minprefix.core.prefix_kv import KVInfix
 from minprefix.data.tasks import check_place
 from minprefix.formats.hub import resolve_model
+from minprefix.formats.prefix_file import load_prefix
+from minprefix.methods.files import find_trained
 from minprefix.system.errors import InputError
 
 # Options that may change when a run is resumed. train() itself compares the data, the model, its dtype and the steps.
-MAY_CHANGE = ("model", "task", "data", "epochs", "steps", "eval_inputs", "beams", "dtype", "device", "out", "resume")
+MAY_CHANGE = {
+    "model", "task", "data", "skip_long", "epochs", "steps", "eval_inputs", "beams", "dtype", "device", "out", "resume",
+}  # fmt: skip
 
 
 def parse_args(description: str = "") -> Namespace:
@@ -26,6 +32,7 @@ def parse_args(description: str = "") -> Namespace:
     add("--low-data-seed", type=int, metavar="N", help="seed of that draw, independent of --seed (0)")
     add("--topics", nargs="+", metavar="TOPIC", help="only pairs on these topics (WebNLG: categories)")
     add("--topic-field", metavar="NAME", help="the key of a JSONL row's topic (topic)")
+    add("--skip-long", action="store_true", help="leave out pairs that are too long for the model")
     add("--max-source", type=int, metavar="N", help="cut sources to N tokens (BART 512; GPT-2's are not cut)")
 
     add = parser.add_argument_group("what is trained").add_argument
@@ -34,7 +41,7 @@ def parse_args(description: str = "") -> Namespace:
     add("--prefix-length", type=int, metavar="N", help="number of virtual tokens (by model)")
     add("--hidden", type=int, metavar="N", help="width of the prefix's MLP; 0: none, and Muon for prefixes (by model)")
     add("--adapter-width", type=int, metavar="N", help="bottleneck of an adapter (by model; 3%% of GPT-2 medium)")
-    add("--init", metavar="TEXT", help='words that a prefix starts from, "table to text :" (random numbers)')
+    add("--init", metavar="START", help="words, or a trained prefix, run or PEFT folder to start from (random)")
     add("--sites", nargs="+", metavar="SITE", help="BART: some of encoder, decoder, cross (all)")
     add("--offset", type=int, metavar="N", help="position of the first token (the prefix length; authors' BART 0)")
 
@@ -67,7 +74,28 @@ def parse_args(description: str = "") -> Namespace:
     for key in sorted(other_options(args.method)):
         if getattr(args, key) is not None:
             raise InputError(f"{flag(key)} has no effect with --method {args.method}: leave it out")
+    if args.init is not None:
+        resolve_init(args)
     check_place(args.task, args.data)  # before resolve_model, which may download
     args.model = resolve_model(args.model)
     fill_settings(args)
     return args
+
+
+def resolve_init(args: Namespace) -> None:
+    """Take length, sites and offset from --init if that is a trained prefix, whose keys and values are trained on."""
+    if not os.path.exists(args.init):
+        if " " not in args.init and (os.sep in args.init or args.init.endswith(".safetensors")):
+            raise InputError(f"--init: there is nothing at {args.init}: give a prefix, a run's folder, or words")
+        return
+    prefix = load_prefix(find_trained(args.init))
+    if isinstance(prefix, KVInfix) != (args.method == "infix"):
+        raise InputError(f"--init {args.init} is of --method {prefix.method}, not {args.method}")
+    lengths = {kv.size(3) for kv in prefix.kv.values()}
+    if len(lengths) > 1:
+        raise InputError(f"--init {args.init} has prefixes of different lengths at its sites: one length is trained")
+    own = {"prefix_length": min(lengths), "hidden": 0, "sites": list(prefix.kv), "offset": prefix.position_offset}
+    for key in own.keys() & OPTIONS[args.method]:
+        if getattr(args, key) not in (None, own[key]):
+            raise InputError(f"{flag(key)} does not go with --init {args.init}, which sets it: leave it out")
+        setattr(args, key, own[key])

@@ -81,7 +81,7 @@ def concat(prefix: KV, kv: KV, B: int, T: int) -> KV:
     if prefix.mask is None and kv.mask is None:
         return KV(k, v)
     masks = [x.k.new_zeros(1, 1, 1, 1) if x.mask is None else x.mask for x in (prefix, kv)]
-    rows = max(len(mask) for mask in masks)
+    rows = max(len(mask) for mask in masks)  # an infix's mask is the same for all of its keys: (b, 1, T, 1)
     masks = [mask.expand(rows, 1, T, x.k.size(2)) for mask, x in zip(masks, (prefix, kv), strict=True)]
     return KV(k, v, torch.cat(masks, dim=3))
 

@@ -128,25 +128,6 @@ def pair_lengths(pairs: list[Pair]) -> list[int]:
     return [len(source) + len(target) for source, target in pairs]
 
 
-def check_lengths(pairs: list[Pair], model: Model, start: int, what: str) -> None:
-    """InputError if a pair has more tokens than the model has positions for. what: what the message calls the pairs.
-
-    start: position of the first token after the prefix. The prefix takes positions from GPT-2's sequence of source and
-    target, but for BART from the target alone.
-    """
-    room = model.n_positions - start
-    kind = "target" if model.encoder_decoder else "pair"
-    lengths = [len(target) for _, target in pairs] if model.encoder_decoder else pair_lengths(pairs)
-    longest = max(lengths, default=0)
-    if longest > room:
-        remedy = "lower --offset" if model.encoder_decoder else "cut sources (--max-source)"
-        raise InputError(
-            f"{what}: {kind} {lengths.index(longest) + 1} of {len(pairs)} (one source with one reference) has "
-            f"{longest} tokens, but the model has room for {max(room, 0)} from position {start} on: shorten that text "
-            f"or the prefix, or {remedy}"
-        )
-
-
 # ---- ids -> batches ----
 
 

@@ -33,7 +33,8 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     for key in differing:
         hidden = key in ("model", "training data", "dev data")  # known by their digests only
         was = f"another {key}" if hidden else f"{key} = {saved.get(key)}, not {settings.get(key)}"
-        raise InputError(f"{path} is of a run with {was}: resume with the same settings")
+        train_on = f", or train on from its prefix: --init {path.parent}, and another --out" if key == "steps" else ""
+        raise InputError(f"{path} is of a run with {was}: resume with the same settings{train_on}")
     return state
 
 

@@ -88,8 +88,12 @@ class Prefix(nn.Module):
         if not ids:
             raise InputError(f"the words {words!r} to start the prefix from hold no token")
         activations = word_activations(model, list(islice(cycle(ids), self.length)))
+        self.init_from(KVPrefix(activations, self.position_offset))
+
+    def init_from(self, prefix: KVPrefix) -> None:
+        """Start from given keys and values: exactly where they are trained directly, an MLP is trained towards them."""
         for site, part in self.sites.items():
-            part.fit(activations[site].float())
+            part.fit(prefix[site].float())
 
 
 class DirectKV(nn.Module):

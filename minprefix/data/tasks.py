@@ -1,9 +1,6 @@
 """Tasks as examples: E2E, WebNLG, DART (both read in triples.py), XSum, SciTLDR, a user's own JSONL."""
 
-import csv
 import functools
-import io
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,13 +9,14 @@ from typing import Any
 
 from minprefix.core.batches import Example
 from minprefix.data.download import GET_E2E, find_e2e
-from minprefix.data.examples import EmptyText, check_text, collapse_whitespace, filter_topics, group_by_source, held_out
+from minprefix.data.examples import EmptyText, check_text, collapse_whitespace, filter_topics, group_by_source
+from minprefix.data.rows import csv_rows, json_rows, load_own, parse_row, read_lines, read_rows
 from minprefix.data.sample_e2e import sample_rows
 from minprefix.data.triples import DART_LAYOUT, WEBNLG_LAYOUT, linearise_triples, load_dart, load_webnlg, split_triples
 from minprefix.system.errors import InputError
-from minprefix.system.files import read_text
 
 E2E_FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
+E2E_LINES = {"train": "src1_train.txt", "dev": "src1_valid.txt", "test": "src1_test.txt"}  # of the paper's authors
 SLOT_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}  # the others keep theirs
 SLOTS = ("name", "eatType", "food", "priceRange", "customer rating", "area", "familyFriendly", "near")
 SPLITS = ("train", "dev", "test")
@@ -26,6 +24,7 @@ WEBNLG_SPLITS = (*SPLITS, "test_seen", "test_unseen")
 TRIPLES = ("webnlg", "dart")
 SUMMARISATION = ("xsum", "scitldr")  # decoded and scored otherwise than table-to-text
 TASKS = ("e2e", *TRIPLES, *SUMMARISATION)
+OWN = (".jsonl", ".csv")  # endings of a user's files of rows
 XSUM_NAMES = {"train": ["train"], "dev": ["val", "validation", "dev"], "test": ["test"]}  # their files' names
 XSUM_LAYOUT = (
     "expected {train,val,test}.source with {train,val,test}.target, a document and its summary a line, or "
@@ -46,7 +45,7 @@ def load_examples(task: str, split: str, data: str | Path | None = None, topic_f
     topic_field: the key of a JSONL row, of any task that is read from rows, whose value is the Example's topic.
 
     "e2e": split train, dev or test, one Example for each distinct mr, in the file's order. Where the files come from:
-    see `find_e2e`.
+    see `find_e2e`. The authors' src1_{train,valid,test}.txt with lines `mr||text` are read where there is no CSV file.
 
     "webnlg" and "dart": one Example for each distinct set of triples, WebNLG's with the category as topic. Splits,
     files and what is left out: see `load_webnlg` and `load_dart`.
@@ -59,11 +58,11 @@ def load_examples(task: str, split: str, data: str | Path | None = None, topic_f
     train.jsonl, dev.jsonl and test.jsonl of rows {"source": [sentence, ...], "target": [y, ...]}.
 
     "FILE.jsonl", rows {"source": x, "target": y} or {"source": x, "references": [y, ...]}, or as in the two above (see
-    `parse_row`). Split "all" is every row, with or without references. For the other splits each row needs a reference,
-    and rows with the same source and topic become one Example. A tenth of the sources, from all over the file, is held
-    out (see `held_out`): "dev" is the Examples of these, "train" all others, "test" the same as "dev". But if the file
-    is called train.jsonl, a dev.jsonl beside it is used for "dev", and nothing is held out; so is a test.jsonl for
-    "test".
+    `parse_row`), or "FILE.csv" with the columns source and target. Split "all" is every row, with or without
+    references. For the other splits each row needs a reference, and rows with the same source and topic become one
+    Example. A tenth of the sources, from all over the file, is held out (see `held_out`): "dev" is the Examples of
+    these, "train" all others, "test" the same as "dev". But if the file is called train.jsonl, a dev.jsonl beside it is
+    used for "dev", and nothing is held out; so is a test.jsonl for "test". The split "test" of test.jsonl is all of it.
     """
     splits = WEBNLG_SPLITS if task == "webnlg" else SPLITS if task in TASKS else (*SPLITS, "all")
     if split not in splits:
@@ -80,14 +79,15 @@ def load_examples(task: str, split: str, data: str | Path | None = None, topic_f
         return load_xsum(split, folder, topic_field)
     if task == "scitldr":
         return load_scitldr(split, folder, topic_field)
-    return load_jsonl(folder / task, split, topic_field)
+    return load_own(folder / task, split, topic_field)
 
 
 def check_place(task: str, data: str | Path | None) -> None:
     """InputError where a task's examples cannot be, which is known before they are read, and a model is loaded."""
     if task not in TASKS:
-        if not task.endswith(".jsonl"):
-            raise InputError(f"there is no task {task!r}: known are {', '.join(TASKS)} and FILE.jsonl, your own rows")
+        if not task.endswith(OWN):
+            known = f"{', '.join(TASKS)}, and FILE.jsonl or FILE.csv with your own rows"
+            raise InputError(f"there is no task {task!r}: known are {known}")
         path = Path(data or "", task)
         if not path.is_file():
             raise InputError(f'{path} is missing: expected a file of rows like {{"source": "...", "target": "..."}}')
@@ -146,117 +146,36 @@ def load_e2e(split: str, folder: Path | None) -> list[Example]:
     """The Examples of an E2E split in a folder, or of the bundled sample if that is None."""
     if folder is None:
         rows = [(f"bundled {split} sample", mr, ref) for mr, ref in sample_rows(split)]
+    elif (lines := folder / E2E_LINES[split]).is_file() and not (folder / E2E_FILES[split]).exists():
+        rows = read_e2e_lines(lines)
     else:
         rows = read_e2e_csv(folder / E2E_FILES[split])
-    return group_by_source([Example(linearise_e2e(mr, where), [ref]) for where, mr, ref in rows])
+    return group_by_source([Example(format_source("e2e", mr, where), [ref]) for where, mr, ref in rows])
 
 
 def read_e2e_csv(path: Path) -> list[tuple[str, str, str]]:
     """The rows of a CSV file with the columns mr and ref as (where, mr, ref)."""
     if not path.is_file():
         raise InputError(f"{path} is missing: {GET_E2E}")
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    header, rows = None, []
-    while True:
-        where = f"{path}:{reader.line_num + 1}"  # the line on which a row begins
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise InputError(f"{where}: not valid CSV from here on ({error})") from error
-        if row is None:
-            break
-        if not row:
-            continue  # a blank line
-        if header is None:
-            header = row
-            if not {"mr", "ref"} <= set(header):
-                raise InputError(f"{where}: the columns are {header!r:.200}, but mr and ref are needed: {GET_E2E}")
-            continue
-        if len(row) != len(header):
-            raise InputError(f"{where}: {len(row)} fields, but the header has {len(header)}")
-        mr, ref = (check_text(row[header.index(column)], f"{where}: {column}") for column in ("mr", "ref"))
+    rows = []
+    for number, row in csv_rows(path, ("mr", "ref")):
+        where = f"{path}:{number}"
+        mr, ref = (check_text(row[column], f"{where}: {column}") for column in ("mr", "ref"))
         rows.append((where, mr, ref))
     if not rows:
         raise InputError(f"{path} is empty: {GET_E2E}")
     return rows
 
 
-# ---- own data ----
-
-
-def load_jsonl(path: Path, split: str, topic_field: str) -> list[Example]:
-    """The Examples of a split of a user's file: see `load_examples`."""
-    if split == "all":
-        return read_jsonl(path, topic_field)
-    dev, test = path.with_name("dev.jsonl"), path.with_name("test.jsonl")
-    has_dev, has_test = (path.name == "train.jsonl" and file.is_file() for file in (dev, test))
-    if split == "test" and has_test:
-        return group_by_source(read_jsonl(test, topic_field, labelled=True))
-    if split != "train" and has_dev:
-        return group_by_source(read_jsonl(dev, topic_field, labelled=True))
-    examples = group_by_source(read_jsonl(path, topic_field, labelled=True))
-    if has_dev:
-        return examples
-    sources = list(dict.fromkeys(example.source for example in examples))  # one may be there on several topics
-    if len(sources) < 2:
-        raise InputError(f"{path} has only one source, and one is held out for dev losses: add rows with other sources")
-    kept_back = held_out(sources)
-    return [example for example in examples if (example.source in kept_back) == (split != "train")]
-
-
-def read_jsonl(path: Path, topic_field: str, labelled: bool = False) -> list[Example]:
-    """The Examples of a JSONL file's rows, in order; InputError if `labelled` and one has no reference."""
-    examples = [parse_row(row, f"{path}:{number}", topic_field, labelled) for number, row in json_rows(path)]
-    if not examples:
-        raise InputError(f"{path} is empty: expected a JSON object on each line")
-    return examples
-
-
-def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) for each line of a JSONL file that is not blank."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split at U+2028
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)
-            raise InputError(f"{where}: not valid JSON ({reason}), a .jsonl file has one object a line") from error
-        if not isinstance(row, dict):
-            raise InputError(f'{where}: {line!r:.50} is not an object like {{"source": "...", "target": "..."}}')
-        yield number, row
-
-
-def parse_row(row: dict[str, Any], where: str, topic_field: str, labelled: bool = False) -> Example:
-    """A row of a JSONL file, of whatever task, as an Example; `labelled`: InputError if it has no reference.
-
-    The source is the value of "source" or "document": a string, or a list of sentences, which are joined by blanks. The
-    references are the value of "target" or "summary", a string or a list of strings, or the list "references". The
-    topic is the value of topic_field, if that is a string or a number. Other keys are ignored.
-    """
-    x = next((key for key in ("source", "document") if key in row), None)
-    y = next((key for key in ("target", "references", "summary") if key in row), "target")
-    if x is None:
-        raise InputError(f'{where}: the row has no "source", its keys are {list(row)!r:.200}')
-    if "target" in row and "references" in row:
-        raise InputError(f"{where}: the row has both target and references: keep one of them")
-    source, references, kind = row[x], row.get(y, []), "a reference"
-    if isinstance(source, list):
-        if not all(isinstance(sentence, str) for sentence in source):
-            raise InputError(f"{where}: {x} is a list of other things than strings: give a string, or a list of them")
-        source = collapse_whitespace(" ".join(source))  # SciTLDR's sentences end in line breaks, and one is blank
-    if isinstance(references, str) and y != "references":
-        references, kind = [references], y
-    if not isinstance(references, list):
-        needed = "a list of strings" if y == "references" else "a string or a list of strings"
-        raise InputError(f"{where}: {y} is a JSON {type(references).__name__}, {needed} is needed")
-    if labelled and not references:
-        raise InputError(f'{where}: the row has no reference: add "target" or "references"')
-    references = [check_text(reference, f"{where}: {kind}") for reference in references]
-    topic = row.get(topic_field)
-    topic = str(topic) if isinstance(topic, (str, int, float)) else None
-    return Example(check_text(source, f"{where}: {x}"), references, topic)
+def read_e2e_lines(path: Path) -> list[tuple[str, str, str]]:
+    """The lines `mr||text` of a file of the paper's authors as (where, mr, text); the mr is linearised."""
+    rows = []
+    for number, line in enumerate(read_lines(path), 1):
+        mr, bars, text = line.partition("||")
+        if not bars:
+            raise InputError(f"{path}:{number}: {line!r:.80} is not of the form mr||text")
+        rows.append((f"{path}:{number}", mr, check_text(text, f"{path}:{number}: the text")))
+    return rows
 
 
 # ---- summarisation ----
@@ -267,7 +186,7 @@ def load_scitldr(split: str, folder: Path, topic_field: str) -> list[Example]:
     path = folder / f"{split}.jsonl"
     if not path.is_file():
         raise InputError(f"{path} is missing: {SCITLDR_LAYOUT}")
-    return [collapse_example(example) for example in read_jsonl(path, topic_field, labelled=True)]
+    return [collapse_example(example) for example in read_rows(path, topic_field, labelled=True)]
 
 
 def load_xsum(split: str, folder: Path, topic_field: str) -> list[Example]:
@@ -319,15 +238,6 @@ def line_rows(source: Path, target: Path) -> Iterator[tuple[int, dict[str, Any]]
         )
     for number, (x, y) in enumerate(zip(lines[0][:count], lines[1][:count], strict=True), 1):
         yield number, {"source": x, "target": y}
-
-
-def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file (or of stdin, for "-"); the line end of the last does not begin another."""
-    text = read_text(path)
-    if "\r" in text and "\n" not in text:
-        raise InputError(f"{path} has old Mac line ends (CR alone): save it with LF or CRLF line ends")
-    lines = text.split("\n")  # splitlines would also split at U+2028
-    return lines if lines[-1] else lines[:-1]
 
 
 def collapse_example(example: Example) -> Example:

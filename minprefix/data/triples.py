@@ -1,4 +1,4 @@
-"""Triples of subject, property and object as examples: WebNLG 2017 (XML) and DART (JSON).
+"""Triples of subject, property and object as examples: WebNLG 2017 and 3.0 (XML), DART (JSON).
 
 A set of triples reads `| subject : property : object | subject : ...`, as in the paper's runs; the underscores of
 entities stay. Neither dataset is downloaded.
@@ -16,9 +16,14 @@ from minprefix.data.examples import check_text, collapse_whitespace, group_by_so
 from minprefix.system.errors import InputError
 from minprefix.system.files import read_json, read_text
 
-UNSEEN = ("Artist", "Athlete", "CelestialBody", "MeanOfTransportation", "Politician")  # only in WebNLG's test
+TEST_2017, TEST_2020 = "testdata_with_lex.xml", "rdf-to-text-generation-test-data-with-refs-en.xml"
+UNSEEN = {  # the file of a release's test -> the categories that its training does not have
+    TEST_2017: ("Artist", "Athlete", "CelestialBody", "MeanOfTransportation", "Politician"),
+    TEST_2020: ("Film", "MusicalWork", "Scientist"),
+}
 WEBNLG_LAYOUT = (
-    "expected the folders train, dev and test of webnlg_challenge_2017 from https://gitlab.com/shimorina/webnlg-dataset"
+    "expected the folders train, dev and test of webnlg_challenge_2017, or of release_v3.0/en, from "
+    "https://gitlab.com/shimorina/webnlg-dataset"
 )
 DART_LAYOUT = "expected dart-v1.1.1-full-{train,dev,test}.json from https://github.com/Yale-LILY/dart, data/v1.1.1"
 MAX_XML_BYTES = 32 * 2**20  # of one file; the largest of the release has 2 MiB
@@ -48,14 +53,16 @@ def split_triples(text: str, where: str = "the input") -> list[Triple]:
 
 
 def load_webnlg(split: str, folder: Path) -> list[Example]:
-    """The Examples of a WebNLG 2017 split, one for each distinct set of triples of a category, which is its topic.
+    """The Examples of a split of WebNLG 2017 or 3.0, one for each distinct set of triples and category (its topic).
 
     "train": only the texts that are marked good, which leaves a few sets of triples out; "dev" and "test": all texts.
-    "test_seen" and "test_unseen": the test inputs of the ten categories of training, and those of the other five.
+    "test_seen" and "test_unseen": the test inputs of the categories that training has, and those of the others.
     """
-    examples = [example for path in find_webnlg(split, folder) for example in read_webnlg(path, split == "train")]
+    paths = find_webnlg(split, folder)
+    examples = [example for path in paths for example in read_webnlg(path, split == "train")]
     if split in ("test_seen", "test_unseen"):
-        examples = [example for example in examples if (example.topic in UNSEEN) == (split == "test_unseen")]
+        unseen = UNSEEN.get(paths[0].name, UNSEEN[TEST_2017])
+        examples = [example for example in examples if (example.topic in unseen) == (split == "test_unseen")]
     if not examples:
         raise InputError(f"{folder} has no texts for WebNLG's {split} split: {WEBNLG_LAYOUT}")
     return group_by_source(examples)
@@ -66,8 +73,8 @@ def find_webnlg(split: str, folder: Path) -> list[Path]:
     if split in ("train", "dev"):
         paths, needed = sorted((folder / split).rglob("*.xml")), f"{split}/*triples/*.xml"
     else:
-        needed = "test/testdata_with_lex.xml"
-        names = ["testdata_with_lex.xml"] + ["testdata_unseen_with_lex.xml"] * (split == "test_unseen")
+        needed = f"test/{TEST_2017} (or {TEST_2020})"
+        names = [TEST_2017, TEST_2020] + ["testdata_unseen_with_lex.xml"] * (split == "test_unseen")
         paths = [path for name in names for path in (folder / "test" / name, folder / name) if path.is_file()][:1]
         paths = paths or sorted((folder / "test").glob("*triples/*.xml"))
     if not paths:

@@ -263,6 +263,8 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
     metadata = dict(sorted((metadata or {}).items()))
     if "__metadata__" in tensors or not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise ValueError("metadata must be a dict of str to str, and no tensor may be called `__metadata__`")
+    # Escaped where a value is no Unicode text: the name of a folder may be any bytes.
+    metadata = {key: text.encode("utf-8", "backslashreplace").decode() for key, text in metadata.items()}
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0

@@ -5,6 +5,7 @@ of a whole model.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minprefix.core.model import Model
+from minprefix.core.model import Model, Tokenizer
 from minprefix.core.prefix import Prefix
 from minprefix.core.prefix_kv import KVPrefix
 from minprefix.formats.hub import model_name, resolve_model
@@ -40,7 +41,7 @@ def save_method(
     base, base_fingerprint: the model's folder, its fingerprint before training. With it goes what sample.py must know:
     the task, where sources are cut. sequence: `sequence_form` of the model, for people who look into the file.
     """
-    info = {"task": "jsonl" if task.endswith(".jsonl") else task, "sequence": sequence}
+    info = {"task": "jsonl" if task.endswith((".jsonl", ".csv")) else task, "sequence": sequence}
     if max_source:
         info["max_source"] = str(max_source)
     if method == "finetune":
@@ -73,6 +74,14 @@ def find_trained(path: str | Path) -> Path:
     if (path / "checkpoint.pt").is_file():
         raise InputError(f"the run in {path} has not ended: go on with it by train.py's command and --resume")
     raise InputError(f"there is nothing at {path} that train.py saved: train first, or check the path")
+
+
+def start_prefix(trainable: Prefix, init: str, model: Model, tokenizer: Tokenizer) -> None:
+    """Start a prefix or infix from a trained one, where there is one at `init`, else from the words of `init`."""
+    if os.path.exists(init):
+        trainable.init_from(load_prefix(find_trained(init), model))
+    else:
+        trainable.init_from_words(model, tokenizer, init)
 
 
 def save_trained(

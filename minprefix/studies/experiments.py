@@ -34,7 +34,8 @@ from minprefix.core.generate import generate
 from minprefix.core.kernels import packed_weights
 from minprefix.core.prefix import Prefix
 from minprefix.core.training import DIVERGED, batch_stream, make_optimizer, pair_count, training_step
-from minprefix.data.tasks import TASKS, find_e2e, json_rows, load_examples, load_on_topics
+from minprefix.data.rows import json_rows
+from minprefix.data.tasks import TASKS, find_e2e, load_examples, load_on_topics
 from minprefix.formats.hub import model_name, resolve_model
 from minprefix.formats.load import empty_model, load_model
 from minprefix.formats.safetensors import read_config

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 import signal
@@ -38,11 +39,14 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`: an InputError becomes one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143.
 
     So do too little memory and no room for the output (`one_line_errors`). A closed pipe ends the script without a
-    word, as it ends other commands.
+    word, as it ends other commands. Characters that the output's encoding lacks are escaped.
     """
     sys.stdin = sys.stdin or open(os.devnull)  # None where the shell has closed it (<&-)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with signals.signals_as_exceptions(), one_line_errors():
             main()

@@ -12,7 +12,6 @@ from minprefix import load_tokenizer
 from minprefix.core.attention import length_mask
 from minprefix.core.batches import (
     Batch,
-    check_lengths,
     collate,
     cut_groups,
     encode_pairs,
@@ -214,29 +213,6 @@ def test_a_cut_that_leaves_no_text(tiny, tiny_bart):
     for most in (-1, 0):
         assert "no room for text: raise --max-source to 1" in complaint(encode_sources, ["a"], tiny, gpt2(), most)
     assert "at most 2 tokens" in complaint(encode_sources, ["b"], tiny_bart, bart(n_positions=2))
-
-
-def test_check_lengths(tiny):
-    pairs = [([1] * 3, [2] * 4), ([1] * 5, [2] * 6), ([1] * 2, [2] * 9), ([1], [2])]
-    check_lengths(pairs, gpt2(11), 0, "x")
-    check_lengths(pairs, gpt2(16), 5, "x")
-    check_lengths([], gpt2(1), 1, "x")
-    message = complaint(check_lengths, pairs, gpt2(15), 5, "own.jsonl, train split")
-    assert message.startswith("own.jsonl, train split: pair 2 of 4 ") and "has 11 tokens" in message
-    assert "room for 10" in message and "shorten" in message
-    assert collate(singles(pairs), tiny, gpt2()).inputs[0].size(1) == 11  # the number that check_lengths speaks of
-
-
-def test_check_lengths_of_an_encoder_decoder(tiny_bart):
-    """The prefix takes positions from the decoder's sequence only; sources were cut before."""
-    pairs = [([1] * 30, [2] * 4), ([1] * 2, [2] * 9), ([1] * 40, [2]), ([1], [2] * 9)]
-    check_lengths(pairs, bart(9), 0, "x")
-    check_lengths(pairs, bart(14), 5, "x")
-    check_lengths([], bart(1), 1, "x")
-    message = complaint(check_lengths, pairs, bart(13), 5, "xsum, dev split")
-    assert message.startswith("xsum, dev split: target 2 of 4 ") and "has 9 tokens" in message
-    assert "room for 8" in message and "shorten" in message
-    assert collate(singles(pairs), tiny_bart, bart()).inputs[1].size(1) == 9
 
 
 # ---- ids -> batches ----

@@ -270,7 +270,7 @@ OK_ROW = '\n{"source": "a", "target": "b"}\n'  # so the next row is on line 3
         (OK_ROW + '{"source": "a", "references": "b"}', 3, "references is a JSON str"),
         (OK_ROW + '{"source": "a", "references": ["b", 1]}', 3, "reference is a JSON int"),
         (OK_ROW + '{"source": "a", "references": ["b", ""]}', 3, "reference is empty"),
-        (OK_ROW + '{"source": "a", "target": "b", "references": ["b"]}', 3, "both target and references"),
+        (OK_ROW + '{"source": "a", "target": "b", "references": "c"}', 3, "references is a JSON str"),
     ],
 )
 def test_bad_jsonl(tmp_path, text, line, part):
@@ -289,6 +289,57 @@ def test_too_few_rows(tmp_path):
     assert sources(task, "all") == [0]
     write_jsonl(tmp_path / "dev.jsonl", numbered(1))
     assert sources(task, "train") == sources(task, "dev") == [0]
+
+
+def test_target_and_references_of_a_row_are_taken_together(tmp_path):
+    rows = [{"source": "a", "target": "b", "references": ["c", "b"]}, {"source": "d", "target": "e", "references": []}]
+    assert load_examples(write_jsonl(tmp_path / "own.jsonl", rows), "all") == [
+        Example("a", ["b", "c"]), Example("d", ["e"]),
+    ]  # fmt: skip
+
+
+def test_the_test_split_of_test_jsonl_is_all_of_it(tmp_path, capsys):
+    rows = [{"source": str(i // 2), "target": f"{i}"} for i in range(40)]
+    task = write_jsonl(tmp_path / "test.jsonl", rows)
+    examples = load_examples(task, "test")
+    assert examples == [Example(str(i), [str(2 * i), str(2 * i + 1)]) for i in range(20)]
+    assert load_examples(task, "test") == examples
+    said = f"{task}: 40 rows are 20 inputs: those with the same source are one\n"
+    assert capsys.readouterr().err == said  # once
+    assert len(load_examples(task, "dev")) == 2
+
+
+def test_own_rows_may_be_csv(tmp_path):
+    """As Python's csv module writes them: quoted line ends, blank lines, a byte-order mark."""
+    pairs = [(f"item {i}, of\n{i}", f'"{i}" ist schön') for i in range(20)]
+    with open(tmp_path / "own.csv", "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("id", "source", "target"), (), *((i, *pair) for i, pair in enumerate(pairs))])
+    task = str(tmp_path / "own.csv")
+    assert [(e.source, *e.references) for e in load_examples(task, "all")] == pairs
+    train, dev = load_examples(task, "train"), load_examples(task, "dev")
+    assert len(train) == 18 and len(dev) == 2 and load_examples(task, "test") == dev
+    (tmp_path / "own.csv").write_text("source,target\na,b\n,c\n")
+    assert complaint(load_examples, task, "all") == f"{task}:3: source is empty"
+    (tmp_path / "own.csv").write_text("src,target\na,b\n")
+    assert "['src', 'target'], but source" in complaint(load_examples, task, "all")
+    (tmp_path / "own.csv").write_text("source,target\n")
+    assert "is empty" in complaint(load_examples, task, "all")
+
+
+@needs_e2e
+@pytest.mark.parametrize("split", SIZES)
+def test_e2e_in_the_lines_of_the_papers_authors(split, tmp_path):
+    """mr||text, the mr linearised: the same examples as from the release's CSV files, which are taken first."""
+    expected = load_examples("e2e", split, E2E)
+    for example in expected:
+        example.references = [" ".join(reference.splitlines()) for reference in example.references]  # one has two lines
+    name = {"train": "src1_train.txt", "dev": "src1_valid.txt", "test": "src1_test.txt"}[split]
+    lines = [f"{e.source} || {reference}\n" for e in expected for reference in e.references]
+    (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    assert load_examples("e2e", split, tmp_path) == expected
+    (tmp_path / name).write_text("name : A||B\nname : A | B\n")
+    assert f"{name}:2: 'name : A | B' is not of the form mr||text" in complaint(load_examples, "e2e", split, tmp_path)
 
 
 def test_missing_jsonl(tmp_path):

@@ -51,6 +51,22 @@ def test_webnlg_without_its_test_files(tmp_path):
     assert "'test_seen' of dart" in complaint(load_examples, "dart", "test_seen", tmp_path)
 
 
+def test_webnlg_3(tmp_path):
+    """As release_v3.0/en has it: other file names, shapes in the entries, other categories that training lacks."""
+    write_xml(tmp_path / "train" / "1triples" / "Artist_allSolutions.xml", entry("Artist", "A | is | B", good=["AB."]))
+    tests = [entry(category, f"{category} | is | B", good=["One."], bad=["Two."]) for category in ("Artist", "Film")]
+    tests = [text.replace('size="1"', 'shape="(X (X))" shape_type="NA" size="1"') for text in tests]
+    write_xml(tmp_path / "test" / "rdf-to-text-generation-test-data-with-refs-en.xml", *tests)
+    write_xml(
+        tmp_path / "test" / "semantic-parsing-test-data-with-refs-en.xml", entry("City", "A | is | B", good=["x"])
+    )
+    assert load_examples("webnlg", "train", tmp_path) == [Example("| A : is : B", ["AB."], "Artist")]
+    both = [Example(f"| {category} : is : B", ["One.", "Two."], category) for category in ("Artist", "Film")]
+    assert load_examples("webnlg", "test", tmp_path) == both
+    assert load_examples("webnlg", "test_seen", tmp_path) == both[:1]
+    assert load_examples("webnlg", "test_unseen", tmp_path) == both[1:]
+
+
 def test_good_texts_grouping_and_topics(tmp_path):
     write_xml(tmp_path / "train" / "1triples" / "1triple_Food.xml",
               entry("Food", "A_b | is | &quot;c  d&quot;", good=["One\n &amp; 1."], bad=["Bad."]),

@@ -150,7 +150,11 @@ BAD = {
     "GPT-2 has no encoder": (train, "--model gpt2 --task own.jsonl --sites encoder", "only decoder"),
     "no room for text": (train, "--model bart --task scitldr --data scitldr --max-source 2", "at most 2 tokens"),
     "max source 0": (train, "--model bart --task scitldr --data scitldr --max-source 0", "--max-source is 0"),
-    "targets too long": (train, "--model bart --task scitldr --data scitldr --prefix-length 253", "target 1 of 24"),
+    "targets too long": (
+        train,
+        "--model bart --task scitldr --data scitldr --prefix-length 253",
+        "it is the target, which begins",
+    ),
     "negative offset": (train, "--model bart --task scitldr --data scitldr --offset -1", "--offset is -1"),
     "GPT-2's tokeniser": (train, "--model mixed --task scitldr --data scitldr", "lacks <s>"),
     "repeats of -1": (sample, "--prefix run --input x --no-repeat-ngram -1", "no_repeat_ngram is -1"),

@@ -22,7 +22,7 @@ import sample
 import train
 from minprefix.cli import settings
 from minprefix.core.training import DIVERGED
-from minprefix.data.tasks import json_rows
+from minprefix.data.rows import json_rows
 from minprefix.studies import experiments, report, studies
 from minprefix.system.files import locked
 from tests.helpers import call
