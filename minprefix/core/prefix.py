@@ -15,10 +15,11 @@ from minprefix.system.errors import InputError
 
 
 def stack_prefixes(prefixes: list[KVPrefix], rows: list[int]) -> BatchedPrefix:
-    """Several prefixes for one batch, row i taking prefixes[rows[i]]: what `model` and `generate` take (section 8).
+    """Several prefixes for one batch, in which row i uses prefixes[rows[i]] (paper, section 8).
 
-    They may have different lengths, sites and position offsets. Each is stored once, (L, 2, N, H, P, D) for N prefixes
-    at each site, P being the longest one's length; no row sees the columns that a shorter one is filled up with.
+    The result goes to a model or to `generate` as their `prefix`. The prefixes may have different lengths, sites and
+    position offsets. Each is stored once: (L, 2, N, H, P, D) for N prefixes at each site, padded to the longest; the
+    padding is masked.
     """
     if not prefixes or not all(0 <= row < len(prefixes) for row in rows):
         raise InputError(f"the rows name prefixes {sorted(set(rows))}, there are {len(prefixes)}, the first is 0")
@@ -40,16 +41,16 @@ def stack_prefixes(prefixes: list[KVPrefix], rows: list[int]) -> BatchedPrefix:
 
 
 class Prefix(nn.Module):
-    """A prefix under training, one part for each site of the model; calling it gives what the model takes.
+    """A trainable prefix. Calling it returns its keys and values as a KVPrefix, for the model's `prefix` argument.
 
-    mlp_width: of the MLP that reparametrises it (paper section 4.3: 512 for table-to-text, 800 for summarisation);
-    0 makes the keys and values themselves the parameters, which train.py steps by Muon. position_offset: position id of
-    the (decoder's) first token, by default the length of the prefix before it. sites: some of the model's, by default
-    all.
-    Parameters are float32 whatever the model's dtype.
+    mlp_width: width of the MLP that computes them (paper section 4.3: 512 for table-to-text, 800 for summarisation); 0
+    for no MLP: the keys and values themselves are the parameters, which training optimises with Muon.
+    position_offset: position id of the (decoder's) first token, by default the length of the prefix before it.
+    sites: a subset of the model's attention sites, by default all of them.
+    The parameters are float32, whatever the model's dtype.
     """
 
-    form: type[KVPrefix] = KVPrefix  # of what calling it gives
+    kind: type[KVPrefix] = KVPrefix  # what calling it returns
 
     def __init__(
         self, model: Model, length: int, mlp_width: int = 512, position_offset: int | None = None,
@@ -75,12 +76,12 @@ class Prefix(nn.Module):
         )
 
     def forward(self) -> KVPrefix:
-        return self.form({site: part() for site, part in self.sites.items()}, self.position_offset)
+        return self.kind({site: part() for site, part in self.sites.items()}, self.position_offset)
 
     @torch.no_grad()
     def fold(self, info: dict[str, str] | None = None) -> KVPrefix:
-        """The keys and values alone, the MLP dropped: what is saved, and all that inference needs."""
-        return self.form({site: part().clone() for site, part in self.sites.items()}, self.position_offset, info or {})
+        """The keys and values without the MLP: all that inference needs, and what is saved. info: see `KVPrefix`."""
+        return self.kind({site: part().clone() for site, part in self.sites.items()}, self.position_offset, info or {})
 
     def init_from_words(self, model: Model, tokenizer: Tokenizer, words: str) -> None:
         """Start from the activations of real words (paper section 7.4), repeated or cut to the prefix length."""
@@ -97,7 +98,7 @@ class Prefix(nn.Module):
 
 
 class DirectKV(nn.Module):
-    """One site, its keys and values trained as they are."""
+    """The keys and values of one site as parameters."""
 
     def __init__(self, L: int, H: int, D: int, length: int):
         super().__init__()
@@ -112,7 +113,7 @@ class DirectKV(nn.Module):
 
 
 class MLPReparam(nn.Module):
-    """One site, its keys and values computed from a smaller embedding: P' (P, C) -> MLP -> (L, 2, H, P, D)."""
+    """The keys and values of one site, computed by an MLP from an embedding (P, C) -> (L, 2, H, P, D)."""
 
     def __init__(self, L: int, H: int, D: int, length: int, mlp_width: int):
         super().__init__()
@@ -124,7 +125,7 @@ class MLPReparam(nn.Module):
         return self.mlp(self.embedding).view(self.shape).permute(1, 2, 3, 0, 4)
 
     def fit(self, kv: Tensor) -> None:
-        """Train the MLP's output towards kv (L, 2, H, P, D) by mean squared error, as the authors do."""
+        """Fit the MLP's output to kv (L, 2, H, P, D) by mean squared error, as the authors' code does."""
         optimizer = torch.optim.Adam(self.parameters(), lr=1e-4)
         for _ in range(500):
             F.mse_loss(self(), kv).backward()
@@ -134,18 +135,18 @@ class MLPReparam(nn.Module):
 
 @torch.no_grad()
 def word_activations(model: Model, ids: list[int]) -> dict[str, Tensor]:
-    """Keys and values that the frozen model computes for tokens: site -> (L, 2, H, len(ids), D)."""
+    """The keys and values that the frozen model computes for some tokens: site -> (L, 2, H, len(ids), D)."""
     ids = torch.tensor([ids], device=next(model.parameters()).device)
     activations = model.activations(ids)
     return {site: torch.stack([layer.stacked()[:, 0] for layer in kv]) for site, kv in activations.items()}
 
 
 def count_parameters(trainable: nn.Module, model: nn.Module) -> list[int]:
-    """How many numbers of a prefix or another method are trained, how many saved, the model's own."""
+    """The number of parameters of a method that are trained, of those that are saved, and of the model's."""
     counted = trainable.parameters(), tensors_of(trainable.fold()).values(), model.parameters()
     return [sum(tensor.numel() for tensor in tensors) for tensors in counted]
 
 
 def fingerprint(model: nn.Module) -> list[float]:
-    """A norm of each parameter (of its first eight rows): all but the same in any dtype, different in other weights."""
+    """The norms of the first eight rows of each parameter: they identify the weights, in whichever dtype."""
     return [float(f"{p[:8].float().norm().item():.4g}") for p in model.parameters()]

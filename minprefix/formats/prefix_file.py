@@ -17,7 +17,7 @@ from minprefix.formats.peft import read_adapter
 from minprefix.formats.safetensors import read_safetensors, write_safetensors
 from minprefix.system.errors import InputError
 
-FORMS = {form.method: form for form in (KVPrefix, KVInfix)}
+KINDS = {kind.method: kind for kind in (KVPrefix, KVInfix)}
 
 
 def save_prefix(path: str | Path, folded: KVPrefix, model: Model, info: dict[str, str]) -> None:
@@ -44,8 +44,8 @@ def load_prefix(path: str | Path, model: Model | None = None) -> KVPrefix:
         path = Path(path) / "prefix.safetensors"
     adapter = (Path(path) / "adapter_config.json").is_file()
     tensors, offset, info = read_adapter(path) if adapter else read_prefix_file(path)
-    form = FORMS.get(info.get("method", "prefix"))
-    if form is None:
+    kind = KINDS.get(info.get("method", "prefix"))
+    if kind is None:
         raise InputError(f"{path} is of --method {info['method']}: minprefix.methods.files.load_trained loads it")
     if not tensors:
         raise InputError(f"{path} holds no prefix: there is no tensor in it")
@@ -56,7 +56,7 @@ def load_prefix(path: str | Path, model: Model | None = None) -> KVPrefix:
         if not kv.isfinite().all():
             raise InputError(f"{path}: {site!r} holds numbers that are not finite")
     # Copies, not views of the file: aligned as any tensor is, so that products come out the same to the last bit.
-    prefix = form({site: kv.clone() for site, kv in tensors.items()}, offset, info)
+    prefix = kind({site: kv.clone() for site, kv in tensors.items()}, offset, info)
     if model is not None:
         if adapter and model.encoder_decoder and len(prefix["decoder"]) == model.prefix_sites["encoder"][0]:
             # PEFT makes as many layers as the encoder has; a decoder of fewer takes the first.

@@ -152,7 +152,7 @@ class Infix(Prefix):
     They are free, as a prefix's are; the authors' code adds to them what the model computes for trained embeddings.
     """
 
-    form = KVInfix
+    kind = KVInfix
 
     def __init__(self, model: Model, length: int, mlp_width: int = 512):
         if model.encoder_decoder:
