@@ -35,9 +35,9 @@ def make_model(name):
 def make_prefix(model, kind):
     folded = Prefix(model, 5, mlp_width=4).fold()
     if kind == "infix":
-        return KVInfix(folded, 5)
+        return KVInfix(folded.kv, 5)
     shorter = Prefix(model, 2, mlp_width=4).fold()
-    return {"dict": dict(folded), "folded": folded, "stack": stack_prefixes([folded, shorter], [0, 1, 1])}[kind]
+    return {"dict": folded.kv, "folded": folded, "stack": stack_prefixes([folded, shorter], [0, 1, 1])}[kind]
 
 
 def inputs(model, T):

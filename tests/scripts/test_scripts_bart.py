@@ -92,7 +92,7 @@ def test_summaries_are_scored_by_rouge(trained, capsys):
 
 def test_without_its_package_rouge_is_missed_before_the_work(trained, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    monkeypatch.setattr(sample, "generate", None)  # is not reached
+    monkeypatch.setattr(sample, "generate_scored", None)  # is not reached
     code, _, err = call(sample, capsys, "--prefix", "run/prefix.safetensors", "--task", "scitldr", "--data", "scitldr",
                         "--evaluate")  # fmt: skip
     assert code == 2 and err.startswith("error: ROUGE") and 'pip install -e ".[eval]"' in err
@@ -116,7 +116,7 @@ def test_summaries_are_searched_for_as_bart_does_xsum(trained, capsys):
 def test_sites_and_offset(capsys):
     code, out, _ = call(train, capsys, *COMMON, "--sites", "decoder", "--offset", 0, "--eval-inputs", 0, "--out", "one")
     prefix = load_prefix("one/prefix.safetensors")
-    assert code == 0 and list(prefix) == ["decoder"] and prefix.position_offset == 0
+    assert code == 0 and list(prefix.kv) == ["decoder"] and prefix.position_offset == 0
 
 
 def test_where_sources_were_cut_is_remembered(capsys):
