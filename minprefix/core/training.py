@@ -29,7 +29,7 @@ from minprefix.core.batches import (
     pairs_by_source,
 )
 from minprefix.core.checkpointing import Log, read_checkpoint, save_checkpoint, too_little_memory
-from minprefix.core.kernels import packed_weights
+from minprefix.core.kernels import compiled_layers, packed_weights
 from minprefix.core.loss import target_loss
 from minprefix.core.model import Model, Tokenizer
 from minprefix.core.muon import Muon
@@ -296,7 +296,7 @@ def train(
     # Rank 0 acts on signals, the others end when it does.
     others = signals.defer_signals() if distributed.rank() else contextlib.nullcontext()
     batches = run.batches(run.step)
-    with run.bar, others, packed_weights(model, training=True):
+    with run.bar, others, packed_weights(model, training=True), compiled_layers(model):
         try:
             while True:
                 if run.eval_due():
