@@ -186,7 +186,7 @@ def test_a_step_averages_over_pairs(model, folder, monkeypatch):
         torch.manual_seed(1)
         prefix = Prefix(model, 3, mlp_width=0).double()
         optimizer = training.make_optimizer(prefix, 1e-2)
-        training.training_step(model, prefix, collate(groups, load_tokenizer(folder), model), optimizer)
+        training.training_step(model, prefix, [collate(groups, load_tokenizer(folder), model)], optimizer)
     for a, b in zip(gradients[: len(gradients) // 2], gradients[len(gradients) // 2 :], strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 

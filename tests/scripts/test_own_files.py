@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 import sample
 import train
@@ -189,3 +190,14 @@ def test_several_texts_and_their_scores_are_json_lines(trained, capsys, tmp_path
     assert [json.loads(line)["texts"] for line in out.splitlines()] == [row["texts"] for row in rows]
     arguments = [*map(str, one), "--input", "x", "--return", "6"]
     assert_one_clear_line(sample, arguments, "returned is 6: it must be at most the 5 beams", capsys, trained)
+
+
+def test_steps_over_several_batches(trained, capsys, tmp_path, monkeypatch):
+    """36 pairs in steps of two batches of 4: five steps in an epoch, to the same prefix as with batches of 8."""
+    monkeypatch.chdir(trained)
+    common = ("--model", "model", "--task", "start.jsonl", *QUICK[2:], "--eval-inputs", 0, "--epochs", 1)
+    for name, sizes in (("one", ("--batch-size", 8)), ("two", ("--batch-size", 4, "--accumulate", 2))):
+        code, out, err = call(train, capsys, *common, *sizes, "--out", tmp_path / name)
+        assert code == 0 and "36 training pairs, 5 steps of 8," in out, err
+    one, two = (load_prefix(tmp_path / name)["decoder"] for name in ("one", "two"))
+    assert torch.allclose(one, two, rtol=1e-3, atol=1e-4)
