@@ -156,14 +156,15 @@ def compiled(function: Callable[..., T]) -> Callable[..., T]:
 
     A function whose first argument is no tensor is compiled at its first call.
     """
-    fast = torch.compile(function, dynamic=True)
+    fast: Callable[..., T] | None = None
     works = True
 
     def call(*args: Any) -> T:
-        nonlocal works
+        nonlocal fast, works
         if not works or (isinstance(args[0], Tensor) and args[0].numel() < WORTH_IT):
             return function(*args)
         try:
+            fast = fast or torch.compile(function, dynamic=True)  # which reads files: it fails in an ASCII locale
             return fast(*args)
         except Exception as error:  # of nearly any kind: no compiler, a broken one, a folder that cannot be written
             if out_of_memory(error) or isinstance(error, InputError):
