@@ -164,7 +164,9 @@ def compiled(function: Callable[..., T]) -> Callable[..., T]:
         if not works or (isinstance(args[0], Tensor) and args[0].numel() < WORTH_IT):
             return function(*args)
         try:
-            fast = fast or torch.compile(function, dynamic=True)  # which reads files: it fails in an ASCII locale
+            if fast is None:  # torch.compile reads files: it fails in an ASCII locale
+                fast = torch.compile(function, dynamic=True)
+                torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
             return fast(*args)
         except Exception as error:  # of nearly any kind: no compiler, a broken one, a folder that cannot be written
             if out_of_memory(error) or isinstance(error, InputError):
@@ -188,7 +190,6 @@ def compile_layers(model: Any) -> list[nn.Module]:
         return []
     layers = [*model.encoder.layers, *model.decoder.layers] if model.encoder_decoder else model.h
     layers = [layer for layer in layers if "forward" not in vars(layer)]
-    torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
     for layer in layers:
         layer.forward = functools.partial(compiled(type(layer).forward), layer)
     return layers
