@@ -30,6 +30,8 @@ from minprefix.system.files import atomic_write, check_writable, locked
 from tests.helpers import ROWS, assert_one_clear_line, call, entry, write_xml
 from tests.tiny import write_tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def prefix_file(world):
