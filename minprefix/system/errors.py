@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import re
@@ -33,6 +34,12 @@ class WriteError(InputError):
 
 class OutOfMemory(InputError):
     """There was too little memory. Another try may succeed."""
+
+
+@functools.cache
+def print_once(message: str) -> None:
+    """Print a message to stderr, but only the first time that this message is given."""
+    print(message, file=sys.stderr)
 
 
 def run_main(main: Callable[[], None]) -> None:
