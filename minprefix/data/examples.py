@@ -45,8 +45,8 @@ def group_by_source(examples: list[Example]) -> list[Example]:
 def held_out(sources: Sequence[str]) -> set[str]:
     """The sources to hold out: a tenth, at least 1 and at most 500, the same in each call for the same sources.
 
-    The sources are divided into equally long sections, and one is drawn from each. So all topics are held out, whether
-    a file is sorted by topic or alternates between topics.
+    The sources are divided into equally long sections, and one is drawn from each. So the held-out sources are of all
+    topics, whether a file is sorted by topic or alternates between topics.
     """
     count, rng = min(max(len(sources) // 10, 1), 500), np.random.default_rng(0)
     ends = [i * len(sources) // count for i in range(count + 1)]

@@ -150,8 +150,7 @@ def read_e2e_csv(path: Path) -> list[tuple[str, str, str]]:
     rows = []
     for number, row in csv_rows(path, ("mr", "ref")):
         where = f"{path}:{number}"
-        mr, ref = (check_text(row[column], f"{where}: {column}") for column in ("mr", "ref"))
-        rows.append((where, mr, ref))
+        rows.append((where, check_text(row["mr"], f"{where}: mr"), check_text(row["ref"], f"{where}: ref")))
     if not rows:
         raise InputError(f"{path} is empty: {GET_E2E}")
     return rows

@@ -79,7 +79,7 @@ def read_if_there(path: Path) -> dict[str, Any]:
 def read_added_tokens(
     folder: Path, vocab: dict[str, Any], config: dict[str, Any], listed: list[Any]
 ) -> list[AddedToken]:
-    """The added tokens of a folder, with those tokens of `vocab` that its files name as special, single characters not.
+    """The added tokens of a folder, and the tokens of `vocab` that its files name as special, except single characters.
 
     They are stored in added_tokens.json (transformers before 4.34), tokenizer.json (`listed`) and tokenizer_config.json
     (`config`). If several files have a token, the last of these defines it.

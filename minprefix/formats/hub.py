@@ -80,9 +80,7 @@ def find_model(name: str) -> Path | None:
     bare = name.rpartition("/")[2]
     for owned in dict.fromkeys([name, full_name(name), *([bare] if full_name(bare) == name else [])]):
         repository = hub_cache() / f"models--{owned.replace('/', '--')}"
-        if not os.path.isfile(repository / "refs" / "main"):
-            continue
-        with contextlib.suppress(OSError, ValueError):  # not readable, or not text
+        with contextlib.suppress(OSError, ValueError):  # missing, not readable, or not text
             commit = (repository / "refs" / "main").read_text(encoding="ascii").strip()
             if re.fullmatch("[0-9a-f]{40}", commit) and is_complete(repository / "snapshots" / commit):
                 return repository / "snapshots" / commit

@@ -79,8 +79,6 @@ def shard(items: list[T]) -> list[T]:
 
 def unshard(items: list[T]) -> list[T]:
     """Gather the results that each rank computed for its `shard`, in the order of the whole list."""
-    if world_size() == 1:
-        return items
     parts = all_gather(items)
     whole: list[Any] = [None] * sum(map(len, parts))
     for i, part in enumerate(parts):
@@ -90,6 +88,8 @@ def unshard(items: list[T]) -> list[T]:
 
 def all_gather(item: Any) -> list[Any]:
     """Gather a picklable object from each rank, in the order of the ranks."""
+    if world_size() == 1:
+        return [item]
     gathered: list[Any] = [None] * world_size()
     with raise_rank_lost():
         dist.all_gather_object(gathered, item)
@@ -98,8 +98,6 @@ def all_gather(item: Any) -> list[Any]:
 
 def check_same_on_ranks(settings: dict[str, Any]) -> None:
     """Raise the same InputError on every rank if the ranks' settings (name -> value) differ."""
-    if world_size() == 1:
-        return
     first, *others = all_gather(settings)
     if differing := [name for name in first if any(other.get(name) != first[name] for other in others)]:
         names = ", ".join(name.replace("_", " ") for name in differing)
