@@ -16,7 +16,7 @@ from minprefix.core.batches import check_vocabulary, encode_sources, end_ids, st
 from minprefix.core.cache import Cache
 from minprefix.core.kernels import packed_weights
 from minprefix.core.model import Model, Tokenizer
-from minprefix.core.prefix_kv import AnyPrefix, row_count, select_rows, tensors_of
+from minprefix.core.prefix_kv import AnyPrefix, first_position, row_count, select_rows, tensors_of
 from minprefix.system.errors import InputError
 
 COMPACT_BELOW = 0.75  # finished texts leave a batch as soon as no more than this share of it is unfinished
@@ -315,12 +315,14 @@ def prefill(
     if model.encoder_decoder and lengths[-1] == 0:
         raise InputError(f"source {batch[-1] + 1} of {len(sources)} has no token: BART's encoder needs at least one")
     longest = f"source {batch[0] + 1} of {len(sources)}, the longest with {lengths[0]} tokens"
+    part = select_rows(prefix, batch)
     try:
-        cache = model.prefill(ids.to(device), torch.tensor(lengths, device=device), select_rows(prefix, batch))
+        cache = model.prefill(ids.to(device), torch.tensor(lengths), part)
     except InputError as error:
         raise InputError(f"{longest}: {error}") from error
-    # The start token comes at cache.position; the last new token is never fed back and needs no position.
-    need, room = int(cache.position.max()) + max_new_tokens, model.n_positions
+    # The first new token's position; the last new token is never fed back and needs none.
+    first = torch.as_tensor(first_position(part)) + (0 if model.encoder_decoder else torch.tensor(lengths))
+    need, room = int(first.max()) + max_new_tokens, model.n_positions
     if need > room:
         raise InputError(
             f"{longest}, needs {need} positions with its prefix and {max_new_tokens} new tokens, "

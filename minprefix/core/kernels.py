@@ -152,14 +152,15 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_new, "relu": F.relu}
 @functools.cache
 def compiled(function: Callable[..., T]) -> Callable[..., T]:
     """The function, compiled at its first call on a large tensor, for all sizes at once; as it is where that fails."""
-    fast = torch.compile(function, dynamic=True)
+    fast: Callable[..., T] | None = None
     works = None  # not known yet
 
     def call(*args: Tensor) -> T:
-        nonlocal works
+        nonlocal fast, works
         if works is False or args[0].numel() < WORTH_IT:
             return function(*args)
         try:
+            fast = fast or torch.compile(function, dynamic=True)  # which reads files: it fails in an ASCII locale
             result = fast(*args)
         except Exception as error:  # of nearly any kind: no compiler, a broken one, a folder that cannot be written
             if works or out_of_memory(error):

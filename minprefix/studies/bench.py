@@ -233,7 +233,7 @@ def ours(args: Namespace) -> Work:
 
     def train(i: int) -> None:
         batch = collate(batches[i], tokenizer, model).to(args.device)
-        training_step(model, prefix, batch, optimizer)
+        training_step(model, prefix, [batch], optimizer)
 
     def write(i: int) -> None:
         sources = [source for source, _ in batches[i]]
