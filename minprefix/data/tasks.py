@@ -137,10 +137,10 @@ def load_e2e(split: str, folder: Path | None) -> list[Example]:
     if folder is None:
         rows = [(f"bundled {split} sample", mr, ref) for mr, ref in sample_rows(split)]
     elif (lines := folder / E2E_LINES[split]).is_file() and not (folder / E2E_FILES[split]).exists():
-        rows = read_e2e_lines(lines)
+        return group_by_source(read_e2e_lines(lines))
     else:
         rows = read_e2e_csv(folder / E2E_FILES[split])
-    return group_by_source([Example(format_source("e2e", mr, where), [ref]) for where, mr, ref in rows])
+    return group_by_source([Example(linearise_e2e(mr, where), [ref]) for where, mr, ref in rows])
 
 
 def read_e2e_csv(path: Path) -> list[tuple[str, str, str]]:
@@ -156,15 +156,18 @@ def read_e2e_csv(path: Path) -> list[tuple[str, str, str]]:
     return rows
 
 
-def read_e2e_lines(path: Path) -> list[tuple[str, str, str]]:
-    """The lines `mr||text` of a file of the paper's authors as (where, mr, text), the mr already linearised."""
-    rows = []
+def read_e2e_lines(path: Path) -> list[Example]:
+    """An Example for each line `mr||text` of a file of the paper's authors, the mr already linearised."""
+    examples = []
     for number, line in enumerate(read_lines(path), 1):
         mr, bars, text = line.partition("||")
         if not bars:
             raise InputError(f"{path}:{number}: {line!r:.80} is not of the form mr||text")
-        rows.append((f"{path}:{number}", mr, check_text(text, f"{path}:{number}: the text")))
-    return rows
+        mr, text = (check_text(part, f"{path}:{number}: {name}") for part, name in ((mr, "mr"), (text, "text")))
+        examples.append(Example(mr, [text]))
+    if not examples:
+        raise InputError(f"{path} is empty: {GET_E2E}")
+    return examples
 
 
 # ---- summarisation ----
