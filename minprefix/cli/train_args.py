@@ -26,7 +26,7 @@ def parse_args(description: str = "") -> Namespace:
 
     group = parser.add_argument_group("what to train on")
     add, subset = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--task", default="e2e", help="e2e, webnlg, dart, xsum, scitldr, or FILE.jsonl of your own (%(default)s)")
+    add("--task", default="e2e", help="e2e, webnlg, dart, xsum, scitldr, or your FILE.jsonl or FILE.csv (%(default)s)")
     add("--data", metavar="FOLDER", help="of the task's files (e2e: data/e2e, else a download, else a sample)")
     subset("--limit", type=int, metavar="N", help="only the first N pairs of a source and a target")
     subset("--low-data", type=int, metavar="N", help="N pairs drawn at random, and 30%% of N for dev losses")

@@ -19,6 +19,8 @@ from minprefix.methods.files import find_trained
 from tests.helpers import assert_one_clear_line, call
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("--steps", 2, "--eval-every", 2, "--device", "cpu", "--dtype", "float32")
 TEXTS = ("--eval-inputs", 2, "--beams", 2)
 
