@@ -3,7 +3,7 @@
 python -m minprefix show RUN            what a prefix is, and how much attention it gets
 python -m minprefix export ...          a prefix as a PEFT adapter
 python -m minprefix import ...          a PEFT adapter as a prefix file
-python -m minprefix bench train ...     speed and memory of training, or of generate
+python -m minprefix bench train ...     speed and memory of training, or of generate; or a report of both
 python -m minprefix study NAME ...      a study of the paper: its runs, a table, a figure
 """
 
@@ -19,6 +19,8 @@ def main() -> None:
     # Each module is imported when it is needed: the bench and the studies need much that the others do not.
     if tool in ("show", "export", "import"):
         from minprefix.cli.prefix_tool import main as run
+    elif tool == "bench" and sys.argv[2:3] == ["report"]:
+        from minprefix.studies.bench_report import main as run
     elif tool == "bench":
         from minprefix.studies.bench import main as run
     elif tool == "study":

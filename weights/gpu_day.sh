@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One run on a borrowed GPU, most valuable part first: pre-training, a prefix on E2E, speed beside transformers + PEFT.
+# One run on a borrowed GPU: pre-training, a prefix on E2E, the tests for a GPU, speed next to transformers + PEFT.
 #   OUT=results CORPUS=corpus/ DATA=data/ VOCAB=folder [GPT2="..." BART="..." STEPS=1500] bash weights/gpu_day.sh
-# VOCAB holds vocab.json and merges.txt; DATA holds e2e/ and gpt2_tokenizer/. Each part writes to OUT as it ends.
+# VOCAB holds vocab.json and merges.txt; DATA holds e2e/. Each part writes to OUT as it ends.
 set -u
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-STEPS=${STEPS:-1500} BENCH_MODELS=${BENCH_MODELS:-gpt2-medium} BENCH=${BENCH:---steps 4 --rounds 3} WORK=${WORK:-/tmp/gpu_day}
+STEPS=${STEPS:-1500} BENCH_MODELS=${BENCH_MODELS:-gpt2-medium bart-large} MINUTES=${MINUTES:-6} WORK=${WORK:-/tmp/gpu_day}
 GPT2=${GPT2:---layers 6 --width 384 --heads 6 --batch-size 192 --seconds 145 --workers 4 --eval-every 400 --save-every 10000}
 BART=${BART:---layers 4 --width 320 --heads 5 --batch-size 192 --seconds 110 --workers 12 --eval-every 400 --save-every 10000}
 mkdir -p "$OUT" "$WORK/gpt2" && cp "$VOCAB"/vocab.json "$VOCAB"/merges.txt "$WORK/gpt2"
@@ -26,26 +26,9 @@ say pre-train bart
 python3 weights/pretrain.py bart --corpus "$CORPUS" --out "$WORK/bart" --bpe "$WORK/gpt2" --state "$WORK/state-bart" $BART 2>&1 | tr '\r' '\n' | grep -v "step/s\|s/step" | tail -60 >>"$OUT/log.txt"
 pack bart
 wait
+say tests
+python3 -m pytest -q tests/test_cuda.py >"$OUT/test_cuda.txt" 2>&1; tail -3 "$OUT/test_cuda.txt" >>"$OUT/log.txt"
 say speed
-python3 - "$WORK" "$DATA" $BENCH_MODELS <<'PY'
-import shutil, sys, torch
-from pathlib import Path
-from minprefix.core.gpt2 import GPT2
-from minprefix.formats.load import save_model
-shapes = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "tiny": (2, 64, 2)}
-for name in sys.argv[3:]:
-    L, C, H = shapes[name]
-    torch.manual_seed(0)
-    model = GPT2({"vocab_size": 50257, "n_positions": 1024, "n_embd": C, "n_layer": L, "n_head": H,
-                  "bos_token_id": 50256, "eos_token_id": 50256, "architectures": ["GPT2LMHeadModel"]})
-    save_model(model, Path(sys.argv[1], name))
-    for file in ("vocab.json", "merges.txt"):
-        shutil.copy(f"{sys.argv[2]}/gpt2_tokenizer/{file}", f"{sys.argv[1]}/{name}/{file}")
-PY
-for model in $BENCH_MODELS; do
-    for work in "train --batch-size 10" "train --batch-size 128" "generate --batch-size 16 --beams 5"; do
-        say "bench $work $model"
-        timeout 45 python3 -m minprefix bench $work --model "$WORK/$model" --data "$DATA/e2e" --dtype bfloat16 --peer $BENCH >>"$OUT/bench.txt" 2>&1
-    done
-done
+python3 -m minprefix bench report --minutes $MINUTES --models $BENCH_MODELS --data "$DATA/e2e" --peer --json "$OUT/bench.json" \
+    >"$OUT/bench.md" 2>"$OUT/bench-errors.txt"
 say done

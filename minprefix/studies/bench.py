@@ -3,6 +3,7 @@
     python -m minprefix bench train    --model gpt2/ --peer
     python -m minprefix bench generate --model gpt2/ --peer --beams 5 --new-tokens 32
     python -m minprefix bench train    --model bart-base/ --source-length 512 --sweep prefix-length 1 50 200
+    python -m minprefix bench report   --minutes 8 --peer    all of it, on models of random weights (report --help)
 
 Each contender has a process of its own, so that its peak memory is its own; they take turns, round by round, and the
 other waits. A round is --steps batches, the same in each round; a first round to warm up does not count. Reported are
@@ -18,6 +19,7 @@ those that each contender needs for them.
 """
 
 import json
+import math
 import multiprocessing
 import random
 import resource
@@ -31,6 +33,7 @@ from itertools import chain, islice
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._dynamo.utils import calculate_time_spent, counters  # no public interface gives these
@@ -57,7 +60,7 @@ FIGURES = ("who", "examples_per_s", "median_s", "first_s", "compile_s", "recompi
 Work = tuple[Callable[[int], None], dict[str, Any]]  # what does batch i, and facts for `row`
 
 
-def parse_args() -> Namespace:
+def make_parser() -> Parser:
     parser = Parser("python -m minprefix bench", __doc__, what="WHAT")
     add = parser.add_argument
     add("what", choices=("train", "generate"), metavar="WHAT", help="train, generate")
@@ -79,7 +82,17 @@ def parse_args() -> Namespace:
     add("--peer", action="store_true", help="transformers + PEFT as well (pip install -e '.[parity]')")
     add("--sweep", nargs="+", metavar=("OPTION", "N"), help="measure for each value of an option: beams 1 5 10")
     add("--json", action="store_true", help="print JSON lines only, minprefix's own the last")
-    args = parser.parse_args()
+    return parser
+
+
+def parse_args() -> Namespace:
+    args = make_parser().parse_args()
+    check(args)
+    return args
+
+
+def check(args: Namespace) -> None:
+    """InputError where an option makes no sense; device and dtype are filled in."""
     numbers = ("batch_size", "prefix_length", "beams", "new_tokens", "steps", "rounds", "threads", "source_length")
     check_above_zero(args, (*numbers, "group"))
     check_not_negative(args, ("hidden",))
@@ -87,7 +100,6 @@ def parse_args() -> Namespace:
         raise InputError("--peer needs transformers and PEFT: pip install -e '.[parity]'")
     args.device = pick_device(args.device)
     args.dtype = str(pick_dtype(args.dtype, args.device)).removeprefix("torch.")
-    return args
 
 
 def main() -> None:
@@ -114,33 +126,46 @@ def sweep(args: Namespace) -> list[Namespace]:
     return [Namespace(**{**vars(args), key: int(value)}) for value in values]
 
 
-def measure(args: Namespace) -> list[dict[str, Any]]:
-    """Rows of results, minprefix's first."""
+def measure(args: Namespace, deadline: float = math.inf) -> list[dict[str, Any]]:
+    """Rows of results, minprefix's first.
+
+    deadline: of time.monotonic(); fewer rounds are made if not all can be, InputError if there is no time for two.
+    """
     contenders = {"minprefix": ours, **({"transformers + PEFT": peer} if args.peer else {})}
     context = multiprocessing.get_context("spawn")
     workers, processes = {}, []
-    for who, contender in contenders.items():
-        workers[who], there = context.Pipe()
-        processes.append(context.Process(target=work, args=(there, contender, args), daemon=True))
-        processes[-1].start()
-        there.close()
-        ask(workers[who], None)  # it is set up before the next one starts
-    seconds: dict[str, list[list[float]]] = {who: [] for who in workers}
-    for _ in range(args.rounds + 1):
-        for who, worker in workers.items():
-            seconds[who].append(ask(worker, "round"))
-    facts = {who: ask(worker, "end") for who, worker in workers.items()}
-    for process in processes:
-        process.join()
+    try:
+        for who, contender in contenders.items():
+            workers[who], there = context.Pipe()
+            processes.append(context.Process(target=work, args=(there, contender, args), daemon=True))
+            processes[-1].start()
+            there.close()
+            ask(workers[who], None, deadline)  # it is set up before the next one starts
+        seconds: dict[str, list[list[float]]] = {who: [] for who in workers}
+        took = 0.0  # by the last round
+        for number in range(args.rounds + 1):
+            started = time.monotonic()
+            if number > 1 and started + 1.5 * took > deadline:
+                break
+            for who, worker in workers.items():
+                seconds[who].append(ask(worker, "round", deadline))
+            took = time.monotonic() - started
+        facts = {who: ask(worker, "end", deadline) for who, worker in workers.items()}
+    finally:
+        for process in processes:
+            process.terminate()  # it is at its end, or late
+            process.join()
     best = {key: max(known[key] for known in facts.values()) for key in ("matmul", "bandwidth")}
     return [{"what": args.what, "who": who, **row(args, {**facts[who], **best}, *seconds[who])} for who in workers]
 
 
-def ask(worker: Connection, request: str | None) -> Any:
-    """A worker's answer; InputError with its reason if it could not work."""
+def ask(worker: Connection, request: str | None, deadline: float = math.inf) -> Any:
+    """A worker's answer; InputError with its reason if it could not work, or has none by the deadline."""
     if request:
         worker.send(request)
     try:
+        if not worker.poll(None if deadline == math.inf else max(0.0, deadline - time.monotonic())):
+            raise InputError("it was not measured in the time that there was")
         answer = worker.recv()
     except EOFError:
         raise InputError("a measuring process ended early: its message is above (too little memory?)") from None
@@ -352,17 +377,27 @@ def useful_flop(model: Model, tokenizer: Tokenizer, groups: Iterable[Group], len
     """Floating-point operations of all matrix products that training on groups needs: each row by itself, unpadded.
 
     As torch counts them, forward and backward, for a frozen model with a prefix of this length at these sites; the
-    prefix's MLP is left out.
+    prefix's MLP is left out. They are counted for six rows; those of S source and T target tokens are a quadratic
+    function of S and T, all but exactly (rows of less than 16 tokens may take one product more).
     """
     with torch.device("meta"):  # shapes alone, nothing is computed
         shapes = type(model)(model.config).requires_grad_(False)
         shapes.n_positions = sys.maxsize  # a row of several targets may be longer than any of its pairs
         prefix = {site: torch.zeros(L, 2, H, length, D, requires_grad=True)
                   for site, (L, H, D) in model.prefix_sites.items() if site in sites}  # fmt: skip
-    with FlopCounterMode(display=False) as counter:
-        for group in groups:
-            target_loss(shapes, collate([group], tokenizer, shapes).to("meta"), prefix).backward()
-    return counter.get_total_flops()
+    counted, probes = [], [(20, 20), (20, 40), (40, 20), (40, 40), (60, 20), (20, 60)]
+    for S, T in probes:
+        with FlopCounterMode(display=False) as counter:
+            batch = collate([([5] * S, [[5] * T])], tokenizer, shapes).to("meta")
+            target_loss(shapes, batch, prefix).backward()
+        counted.append(counter.get_total_flops())
+    coefficients = np.linalg.solve(np.array([quadratic(*probe) for probe in probes]), np.array(counted, dtype=float))
+    lengths = [(len(source), sum(map(len, targets))) for source, targets in groups]
+    return round(sum(float(coefficients @ quadratic(S, T)) for S, T in lengths))
+
+
+def quadratic(S: int, T: int) -> list[int]:
+    return [1, S, T, S * S, S * T, T * T]
 
 
 def bytes_of_a_step(model: Model) -> int:

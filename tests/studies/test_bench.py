@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from minprefix import load_model, load_tokenizer
 from minprefix.core.kernels import can_pack_bfloat16
-from minprefix.studies import bench
+from minprefix.studies import bench, bench_report
 from minprefix.system.errors import InputError
 from tests.helpers import call, singles
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
@@ -124,6 +125,32 @@ def test_a_worker_that_cannot_work_says_why(world):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "256" in done.stderr, done.stderr
     done = run(world, "train", "--model", str(world / "gpt2"), "--batch-size", "500")
     assert done.returncode == 2 and "too few for --batch-size 500" in done.stderr
+
+
+def test_a_report_within_its_time(world, tmp_path, monkeypatch, capsys):
+    """Of a model that is given and one that is made; what fails, or has no time, has a row that says so."""
+    monkeypatch.setitem(bench_report.SHAPES, "bart-base", (1, 32, 2, 4101))
+    monkeypatch.setattr(bench_report, "BART_WORK", [("train", {"batch_size": 2, "source_length": 20, "hidden": 8})])
+    monkeypatch.setattr(bench_report, "GPT2_WORK", [("train", {"batch_size": 500}), ("generate", {"batch_size": 2})])
+    options = ["--data", world, "--json", tmp_path / "report.json", "--steps", 1, "--rounds", 1, "--new-tokens", 2]
+    options += ["--models", world / "gpt2", "bart-base", "--threads", 1, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["bench", "report", *map(str, options)])
+    bench_report.main()
+    head, _, columns, _, *table = capsys.readouterr().out.splitlines()
+    assert head.startswith("cpu (") and len(table) == 3 and {row.count("|") for row in table} == {columns.count("|")}
+    assert "too few for --batch-size 500" in table[0] and "| train, batch 2, prefix 5, sources of 20 |" in table[1]
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == [str(world / "gpt2"), "bart-base", str(world / "gpt2")]
+    assert "problem" in rows[0] and all(row["measured"][0]["examples_per_s"] > 0 for row in rows[1:])
+    sys.argv += ["--minutes", "0.001"]
+    bench_report.main()
+    assert capsys.readouterr().out.count("time") >= 3
+
+
+def test_a_measurement_ends_at_its_deadline(world, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "train", "--model", str(world / "gpt2"), "--data", str(world), *QUICK])
+    with pytest.raises(InputError, match="not measured in the time"):
+        bench.measure(bench.parse_args(), time.monotonic() + 0.1)
 
 
 def test_the_bandwidth_counts_what_a_step_reads(world):
