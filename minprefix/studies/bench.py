@@ -152,8 +152,10 @@ def measure(args: Namespace, deadline: float = math.inf) -> list[dict[str, Any]]
             took = time.monotonic() - started
         facts = {who: ask(worker, "end", deadline) for who, worker in workers.items()}
     finally:
-        for process in processes:
-            process.terminate()  # it is at its end, or late
+        for worker, process in zip(workers.values(), processes, strict=False):
+            worker.close()  # which ends a process that waits for a request
+            process.join(10 if time.monotonic() < deadline else 0)
+            process.terminate()
             process.join()
     best = {key: max(known[key] for known in facts.values()) for key in ("matmul", "bandwidth")}
     return [{"what": args.what, "who": who, **row(args, {**facts[who], **best}, *seconds[who])} for who in workers]
