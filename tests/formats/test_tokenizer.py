@@ -71,6 +71,7 @@ def test_ids_of_random_texts_equal_huggingface(folder):
     assert_same_ids(load_tokenizer(folder), huggingface(folder), texts)
 
 
+@pytest.mark.slow
 def test_ids_of_e2e_equal_huggingface(folder):
     if not (DATA / "e2e").is_dir():
         pytest.skip(f"{DATA}/e2e is not there")
