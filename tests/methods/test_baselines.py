@@ -15,8 +15,6 @@ from minprefix.system.errors import InputError
 from tests.helpers import assert_one_clear_line, call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def finetune(folder, capsys, *options, model="model", task="rows.jsonl"):
     return call(train, capsys, "--method", "finetune", "--model", folder / model, "--task", folder / task,
