@@ -14,6 +14,8 @@ from minprefix.formats.tokenizer import byte_alphabet
 from minprefix.system.errors import InputError
 from tests.tiny import ROOT
 
+pytestmark = pytest.mark.slow
+
 MINI = ROOT / "weights" / "gpt2-mini"
 DATA = ROOT.parent / "shared" / "data"
 FOLDERS = {"mini": MINI, "gpt2": DATA / "gpt2_tokenizer", "bart": DATA / "bart_tokenizer"}
@@ -71,7 +73,6 @@ def test_ids_of_random_texts_equal_huggingface(folder):
     assert_same_ids(load_tokenizer(folder), huggingface(folder), texts)
 
 
-@pytest.mark.slow
 def test_ids_of_e2e_equal_huggingface(folder):
     if not (DATA / "e2e").is_dir():
         pytest.skip(f"{DATA}/e2e is not there")

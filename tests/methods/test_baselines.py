@@ -15,6 +15,8 @@ from minprefix.system.errors import InputError
 from tests.helpers import assert_one_clear_line, call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 def finetune(folder, capsys, *options, model="model", task="rows.jsonl"):
     return call(train, capsys, "--method", "finetune", "--model", folder / model, "--task", folder / task,
@@ -42,7 +44,6 @@ def test_a_saved_model_loads_here_and_in_transformers(tmp_path, write):
     assert torch.allclose(logits, model(*[ids] * (1 + model.encoder_decoder)), atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_train_and_sample(world, tmp_path, capsys, dtype):
     code, out, err = finetune(world, capsys, "--steps", 30, "--dtype", dtype, "--out", tmp_path / "run")
@@ -73,7 +74,6 @@ def test_sample_knows_the_task_of_a_fine_tuned_model(world, tmp_path, capsys):
     assert "first 40 tokens" in err
 
 
-@pytest.mark.slow
 def test_resumed_it_gives_the_same_weights(world, tmp_path, capsys, monkeypatch):
     finetune(world, capsys, "--steps", 4, "--out", tmp_path / "whole")
     real, calls = train.train, []
@@ -124,7 +124,6 @@ def test_bad_input(world, capsys, monkeypatch, options, message):
     assert_one_clear_line(train, line, message, capsys, world)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["top2", "adapter", "embedding", "infix"])
 def test_each_method_trains_and_samples(world, tmp_path, capsys, method):
     run = tmp_path / "run"
