@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minprefix import Prefix, generate, load_model, load_prefix, load_tokenizer
 from minprefix.core.prefix import fingerprint
+from minprefix.core.prefix_kv import tensors_of
 from minprefix.core.training import train
 from minprefix.data.tasks import format_source, load_examples
 from minprefix.data.triples import read_webnlg
@@ -260,7 +261,7 @@ def write_comparator(folder, method):
     else:
         trainable = {"adapter": Adapters, "embedding": EmbeddingOnly, "infix": Infix}[method](model, 3)
     info = {"method": method, "base_model": "tiny", "position_offset": "3"}
-    save_trained(folder / f"{method}.safetensors", trainable.fold(), fingerprint(MODEL), info)
+    save_trained(folder / f"{method}.safetensors", tensors_of(trainable.fold()), fingerprint(MODEL), info)
 
 
 def run_comparator(folder):

@@ -28,7 +28,7 @@ from minprefix.data.tasks import format_source
 from minprefix.formats.hub import model_name
 from minprefix.formats.load import load_model
 from minprefix.formats.peft import write_adapter
-from minprefix.formats.prefix_file import FORMS, load_prefix, save_prefix
+from minprefix.formats.prefix_file import KINDS, load_prefix, save_prefix
 from minprefix.formats.tokenizer import Tokenizer, load_tokenizer
 from minprefix.methods.files import find_trained, load_trained, read_trained, resolve_base_model, trained_max_source
 from minprefix.system.errors import InputError
@@ -79,8 +79,8 @@ def export(args: argparse.Namespace) -> None:
     prefix = load_prefix(path)
     if prefix.info.get("format") == "peft":
         raise InputError(f"{args.prefix} is a PEFT adapter already: there is nothing to export")
-    if set(prefix) != {"decoder"}:
-        sites = f"a prefix at {', '.join(prefix)}"
+    if set(prefix.kv) != {"decoder"}:
+        sites = f"a prefix at {', '.join(prefix.kv)}"
         raise InputError(f"{args.prefix} is {sites}: PEFT has the decoder's only, train one with --sites decoder")
     kv, offset = prefix["decoder"], prefix.position_offset
     if offset != kv.size(3):
@@ -117,12 +117,12 @@ def show(args: argparse.Namespace) -> None:
     method = info.get("method", "prefix")
     if method == "finetune":
         raise InputError(f"{path} is of --method finetune: a whole model, there is no prefix to show")
-    if method in FORMS:
-        tensors = load_prefix(path)  # checked
+    if method in KINDS:
+        tensors = load_prefix(path).kv  # checked
     describe(path, tensors, info)
     if method != "embedding" and not args.input:
         return
-    if method not in (*FORMS, "embedding"):
+    if method not in (*KINDS, "embedding"):
         raise InputError(f"{path} is of --method {method}, there is no prefix to attend to: leave out --input")
     folder = resolve_base_model(args.model, args.prefix, info)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
@@ -142,7 +142,7 @@ def describe(path: Path, tensors: dict[str, Tensor], info: dict[str, str]) -> No
     size = f"{numbers:,} numbers, {4 * numbers / 2**20:.2f} MiB in float32"
     for key, value in {"file": str(path), **metadata, "saved": size}.items():
         print(f"{printable(key).replace('_', ' '):<17} {printable(value)[:200]}")
-    if not isinstance(tensors, KVPrefix):
+    if info.get("method", "prefix") not in KINDS:
         return
     sites = dict(sorted(tensors.items(), key=lambda item: item[0] == "cross"))  # cross-attention last
     for site, kv in sites.items():
@@ -197,7 +197,7 @@ def attention_shares(model: Model, prefix: KVPrefix, batch: Batch) -> dict[str, 
     """
     if isinstance(prefix, KVInfix):
         prefix = prefix.with_source_lengths(batch.source_lengths)
-    shares: dict[str, list[Tensor]] = {site: [] for site in prefix}
+    shares: dict[str, list[Tensor]] = {site: [] for site in prefix.kv}
     handles = []
 
     def record(site: str, module: gpt2.Attention | bart.Attention, args: tuple[Any, ...]) -> None:
@@ -208,7 +208,7 @@ def attention_shares(model: Model, prefix: KVPrefix, batch: Batch) -> dict[str, 
         shares[site].append((share if site == "encoder" else share[:, batch.target_positions]).mean(dim=1))
 
     for site, modules in attention_modules(model).items():
-        for module in modules if site in prefix else ():
+        for module in modules if site in prefix.kv else ():
             handles.append(module.register_forward_pre_hook(partial(record, site)))
     try:
         model.hidden_states(*batch.inputs, prefix=prefix)

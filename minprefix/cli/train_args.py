@@ -91,10 +91,10 @@ def resolve_init(args: Namespace) -> None:
     prefix = load_prefix(find_trained(args.init))
     if isinstance(prefix, KVInfix) != (args.method == "infix"):
         raise InputError(f"--init {args.init} is of --method {prefix.method}, not {args.method}")
-    lengths = {kv.size(3) for kv in prefix.values()}
+    lengths = {kv.size(3) for kv in prefix.kv.values()}
     if len(lengths) > 1:
         raise InputError(f"--init {args.init} has prefixes of different lengths at its sites: one length is trained")
-    own = {"prefix_length": min(lengths), "hidden": 0, "sites": list(prefix), "offset": prefix.position_offset}
+    own = {"prefix_length": min(lengths), "hidden": 0, "sites": list(prefix.kv), "offset": prefix.position_offset}
     for key in own.keys() & OPTIONS[args.method]:
         if getattr(args, key) not in (None, own[key]):
             raise InputError(f"{flag(key)} does not go with --init {args.init}, which sets it: leave it out")

@@ -18,8 +18,8 @@ SHORT_PREFIX = 64  # virtual tokens: up to so many, copying them before the toke
 class KV(NamedTuple):
     """Keys and values of one layer.
 
-    k, v: (b, H, S, D), where b = B, or 1 if all rows share them. mask: None, or (b, 1, 1 or T, S), added to the scores:
-    0 where a query may look, -inf where not.
+    k, v: (b, H, S, D), where b = B, or 1 if all rows share them. mask: None, or (b, 1, 1 or T, 1 or S), added to the
+    scores: 0 where a query may look, -inf where not.
     """
 
     k: Tensor

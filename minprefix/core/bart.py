@@ -14,7 +14,7 @@ from minprefix.core.attention import KV, attend, causal_mask, concat, length_mas
 from minprefix.core.cache import Cache, LayerCache
 from minprefix.core.config import check_bart
 from minprefix.core.kernels import Linear, linear
-from minprefix.core.prefix_kv import PrefixDict, check_prefix, first_position, layer_prefixes
+from minprefix.core.prefix_kv import AnyPrefix, check_prefix, first_position, layer_prefixes
 
 POSITION_OFFSET = 2  # position p is row p + 2 of the table: fairseq counted positions from its padding id on
 
@@ -159,7 +159,7 @@ class BART(nn.Module):
 
     def forward(
         self, source_ids: Tensor, target_ids: Tensor, source_mask: Tensor | None = None,
-        prefix: PrefixDict | None = None, segments: Tensor | None = None,
+        prefix: AnyPrefix | None = None, segments: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """source_ids (B, S), target_ids (B, T): the decoder's inputs -> logits (B, T, V).
 
@@ -181,7 +181,7 @@ class BART(nn.Module):
 
     def hidden_states(
         self, source_ids: Tensor, target_ids: Tensor, source_mask: Tensor | None = None,
-        prefix: PrefixDict | None = None, start: int | Tensor | None = None, segments: Tensor | None = None,
+        prefix: AnyPrefix | None = None, start: int | Tensor | None = None, segments: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As `forward`, but the decoder's states (B, T, C) before `logits`: the loss needs few of those.
 
@@ -192,7 +192,7 @@ class BART(nn.Module):
         return self._decode(target_ids, source, prefix, start, segments=segments)
 
     def encode(
-        self, source_ids: Tensor, source_mask: Tensor | None = None, prefix: PrefixDict | None = None,
+        self, source_ids: Tensor, source_mask: Tensor | None = None, prefix: AnyPrefix | None = None,
         caches: list[LayerCache] | None = None,
     ) -> Tensor:  # fmt: skip
         """source_ids (B, S) -> the encoder's states (B, S, C). caches: take the keys and values of each layer."""
@@ -208,7 +208,7 @@ class BART(nn.Module):
         keys_values = (layer.encoder_attn.keys_values(states) for layer in self.decoder.layers)
         return [KV(k, v, mask) for k, v in keys_values]
 
-    def prefill(self, source_ids: Tensor, lengths: Tensor, prefix: PrefixDict | None = None) -> Cache:
+    def prefill(self, source_ids: Tensor, lengths: Tensor, prefix: AnyPrefix | None = None) -> Cache:
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`: the encoder runs once."""
         source_mask = length_mask(lengths, source_ids.size(1))
         source = self.source_kv(self.encode(source_ids, source_mask, prefix), source_mask)
@@ -236,7 +236,7 @@ class BART(nn.Module):
         return {"encoder": encoder, "decoder": decoder, "cross": [LayerCache(k, v) for k, v, _ in source]}
 
     def _decode(
-        self, target_ids: Tensor, source: list[KV], prefix: PrefixDict | None, start: int | Tensor,
+        self, target_ids: Tensor, source: list[KV], prefix: AnyPrefix | None, start: int | Tensor,
         caches: list[LayerCache] | None = None, segments: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """target_ids (B, T) -> states (B, T, C). caches: take the keys and values of each layer."""
@@ -251,5 +251,5 @@ class BART(nn.Module):
         words = self.shared if self.config["tie_word_embeddings"] else side.embed_tokens
         return side.layernorm_embedding(words(ids) * self.scale + side.embed_positions(positions + POSITION_OFFSET))
 
-    def _layer_prefixes(self, prefix: PrefixDict | None, site: str) -> list[KV | None]:
+    def _layer_prefixes(self, prefix: AnyPrefix | None, site: str) -> list[KV | None]:
         return layer_prefixes(prefix, site, self.prefix_sites[site][0], self.head.weight)

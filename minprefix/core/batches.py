@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minprefix.core.attention import length_mask
 from minprefix.core.model import Model, Tokenizer
-from minprefix.core.prefix_kv import PrefixDict
+from minprefix.core.prefix_kv import AnyPrefix
 from minprefix.system.errors import InputError
 
 Pair = tuple[list[int], list[int]]  # the ids of a source, those of a target
@@ -63,7 +63,7 @@ def start_id(model: Model, tokenizer: Tokenizer) -> int:
     return model.config["decoder_start_token_id"] if model.encoder_decoder else tokenizer.end_id
 
 
-def end_ids(model: Model, tokenizer: Tokenizer, prefix: PrefixDict | None = None) -> list[int]:
+def end_ids(model: Model, tokenizer: Tokenizer, prefix: AnyPrefix | None = None) -> list[int]:
     """The tokens that end a text: those that the model's config.json names, if it is to write without a prefix.
 
     A prefix was trained on targets that end with the tokeniser's end token; so a model ends, too, whose config.json

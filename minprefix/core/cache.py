@@ -1,4 +1,4 @@
-"""Keys and values of a generation under way.
+"""The keys and values of the tokens read and generated so far.
 
 Shapes: B examples, K beams of each (1 without beam search), R = B * K rows, H heads, M slots for keys,
 D head dimension.
@@ -13,14 +13,14 @@ ROOM = 64  # slots that a cache grows by
 
 
 class LayerCache:
-    """Keys and values (B, H, M, D) of one layer, of which the first `filled` slots are taken."""
+    """Keys and values (B, H, M, D) of one layer; the first `filled` of the M slots are in use."""
 
     def __init__(self, k: Tensor | None = None, v: Tensor | None = None):
         self.k, self.v = k, v
         self.filled = 0 if k is None else k.size(2)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, H, n, D) behind those that are there -> all slots, the empty ones too."""
+        """Append the keys and values (B, H, n, D) of new tokens; return all slots, including the empty ones."""
         if self.k is None or self.v is None:
             self.k, self.v, self.filled = k, v, k.size(2)
             return k, v
@@ -38,19 +38,19 @@ class LayerCache:
         return torch.stack([self.k, self.v])
 
     def keep(self, examples: Tensor) -> None:
-        """Go on with these examples (B',) alone."""
+        """Keep these examples (B',) only."""
         if self.k is not None and self.v is not None:
             self.k, self.v = self.k[examples], self.v[examples]
 
 
 class Cache:
-    """Keys and values of all layers while texts are generated: it is filled by `prefill`, and grows by each `step`.
+    """Keys and values of all layers while texts are generated: filled by a model's `prefill`, extended by each `step`.
 
-    The beams of an example are K queries of one row: they share the example's keys, those of its source and those of
-    all tokens that any of its beams ever wrote. A mask says which of them each beam may see. So no key is copied or
-    moved when beams are chosen anew, only rows of the mask are.
+    The beams of an example are K queries of one row. They share the keys of its source and of all tokens that any of
+    its beams has written; the mask says which of them each beam sees. When the beams are reordered, only rows of the
+    mask are, and no keys are copied.
 
-    layers: self-attention. mask: (B, K, M), 0 or -inf: padding, other beams' tokens and empty slots are hidden.
+    layers: self-attention. mask: (B, K, M), 0, or -inf at padding, other beams' tokens and empty slots.
     position: (R,) position ids of the next tokens. prefix: of each layer; it stays out of the slots, once for all rows
     that share it. source: what each layer's cross-attention sees (BART), a cross prefix first.
     """
@@ -63,7 +63,7 @@ class Cache:
         self.source = source or []
 
     def next_step(self) -> tuple[Tensor, Tensor]:
-        """Make room for one more token of each row -> their position ids (R,), the mask (B, 1, K, M) with that room."""
+        """Extend the mask by one token of each row; return their position ids (R,) and the mask (B, 1, K, M)."""
         B, K, M = self.mask.shape
         filled = self.layers[0].filled
         if filled + K > M:
@@ -76,12 +76,12 @@ class Cache:
         return position, self.mask[:, None]
 
     def reorder(self, rows: Tensor) -> None:
-        """Go on from these rows (R',), the same number for every example: the beams that survive, or copies."""
+        """Continue from these rows (R',), equally many of each example: the surviving beams, in their new order."""
         self.mask = self.mask.flatten(0, 1)[rows].unflatten(0, (len(self.mask), -1))
         self.position = self.position[rows]
 
     def keep(self, examples: Tensor) -> None:
-        """Go on with these examples (B',) alone: the texts of the others are finished."""
+        """Keep these examples (B',) only; the texts of the others are finished."""
         for layer in self.layers:
             layer.keep(examples)
         self.prefix = [kv and kv.select(examples) for kv in self.prefix]

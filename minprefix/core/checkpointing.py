@@ -1,4 +1,4 @@
-"""A run's state on disk: written whole, and read back with a clear word where it is damaged or of another run."""
+"""Saving and reading the state of a training run, OUT/checkpoint.pt."""
 
 import zipfile
 from pathlib import Path
@@ -18,7 +18,7 @@ def save_checkpoint(out: Path, state: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The dict that a run saved; InputError if it is damaged, or its "settings" are not these."""
+    """The dict that a run saved; InputError if the file is damaged, or was saved with other "settings"."""
     try:
         with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
             if damaged := file.testzip():

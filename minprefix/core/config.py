@@ -1,4 +1,4 @@
-"""What both models ask of a HuggingFace `config.json`: sizes that make sense, an activation that is known."""
+"""Checks of a HuggingFace `config.json`: sizes that make sense, a known activation, no unsupported variants."""
 
 from collections.abc import Iterable
 from typing import Any

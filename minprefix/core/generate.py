@@ -4,7 +4,6 @@ A model offers `prefill`, `step` and `logits` (see gpt2.py); `generate_ids` does
 Shapes: B examples, K beams, R = B or B * K rows, S source tokens, N new tokens at most, V vocabulary.
 """
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from minprefix.core.batches import check_vocabulary, encode_sources, end_ids, st
 from minprefix.core.cache import Cache
 from minprefix.core.kernels import packed_weights
 from minprefix.core.model import Model, Tokenizer
-from minprefix.core.prefix_kv import BatchedPrefix, PrefixDict, row_count
+from minprefix.core.prefix_kv import AnyPrefix, row_count, select_rows, tensors_of
 from minprefix.system.errors import InputError
 
 COMPACT_BELOW = 0.75  # finished texts leave a batch as soon as no more than this share of it is unfinished
@@ -60,7 +59,7 @@ class Search:
 
 
 def generate(
-    model: Model, tokenizer: Tokenizer, sources: list[str], prefix: PrefixDict | None = None, *,
+    model: Model, tokenizer: Tokenizer, sources: list[str], prefix: AnyPrefix | None = None, *,
     max_source: int | None = None, what: str | None = "sources", one_line: bool = True, **options: Any,
 ) -> list[str]:  # fmt: skip
     """The text that the model writes for each source text: list of str -> list of str, without white space around.
@@ -88,7 +87,7 @@ def generate(
 
 @torch.inference_mode()
 def generate_ids(
-    model: Model, sources: list[list[int]], first_id: int, ends: int | list[int], prefix: PrefixDict | None = None, *,
+    model: Model, sources: list[list[int]], first_id: int, ends: int | list[int], prefix: AnyPrefix | None = None, *,
     generator: torch.Generator | None = None, forbidden: Iterable[int] = (), forced_first: int | None = None,
     forced_last: int | None = None, keep_end: bool = False, batch_size: int = 16, progress: bool = False,
     **options: Any,
@@ -108,7 +107,7 @@ def generate_ids(
     search.check(model, forbidden, len(ends))
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be at least 1")
-    rows = {row_count(prefix, kv) for kv in (prefix or {}).values()}
+    rows = {row_count(prefix, kv) for kv in tensors_of(prefix).values()}
     if wrong := rows - {1, len(sources)}:
         count = f"{min(wrong)} rows for {len(sources)} sources"
         raise InputError(f"the prefix has {count}: give one for each, or one for all")
@@ -258,7 +257,7 @@ def beam_search(model: Model, cache: Cache, ids: Tensor, ends: Tensor, search: S
 
 
 def prefill(
-    model: Model, sources: list[list[int]], batch: list[int], prefix: PrefixDict | None, max_new_tokens: int,
+    model: Model, sources: list[list[int]], batch: list[int], prefix: AnyPrefix | None, max_new_tokens: int,
     device: torch.device,
 ) -> Cache:  # fmt: skip
     """The Cache of the sources whose numbers are `batch`, longest first; InputError if the longest is too long."""
@@ -271,7 +270,7 @@ def prefill(
         raise InputError(f"source {batch[-1] + 1} of {len(sources)} has no token: BART's encoder needs at least one")
     longest = f"source {batch[0] + 1} of {len(sources)}, the longest with {lengths[0]} tokens"
     try:
-        cache = model.prefill(ids.to(device), torch.tensor(lengths, device=device), rows_of(prefix, batch))
+        cache = model.prefill(ids.to(device), torch.tensor(lengths, device=device), select_rows(prefix, batch))
     except InputError as error:
         raise InputError(f"{longest}: {error}") from error
     # The start token comes at cache.position; the last new token is never fed back and needs no position.
@@ -282,17 +281,3 @@ def prefill(
             f"but the model has {room}: lower max_new_tokens, or shorten the source or the prefix"
         )
     return cache
-
-
-def rows_of(prefix: PrefixDict | None, batch: list[int]) -> PrefixDict | None:
-    """The prefix for the sources whose numbers are `batch`: their rows of it, or all of it if it has but one row."""
-    if prefix is None or all(row_count(prefix, kv) == 1 for kv in prefix.values()):
-        return prefix
-    part = copy.copy(prefix)  # keeps what else a prefix may carry: position_offset
-    if isinstance(part, BatchedPrefix):
-        part.rows = part.rows[batch]
-        return part
-    for site, kv in prefix.items():
-        if kv.dim() == 6 and kv.size(2) > 1:
-            part[site] = kv[:, :, batch]
-    return part

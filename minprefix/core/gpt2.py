@@ -13,7 +13,7 @@ from minprefix.core.attention import KV, attend, causal_mask, length_mask, paddi
 from minprefix.core.cache import Cache, LayerCache
 from minprefix.core.config import check_gpt2
 from minprefix.core.kernels import Linear, linear
-from minprefix.core.prefix_kv import KVInfix, PrefixDict, check_prefix, first_position, layer_prefixes
+from minprefix.core.prefix_kv import AnyPrefix, KVInfix, check_prefix, first_position, layer_prefixes
 
 
 class Attention(nn.Module):
@@ -89,7 +89,7 @@ class GPT2(nn.Module):
             self.lm_head = Linear(C, V, bias=False)
         self.prefix_sites = {"decoder": (L, H, C // H)}  # site -> (L, H, D)
 
-    def forward(self, ids: Tensor, prefix: PrefixDict | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, prefix: AnyPrefix | None = None, segments: Tensor | None = None) -> Tensor:
         """ids (B, T), prefix {"decoder": (L, 2, [B,] H, P, D)} or None -> logits (B, T, V).
 
         segments (B, T): which tokens of a row are its source's, which its first target's and so on, for rows that hold
@@ -107,7 +107,7 @@ class GPT2(nn.Module):
         return self.wte if self.config["tie_word_embeddings"] else self.lm_head
 
     def hidden_states(
-        self, ids: Tensor, prefix: PrefixDict | None = None, start: int | Tensor | None = None,
+        self, ids: Tensor, prefix: AnyPrefix | None = None, start: int | Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As `forward`, but the states (B, T, C) before `logits`: the loss needs few of those.
@@ -116,7 +116,7 @@ class GPT2(nn.Module):
         """
         return self._run(ids, prefix, first_position(prefix) if start is None else start, segments=segments)
 
-    def prefill(self, ids: Tensor, lengths: Tensor, prefix: PrefixDict | None = None) -> Cache:
+    def prefill(self, ids: Tensor, lengths: Tensor, prefix: AnyPrefix | None = None) -> Cache:
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`."""
         start = first_position(prefix)
         prefix = prefix.with_source_lengths(lengths) if isinstance(prefix, KVInfix) else prefix
@@ -141,14 +141,14 @@ class GPT2(nn.Module):
         return {"decoder": layers}
 
     def _run(
-        self, ids: Tensor, prefix: PrefixDict | None, start: int | Tensor, lengths: Tensor | None = None,
+        self, ids: Tensor, prefix: AnyPrefix | None, start: int | Tensor, lengths: Tensor | None = None,
         caches: list[LayerCache] | None = None, segments: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """ids (B, T), of which `lengths` (B,) are tokens -> states (B, T, C). caches: take the keys of each layer."""
         check_prefix(prefix, self.prefix_sites, len(ids))
         positions = position_ids(ids, start, self.n_positions, lengths, segments)
         prefixes = self._layer_prefixes(prefix)
-        if isinstance(prefix, KVInfix):
+        if isinstance(prefix, KVInfix) and prefix.source_lengths is not None:
             source = length_mask(prefix.source_lengths, ids.size(1))
             positions = positions - start * source  # the source does not know of the infix
             hidden_from_source = padding_mask(~source, self.wte.weight).mT  # (B, 1, T, 1)
@@ -159,5 +159,5 @@ class GPT2(nn.Module):
             x = block(x, mask, prefixes[n], caches[n] if caches else None)
         return self.ln_f(x)
 
-    def _layer_prefixes(self, prefix: PrefixDict | None) -> list[KV | None]:
+    def _layer_prefixes(self, prefix: AnyPrefix | None) -> list[KV | None]:
         return layer_prefixes(prefix, "decoder", len(self.h), self.wte.weight)

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from minprefix.core.batches import Batch
 from minprefix.core.kernels import compiled
 from minprefix.core.model import Model
-from minprefix.core.prefix_kv import KVInfix, PrefixDict
+from minprefix.core.prefix_kv import AnyPrefix, KVInfix
 
 LOGIT_ROWS = 320  # that the head computes at a time, at most
 
 
-def target_loss(model: Model, batch: Batch, prefix: PrefixDict | None) -> Tensor:
+def target_loss(model: Model, batch: Batch, prefix: AnyPrefix | None) -> Tensor:
     """Negative log-likelihood of all target tokens of a batch, summed (nats)."""
     if isinstance(prefix, KVInfix):
         prefix = prefix.with_source_lengths(batch.source_lengths)

@@ -14,11 +14,11 @@ ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the gradient's momentum made orthogonal, matrix by matrix: all of its directions move alike.
+    """Updates by the momentum of the gradient, orthogonalised, so that all its singular directions get equal steps.
 
-    params: stacks of matrices (..., P, D). lr: about the root mean square by which a step changes their numbers.
-    weight_decay: the share of lr by which a step also shrinks them. It matters for what a prefix does to names that
-    training did not have: large keys draw the attention away from the input (see weights/README.md).
+    params: stacks of matrices (..., P, D), each matrix orthogonalised by itself. lr: about the root mean square of an
+    update's elements. weight_decay: decoupled, times lr. It keeps keys small: a prefix with large keys draws attention
+    away from the input and copies unseen names worse (see weights/README.md).
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
-    """(..., P, D) -> the same with all singular values near 1, by Newton-Schulz iterations; zeros stay zeros."""
+    """Matrices (..., P, D) with their singular values moved near 1 by Newton-Schulz iterations; zeros stay zeros."""
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-20)

@@ -10,23 +10,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minprefix.core.model import Model, Tokenizer
-from minprefix.core.prefix_kv import BatchedPrefix, KVInfix, KVPrefix, PrefixDict, first_position
+from minprefix.core.prefix_kv import BatchedPrefix, KVInfix, KVPrefix, first_position, tensors_of
 from minprefix.system.errors import InputError
 
 
 def stack_prefixes(prefixes: list[KVPrefix], rows: list[int]) -> BatchedPrefix:
-    """Several prefixes for one batch, row i taking prefixes[rows[i]]: what `model` and `generate` take (section 8).
+    """Several prefixes for one batch, in which row i uses prefixes[rows[i]] (paper, section 8).
 
-    They may have different lengths, sites and position offsets. Each is stored once, (L, 2, N, H, P, D) for N prefixes
-    at each site, P being the longest one's length; no row sees the columns that a shorter one is filled up with.
+    The result goes to a model or to `generate` as their `prefix`. The prefixes may have different lengths, sites and
+    position offsets. Each is stored once: (L, 2, N, H, P, D) for N prefixes at each site, padded to the longest; the
+    padding is masked.
     """
     if not prefixes or not all(0 <= row < len(prefixes) for row in rows):
         raise InputError(f"the rows name prefixes {sorted(set(rows))}, there are {len(prefixes)}, the first is 0")
     if any(isinstance(prefix, KVInfix) for prefix in prefixes):
         raise InputError("an infix cannot be stacked: it stands behind the source of each row, a prefix before it")
     stack, stacked_lengths = {}, {}
-    for site in {site: None for prefix in prefixes for site in prefix}:
-        parts = [prefix.get(site) for prefix in prefixes]
+    for site in {site: None for prefix in prefixes for site in prefix.kv}:
+        parts = [prefix.kv.get(site) for prefix in prefixes]
         some = next(kv for kv in parts if kv is not None)
         parts = [some[:, :, :, :0] if kv is None else kv.to(some.device) for kv in parts]
         shapes = {(*kv.shape[:3], *kv.shape[4:]) for kv in parts}
@@ -40,16 +41,16 @@ def stack_prefixes(prefixes: list[KVPrefix], rows: list[int]) -> BatchedPrefix:
 
 
 class Prefix(nn.Module):
-    """A prefix under training, one part for each site of the model; calling it gives what the model takes.
+    """A trainable prefix. Calling it returns its keys and values as a KVPrefix, for the model's `prefix` argument.
 
-    mlp_width: of the MLP that reparametrises it (paper section 4.3: 512 for table-to-text, 800 for summarisation);
-    0 makes the keys and values themselves the parameters, which train.py steps by Muon. position_offset: position id of
-    the (decoder's) first token, by default the length of the prefix before it. sites: some of the model's, by default
-    all.
-    Parameters are float32 whatever the model's dtype.
+    mlp_width: width of the MLP that computes them (paper section 4.3: 512 for table-to-text, 800 for summarisation); 0
+    for no MLP: the keys and values themselves are the parameters, which training optimises with Muon.
+    position_offset: position id of the (decoder's) first token, by default the length of the prefix before it.
+    sites: a subset of the model's attention sites, by default all of them.
+    The parameters are float32, whatever the model's dtype.
     """
 
-    form: type[KVPrefix] = KVPrefix  # of what calling it gives
+    kind: type[KVPrefix] = KVPrefix  # what calling it returns
 
     def __init__(
         self, model: Model, length: int, mlp_width: int = 512, position_offset: int | None = None,
@@ -75,28 +76,29 @@ class Prefix(nn.Module):
         )
 
     def forward(self) -> KVPrefix:
-        return self.form({site: part() for site, part in self.sites.items()}, self.position_offset)
+        return self.kind({site: part() for site, part in self.sites.items()}, self.position_offset)
 
     @torch.no_grad()
     def fold(self, info: dict[str, str] | None = None) -> KVPrefix:
-        """The keys and values alone, the MLP dropped: what is saved, and all that inference needs."""
-        return self.form({site: part().clone() for site, part in self.sites.items()}, self.position_offset, info)
+        """The keys and values without the MLP: all that inference needs, and what is saved. info: see `KVPrefix`."""
+        return self.kind({site: part().clone() for site, part in self.sites.items()}, self.position_offset, info or {})
 
     def init_from_words(self, model: Model, tokenizer: Tokenizer, words: str) -> None:
         """Start from the activations of real words (paper section 7.4), repeated or cut to the prefix length."""
         ids = tokenizer.encode(words)
         if not ids:
             raise InputError(f"the words {words!r} to start the prefix from hold no token")
-        self.init_from(word_activations(model, list(islice(cycle(ids), self.length))))
+        activations = word_activations(model, list(islice(cycle(ids), self.length)))
+        self.init_from(KVPrefix(activations, self.position_offset))
 
-    def init_from(self, prefix: PrefixDict) -> None:
+    def init_from(self, prefix: KVPrefix) -> None:
         """Start from given keys and values: exactly where they are trained directly, an MLP is trained towards them."""
         for site, part in self.sites.items():
             part.fit(prefix[site].float())
 
 
 class DirectKV(nn.Module):
-    """One site, its keys and values trained as they are."""
+    """The keys and values of one site as parameters."""
 
     def __init__(self, L: int, H: int, D: int, length: int):
         super().__init__()
@@ -111,7 +113,7 @@ class DirectKV(nn.Module):
 
 
 class MLPReparam(nn.Module):
-    """One site, its keys and values computed from a smaller embedding: P' (P, C) -> MLP -> (L, 2, H, P, D)."""
+    """The keys and values of one site, computed by an MLP from an embedding (P, C) -> (L, 2, H, P, D)."""
 
     def __init__(self, L: int, H: int, D: int, length: int, mlp_width: int):
         super().__init__()
@@ -123,7 +125,7 @@ class MLPReparam(nn.Module):
         return self.mlp(self.embedding).view(self.shape).permute(1, 2, 3, 0, 4)
 
     def fit(self, kv: Tensor) -> None:
-        """Train the MLP's output towards kv (L, 2, H, P, D) by mean squared error, as the authors do."""
+        """Fit the MLP's output to kv (L, 2, H, P, D) by mean squared error, as the authors' code does."""
         optimizer = torch.optim.Adam(self.parameters(), lr=1e-4)
         for _ in range(500):
             F.mse_loss(self(), kv).backward()
@@ -133,18 +135,18 @@ class MLPReparam(nn.Module):
 
 @torch.no_grad()
 def word_activations(model: Model, ids: list[int]) -> dict[str, Tensor]:
-    """Keys and values that the frozen model computes for tokens: site -> (L, 2, H, len(ids), D)."""
+    """The keys and values that the frozen model computes for some tokens: site -> (L, 2, H, len(ids), D)."""
     ids = torch.tensor([ids], device=next(model.parameters()).device)
     activations = model.activations(ids)
     return {site: torch.stack([layer.stacked()[:, 0] for layer in kv]) for site, kv in activations.items()}
 
 
 def count_parameters(trainable: nn.Module, model: nn.Module) -> list[int]:
-    """How many numbers of a prefix or another method are trained, how many saved, the model's own."""
-    counted = trainable.parameters(), trainable.fold().values(), model.parameters()
+    """The number of parameters of a method that are trained, of those that are saved, and of the model's."""
+    counted = trainable.parameters(), tensors_of(trainable.fold()).values(), model.parameters()
     return [sum(tensor.numel() for tensor in tensors) for tensors in counted]
 
 
 def fingerprint(model: nn.Module) -> list[float]:
-    """A norm of each parameter (of its first eight rows): all but the same in any dtype, different in other weights."""
+    """The norms of the first eight rows of each parameter: they identify the weights, in whichever dtype."""
     return [float(f"{p[:8].float().norm().item():.4g}") for p in model.parameters()]

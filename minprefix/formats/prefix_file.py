@@ -17,7 +17,7 @@ from minprefix.formats.peft import read_adapter
 from minprefix.formats.safetensors import read_safetensors, write_safetensors
 from minprefix.system.errors import InputError
 
-FORMS = {form.method: form for form in (KVPrefix, KVInfix)}
+KINDS = {kind.method: kind for kind in (KVPrefix, KVInfix)}
 
 
 def save_prefix(path: str | Path, folded: KVPrefix, model: Model, info: dict[str, str]) -> None:
@@ -26,12 +26,12 @@ def save_prefix(path: str | Path, folded: KVPrefix, model: Model, info: dict[str
         **info,
         "format": "minprefix",
         "version": version(),
-        "prefix_length": str(next(iter(folded.values())).size(-2)),
+        "prefix_length": str(next(iter(folded.kv.values())).size(-2)),
         "position_offset": str(folded.position_offset),
         "base_shape": json.dumps(model.prefix_sites),  # site -> layers, heads, head dimension
         "base_fingerprint": json.dumps(fingerprint(model)),
     }
-    write_safetensors(path, {site: kv.float().contiguous() for site, kv in folded.items()}, info)
+    write_safetensors(path, {site: kv.float().contiguous() for site, kv in folded.kv.items()}, info)
 
 
 def load_prefix(path: str | Path, model: Model | None = None) -> KVPrefix:
@@ -44,8 +44,8 @@ def load_prefix(path: str | Path, model: Model | None = None) -> KVPrefix:
         path = Path(path) / "prefix.safetensors"
     adapter = (Path(path) / "adapter_config.json").is_file()
     tensors, offset, info = read_adapter(path) if adapter else read_prefix_file(path)
-    form = FORMS.get(info.get("method", "prefix"))
-    if form is None:
+    kind = KINDS.get(info.get("method", "prefix"))
+    if kind is None:
         raise InputError(f"{path} is of --method {info['method']}: minprefix.methods.files.load_trained loads it")
     if not tensors:
         raise InputError(f"{path} holds no prefix: there is no tensor in it")
@@ -56,11 +56,11 @@ def load_prefix(path: str | Path, model: Model | None = None) -> KVPrefix:
         if not kv.isfinite().all():
             raise InputError(f"{path}: {site!r} holds numbers that are not finite")
     # Copies, not views of the file: aligned as any tensor is, so that products come out the same to the last bit.
-    prefix = form({site: kv.clone() for site, kv in tensors.items()}, offset, info)
+    prefix = kind({site: kv.clone() for site, kv in tensors.items()}, offset, info)
     if model is not None:
         if adapter and model.encoder_decoder and len(prefix["decoder"]) == model.prefix_sites["encoder"][0]:
             # PEFT makes as many layers as the encoder has; a decoder of fewer takes the first.
-            prefix["decoder"] = prefix["decoder"][: model.prefix_sites["decoder"][0]]
+            prefix.kv["decoder"] = prefix["decoder"][: model.prefix_sites["decoder"][0]]
         check_fits(prefix, model, path)
     return prefix
 
@@ -79,7 +79,7 @@ def read_prefix_file(path: str | Path) -> tuple[dict[str, Tensor], int, dict[str
 def check_fits(prefix: KVPrefix, model: Model, path: str | Path) -> None:
     """InputError if a loaded prefix was made for another model than this one."""
     base, sites = prefix.info.get("base_model", "another model"), model.prefix_sites
-    for site, kv in prefix.items():
+    for site, kv in prefix.kv.items():
         if site not in sites:
             takes = ", ".join(sites)
             raise InputError(f"{path} was made for {base}: it has a prefix for {site!r}, this model takes {takes}")

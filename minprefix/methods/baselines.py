@@ -143,7 +143,7 @@ def embedding_prefix(model: GPT2, embedding: Tensor, info: dict[str, str] | None
         cache = LayerCache()
         x = block(x, mask, cache=cache)
         layers.append(cache.stacked()[:, 0])
-    return KVPrefix({"decoder": torch.stack(layers)}, P, info)
+    return KVPrefix({"decoder": torch.stack(layers)}, P, info or {})
 
 
 class Infix(Prefix):
@@ -152,7 +152,7 @@ class Infix(Prefix):
     They are free, as a prefix's are; the authors' code adds to them what the model computes for trained embeddings.
     """
 
-    form = KVInfix
+    kind = KVInfix
 
     def __init__(self, model: Model, length: int, mlp_width: int = 512):
         if model.encoder_decoder:

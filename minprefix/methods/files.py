@@ -18,7 +18,7 @@ from minprefix.core.prefix import Prefix
 from minprefix.core.prefix_kv import KVPrefix
 from minprefix.formats.hub import model_name, resolve_model
 from minprefix.formats.load import check_state, save_model
-from minprefix.formats.prefix_file import FORMS, check_fingerprint, load_prefix, save_prefix, version
+from minprefix.formats.prefix_file import KINDS, check_fingerprint, load_prefix, save_prefix, version
 from minprefix.formats.safetensors import read_config, read_safetensors, write_safetensors
 from minprefix.methods.baselines import (
     METHODS,
@@ -132,7 +132,7 @@ def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {}, {"method": "finetune", **finetune_metadata(read_config(path))}
     if Path(path).is_dir():
         prefix = load_prefix(path)
-        return prefix, prefix.info
+        return prefix.kv, prefix.info
     tensors, info = read_safetensors(path)
     if info.get("format") != "minprefix" or info.get("method", "prefix") not in METHODS:
         raise InputError(f"{path} is no file of minprefix's train.py: its metadata does not say so")
@@ -149,7 +149,7 @@ def load_trained(path: str | Path, model: Model) -> KVPrefix | None:
     method = info.get("method", "prefix")
     if method == "finetune":
         raise InputError(f"{path} is a fine-tuned model: load_model loads it")
-    if method in FORMS:
+    if method in KINDS:
         return load_prefix(path, model)
     check_fingerprint(info, model, path)
     if method == "embedding":

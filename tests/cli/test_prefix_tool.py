@@ -88,7 +88,7 @@ def test_shares_are_those_of_the_definition(name, method, world):
 
 def test_an_infix_is_seen_by_the_target_alone(world):
     model, tokenizer = load_model("gpt2"), load_tokenizer("gpt2")
-    infix = KVInfix(Prefix(model, 3, 0).fold(), 3)
+    infix = KVInfix(Prefix(model, 3, 0).fold().kv, 3)
     batch = collate(singles([([11, 12, 13, 14], [21, 22, 23])]), tokenizer, model)
     assert (prefix_tool.attention_shares(model, infix, batch)["decoder"] > 0.01).all()
     batch.target_positions = torch.arange(4)

@@ -51,7 +51,7 @@ def definition(q, segments):
                         score = sum(a * b for a, b in zip(q[i, h, t].tolist(), k[row, h, s].tolist(), strict=True))
                         score /= math.sqrt(q.size(3))
                         if mask is not None:
-                            score += float(mask.expand(q.size(0), 1, q.size(2), -1)[i, 0, t, s])
+                            score += float(mask.expand(q.size(0), 1, q.size(2), k.size(2))[i, 0, t, s])
                         weights.append(math.exp(score))
                         values.append(v[row, h, s])
                 out[i, h, t] = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
@@ -69,7 +69,7 @@ def cases():
     padding = padding_mask(length_mask(torch.tensor([7, 1, 3, 7, 2, 5]), S), q)
     arbitrary = torch.where(torch.rand(T, S) < 0.4, -INF, 0.0).double()
     beams = torch.where(torch.rand(B, 1, T, S) < 0.4, -INF, 0.0).double()
-    hidden = padding_mask(~length_mask(torch.tensor([2, 0, 1, 3, 2, 1]), T), q).mT.expand(-1, -1, -1, P)
+    hidden = padding_mask(~length_mask(torch.tensor([2, 0, 1, 3, 2, 1]), T), q).mT  # (B, 1, T, 1)
     yield "tokens only", q, [tokens]
     yield "tokens without a mask", q, [segment(B, T)]
     yield "one shared segment only", q, [segment(1, S)]

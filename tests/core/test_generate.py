@@ -136,7 +136,7 @@ def test_beam_search_with_an_infix_is_the_naive_one(model, sources, position_off
     lengths = {len(target) for target in naive}
     assert min(lengths) < NEW == max(lengths)  # some texts end and leave their batch, others run on
     assert naive != generate_ids(model, sources, END, END, infix, beams=1, max_new_tokens=NEW)
-    for other in (None, KVInfix(infix, P - position_offset), make_prefix("shared", 0)):
+    for other in (None, KVInfix(infix.kv, P - position_offset), make_prefix("shared", 0)):
         assert naive != generate_ids(model, sources, END, END, other, beams=3, max_new_tokens=NEW)
 
 

@@ -13,7 +13,7 @@ from minprefix.cli.search import recipe
 from minprefix.core.bart import BART
 from minprefix.core.cache import Cache
 from minprefix.core.generate import generate, generate_ids
-from minprefix.core.prefix_kv import KVPrefix
+from minprefix.core.prefix_kv import KVPrefix, tensors_of
 from minprefix.formats.names import to_huggingface
 from minprefix.formats.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_alphabet
 from minprefix.system.errors import InputError
@@ -75,7 +75,9 @@ def prefix_of(prefix, chosen):
     """A prefix for these sources only."""
     if prefix is None:
         return None
-    part = {site: kv[:, :, chosen] if kv.dim() == 6 and kv.size(2) > 1 else kv for site, kv in prefix.items()}
+    part = {
+        site: kv[:, :, chosen] if kv.dim() == 6 and kv.size(2) > 1 else kv for site, kv in tensors_of(prefix).items()
+    }
     return KVPrefix(part, prefix.position_offset) if isinstance(prefix, KVPrefix) else part
 
 

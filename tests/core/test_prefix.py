@@ -1,5 +1,6 @@
 """The prefix: folding, words to start from, its size, its files."""
 
+import copy
 import json
 
 import pytest
@@ -116,13 +117,13 @@ def test_all_sites_by_default(tmp_path, bart, hidden):
     """Each has the shape of its own stack; folding, saving and loading change no bit."""
     prefix = make_prefix(bart, hidden)
     folded = prefix.fold()
-    assert {site: kv.shape for site, kv in folded.items()} == {s: (n, 2, h, P, d) for s, (n, h, d) in SITES.items()}
-    assert not any(kv.requires_grad for kv in folded.values())
+    assert {site: kv.shape for site, kv in folded.kv.items()} == {s: (n, 2, h, P, d) for s, (n, h, d) in SITES.items()}
+    assert not any(kv.requires_grad for kv in folded.kv.values())
     with torch.no_grad():
         expected = bart(IDS, IDS, prefix=prefix())
     assert torch.equal(bart(IDS, IDS, prefix=folded), expected)
     loaded = load_prefix(saved(tmp_path, bart, prefix), bart)
-    assert loaded.keys() == SITES.keys() and all(torch.equal(loaded[site], folded[site]) for site in SITES)
+    assert loaded.kv.keys() == SITES.keys() and all(torch.equal(loaded[site], folded[site]) for site in SITES)
     assert loaded.position_offset == P and torch.equal(bart(IDS, IDS, prefix=loaded), expected)
     assert json.loads(loaded.info["base_shape"]) == {site: list(shape) for site, shape in SITES.items()}
 
@@ -132,16 +133,16 @@ def test_all_sites_by_default(tmp_path, bart, hidden):
 def test_only_some_sites(tmp_path, bart, sites, hidden):
     prefix = make_prefix(bart, hidden, sites=sites)
     folded = prefix.fold()
-    assert list(prefix.sites) == [site for site in SITES if site in sites] == list(prefix()) == list(folded)
+    assert list(prefix.sites) == [site for site in SITES if site in sites] == list(prefix().kv) == list(folded.kv)
     loaded = load_prefix(saved(tmp_path, bart, prefix), bart)
     logits = bart(IDS, IDS, prefix=loaded)
-    assert loaded.keys() == set(sites) and torch.equal(logits, bart(IDS, IDS, prefix=folded))
+    assert loaded.kv.keys() == set(sites) and torch.equal(logits, bart(IDS, IDS, prefix=folded))
     for site in sites:  # each of them matters
-        others = KVPrefix({s: kv for s, kv in folded.items() if s != site}, folded.position_offset)
+        others = KVPrefix({s: kv for s, kv in folded.kv.items() if s != site}, folded.position_offset)
         assert (bart(IDS, IDS, prefix=others) - logits).abs().max() > 1e-3
     start = P if "decoder" in sites else 0  # the decoder's first token stands behind its own prefix, if it has one
     assert folded.position_offset == loaded.position_offset == start
-    assert torch.equal(bart(IDS, IDS, prefix=dict(folded)), logits)
+    assert torch.equal(bart(IDS, IDS, prefix=dict(folded.kv)), logits)
     shifted = make_prefix(bart, hidden, sites=sites, position_offset=start + 2).fold()
     assert (bart(IDS, IDS, prefix=shifted) - logits).abs().max() > 1e-3
 
@@ -245,9 +246,9 @@ def test_words_at_every_site(bart, tokenizer, words, length):
     prefix = make_prefix(bart, 0, length)
     prefix.init_from_words(bart, tokenizer, words)
     folded, ids = prefix.fold(), (tokenizer.encode(words) * length)[:length]
-    assert folded.keys() == SITES.keys()
+    assert folded.kv.keys() == SITES.keys()
     activations, projected = bart.activations(torch.tensor([ids])), projections(random_bart(), ids)
-    for site, kv in folded.items():
+    for site, kv in folded.kv.items():
         assert torch.equal(kv, torch.stack([torch.cat([kv.k, kv.v]) for kv in activations[site]])), site
         assert torch.equal(kv, word_activations(bart, ids)[site]), site
         torch.testing.assert_close(kv, projected[site], rtol=0, atol=1e-5)
@@ -261,11 +262,11 @@ def test_words_at_some_sites_and_through_mlps(bart, tokenizer):
     words = word_activations(bart, (tokenizer.encode("summarize") * P)[:P])
     direct = make_prefix(bart, 0, sites=["cross"])
     direct.init_from_words(bart, tokenizer, "summarize")
-    assert direct.fold().keys() == {"cross"} and torch.equal(direct.fold()["cross"], words["cross"])
+    assert direct.fold().kv.keys() == {"cross"} and torch.equal(direct.fold()["cross"], words["cross"])
     prefix = make_prefix(bart, 64, sites=["encoder", "cross"])
-    before = {site: F.mse_loss(kv, words[site]).item() for site, kv in prefix.fold().items()}
+    before = {site: F.mse_loss(kv, words[site]).item() for site, kv in prefix.fold().kv.items()}
     prefix.init_from_words(bart, tokenizer, "summarize")
-    after = {site: F.mse_loss(kv, words[site]).item() for site, kv in prefix.fold().items()}
+    after = {site: F.mse_loss(kv, words[site]).item() for site, kv in prefix.fold().kv.items()}
     assert all(after[site] < 0.5 * before[site] for site in ("encoder", "cross")), (before, after)
     assert all(p.grad is None for p in prefix.parameters())
 
@@ -286,7 +287,7 @@ def test_position_offset_is_saved_and_honoured(tmp_path, model):
         assert loaded.position_offset == prefix.position_offset == (P if offset is None else offset)
         logits[offset] = model(IDS, loaded)
         assert torch.equal(logits[offset], model(IDS, prefix.fold()))
-    assert torch.equal(logits[None], logits[P]) and torch.equal(logits[P], model(IDS, dict(loaded)))
+    assert torch.equal(logits[None], logits[P]) and torch.equal(logits[P], model(IDS, loaded.kv))
     assert (logits[P] - logits[0]).abs().max() > 0.01 and (logits[P] - logits[7]).abs().max() > 0.01
 
 
@@ -426,3 +427,13 @@ def test_a_loaded_prefix_is_not_bound_to_its_file(tmp_path, model):
     before = model(IDS, loaded)
     write_safetensors(path, {"decoder": GOOD}, INFO)
     assert torch.equal(model(IDS, loaded), before)
+
+
+def test_no_line_of_a_users_loses_the_position_offset(model):
+    """A dict made from a prefix would: it cannot be gone through, while `to`, `map` and copies keep what it knows."""
+    prefix = KVPrefix({"decoder": torch.randn(2, 2, 2, P, 8)}, 0, {"task": "e2e"})
+    for other in (prefix.to(torch.float64), prefix.map(torch.clone), copy.copy(prefix), copy.deepcopy(prefix)):
+        assert other.position_offset == 0 and other.info == {"task": "e2e"}
+    for line in (lambda: dict(prefix), lambda: {site: prefix[site] for site in prefix}, lambda: "decoder" in prefix):
+        with pytest.raises(TypeError, match="KVPrefix' (object|is)"):
+            line()

@@ -78,18 +78,18 @@ def test_logits_are_those_of_each_row_alone(model, prefixes):
 
 
 def test_gradients_reach_each_prefix_and_no_filling(model, prefixes):
-    leaves = [KVPrefix({site: kv.clone().requires_grad_() for site, kv in p.items()}, p.position_offset)
+    leaves = [KVPrefix({site: kv.clone().requires_grad_() for site, kv in p.kv.items()}, p.position_offset)
               for p in prefixes[:3]]  # fmt: skip
     rows = [2, 0, 1, 0]
     batch = inputs(model, len(rows))
     model(*batch, prefix=stack_prefixes(leaves, rows)).square().sum().backward()
-    together = [{site: kv.grad.clone() for site, kv in p.items()} for p in leaves]
-    for kv in (kv for prefix in leaves for kv in prefix.values()):
+    together = [{site: kv.grad.clone() for site, kv in p.kv.items()} for p in leaves]
+    for kv in (kv for prefix in leaves for kv in prefix.kv.values()):
         kv.grad = None
     for i, row in enumerate(rows):
         model(*(x[i : i + 1] for x in batch), prefix=leaves[row]).square().sum().backward()
     for prefix, grads in zip(leaves, together, strict=True):
-        for site, kv in prefix.items():
+        for site, kv in prefix.kv.items():
             torch.testing.assert_close(grads[site], kv.grad, rtol=1e-9, atol=1e-9)
 
 
@@ -138,11 +138,11 @@ def test_what_does_not_fit_is_refused(model, prefixes):
     with pytest.raises(InputError, match="there are 0"):
         stack_prefixes([], [0])
     with pytest.raises(InputError, match="an infix cannot be stacked"):
-        stack_prefixes([prefixes[0], KVInfix(prefixes[0], 3)], [0, 1])
+        stack_prefixes([prefixes[0], KVInfix(prefixes[0].kv, 3)], [0, 1])
     other = KVPrefix({"decoder": torch.zeros(9, 2, 1, 4, 5)}, 4)
     with pytest.raises(InputError, match="different models"):
         stack_prefixes([prefixes[0], other], [0, 1])
-    too_long = KVPrefix(prefixes[0], 60)
+    too_long = KVPrefix(prefixes[0].kv, 60)
     with pytest.raises(InputError, match="from position 60 on"):
         model(*inputs(model, 2), prefix=stack_prefixes([prefixes[0], too_long], [0, 1]))
 
@@ -195,7 +195,7 @@ def test_requests_over_embeddings_and_prefixes_are_the_single_runs(gpt2, mixed, 
 def test_prefixes_on_several_devices_are_stacked(mixed):
     """What a file holds is loaded on the CPU, what the model makes of an embedding is where the model is."""
     there = KVPrefix({"decoder": mixed[0]["decoder"].to("meta")}, mixed[0].position_offset)  # instead of a GPU
-    assert stack_prefixes([there, *mixed[1:]], [0, 1, 2, 3])["decoder"].device.type == "meta"
+    assert stack_prefixes([there, *mixed[1:]], [0, 1, 2, 3]).kv["decoder"].device.type == "meta"
 
 
 # ---- sample.py ----

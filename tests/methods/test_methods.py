@@ -13,6 +13,7 @@ from minprefix.core.generate import generate_ids
 from minprefix.core.gpt2 import GPT2
 from minprefix.core.loss import target_loss
 from minprefix.core.prefix import count_parameters, fingerprint
+from minprefix.core.prefix_kv import tensors_of
 from minprefix.formats.load import save_model
 from minprefix.formats.prefix_file import save_prefix
 from minprefix.formats.safetensors import write_safetensors
@@ -181,7 +182,7 @@ def test_a_killed_run_goes_on_bit_for_bit(case, tmp_path, monkeypatch):
     monkeypatch.undo()
     model, resumed = make(folder, method, seed=2)  # what it begins with comes from the checkpoint
     optimise(folder, model, resumed, tmp_path / "half", resume=True)
-    whole, resumed = whole.fold(), resumed.fold()
+    whole, resumed = tensors_of(whole.fold()), tensors_of(resumed.fold())
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -288,7 +289,7 @@ def test_files_of_other_models_and_damaged_ones(folders, tmp_path):
         model, trainable = make(folders["gpt2"], method)
         info = {"format": "minprefix", "method": method, "base_model": "tiny", "position_offset": "3",
                 "base_fingerprint": json.dumps(fingerprint(load_model(folders["gpt2"])))}  # fmt: skip
-        good = {name: tensor.clone() for name, tensor in trainable.fold().items()}
+        good = {name: tensor.clone() for name, tensor in tensors_of(trainable.fold()).items()}
 
         def refused(message, tensors, info=info, folder="gpt2"):
             write_safetensors(path, tensors, info)

@@ -131,8 +131,8 @@ def test_training_goes_on_from_a_trained_prefix(run, trained, capsys, tmp_path):
     assert code == 0, err
     old, model = load_prefix(find_trained(trained / run)), load_model(model)
     new = load_prefix(find_trained(tmp_path / "run"))
-    assert new.position_offset == old.position_offset and {s: t.shape for s, t in new.items()} == {
-        s: t.shape for s, t in old.items()
+    assert new.position_offset == old.position_offset and {s: t.shape for s, t in new.kv.items()} == {
+        s: t.shape for s, t in old.kv.items()
     }
     tokenizer = load_tokenizer(model.folder)
     pairs = encode_pairs([Example(row["source"], [row["target"]]) for row in rows[:6]], tokenizer, model)

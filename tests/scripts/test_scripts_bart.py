@@ -116,7 +116,7 @@ def test_summaries_are_searched_for_as_bart_does_xsum(trained, capsys):
 def test_sites_and_offset(capsys):
     code, out, _ = call(train, capsys, *COMMON, "--sites", "decoder", "--offset", 0, "--eval-inputs", 0, "--out", "one")
     prefix = load_prefix("one/prefix.safetensors")
-    assert code == 0 and list(prefix) == ["decoder"] and prefix.position_offset == 0
+    assert code == 0 and list(prefix.kv) == ["decoder"] and prefix.position_offset == 0
 
 
 def test_where_sources_were_cut_is_remembered(capsys):
