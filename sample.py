@@ -3,11 +3,13 @@
     python sample.py --prefix runs/e2e-gpt2-mini --input "name[The Mill], food[Thai]"
     python sample.py --prefix runs/mine --file inputs.txt --output texts.txt    one input a line
     python sample.py --prefix runs/mine --file inputs.txt --sample --top-p 0.9  drawn at random
+    python sample.py --prefix runs/mine --file inputs.txt --return 3 --scores   JSONL, 3 best each
     python sample.py --prefix runs/mine --task e2e --data e2e/ --evaluate       the test set, scored
     python sample.py --prefix runs/a --prefix runs/b --file requests.jsonl      each row by its own
 
 Defaults are in parentheses. A .jsonl file has rows {"source": ...}; with several prefixes, rows
 {"source": ..., "prefix": the name of a prefix's folder, or of its file without the ending}.
+--return and --scores write rows {"source": ..., "texts": [...], "scores": [...]}.
 Without --output, --evaluate writes texts-SPLIT.txt and .json to the run's folder, with the task in
 the name if the run was not trained on it; for a prefix or model outside of a run's folder, to the
 current one as texts-PREFIX-TASK-SPLIT.txt.
@@ -19,12 +21,12 @@ from typing import Any
 
 import torch
 
-from minprefix import generate, load_model, load_tokenizer
+from minprefix import generate_scored, load_model, load_tokenizer
 from minprefix.cli.evaluation import check_scorable, evaluate
 from minprefix.cli.requests import load_prefixes, read_requests, write_requests
 from minprefix.cli.sample_args import parse_args
 from minprefix.cli.search import search_options
-from minprefix.cli.texts import read_examples, write_lines
+from minprefix.cli.texts import read_examples, write_texts
 from minprefix.core.batches import check_vocabulary
 from minprefix.core.model import Model
 from minprefix.core.prefix_kv import KVPrefix
@@ -66,8 +68,8 @@ def write_with_one(args: Namespace) -> None:
     search = {**search_options(task, vars(args)), "max_source": args.max_source or trained_max_source(info)}
     sources = distributed.shard([example.source for example in examples])
     progress = len(examples) > 1 and distributed.rank() == 0
-    texts = generate(model, tokenizer, sources, prefix, **search, **draw_options(args), progress=progress)
-    lines = write_lines(distributed.unshard(texts), args.output)
+    found = generate_scored(model, tokenizer, sources, prefix, **search, **draw_options(args), progress=progress)
+    lines = write_texts([example.source for example in examples], distributed.unshard(found), args)
     if args.evaluate and distributed.rank() == 0:
         evaluate(task, examples, lines, args.output.with_suffix(".json"), {**vars(args), **search})
 
@@ -78,8 +80,8 @@ def write_with_several(args: Namespace) -> None:
     model, tokenizer = load_base(args, resolve_base_model(args.model, args.prefix, info))
     prefixes = load_prefixes(args.prefixes, model)
     requests = read_requests(args.file, prefixes, args.limit)
-    texts = write_requests(model, tokenizer, requests, prefixes, vars(args), draw_options(args))
-    write_lines(texts, args.output)
+    found = write_requests(model, tokenizer, requests, prefixes, vars(args), draw_options(args))
+    write_texts([source for source, _ in requests], found, args)
 
 
 def load(args: Namespace) -> tuple[Model, Tokenizer, KVPrefix | None, dict[str, str]]:
@@ -107,6 +109,7 @@ def draw_options(args: Namespace) -> dict[str, Any]:
     rank = distributed.rank()
     return {
         "sample": args.sample, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
+        "returned": args.returned or 1, "scored": args.scores,
         "generator": torch.Generator(args.device).manual_seed(args.seed + rank), "batch_size": args.batch_size,
         "what": f"sources of process {rank}" if distributed.world_size() > 1 else "sources",
     }  # fmt: skip

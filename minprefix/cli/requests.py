@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from minprefix.cli.search import search_options
-from minprefix.core.generate import generate
+from minprefix.core.generate import generate_scored
 from minprefix.core.model import Model
 from minprefix.core.prefix import stack_prefixes
 from minprefix.core.prefix_kv import KVPrefix
@@ -53,8 +53,8 @@ def read_requests(file: str, prefixes: dict[str, KVPrefix], limit: int | None = 
 def write_requests(
     model: Model, tokenizer: Tokenizer, requests: list[Request], prefixes: dict[str, KVPrefix],
     given: dict[str, Any], options: dict[str, Any],
-) -> list[str]:  # fmt: skip
-    """A text for each request by its prefix, with the search of that prefix's task.
+) -> list[list[tuple[str, float]]]:  # fmt: skip
+    """The texts for each request by its prefix, and their scores, with the search of that prefix's task.
 
     given: options of the command line; those that are not None replace the task's. options: further ones of `generate`.
     Requests whose options are the same share batches, whatever their prefixes.
@@ -65,14 +65,15 @@ def write_requests(
         search = search_options(info.get("task", ""), given)
         search["max_source"] = given["max_source"] or trained_max_source(info)
         groups.setdefault(tuple(search.items()), []).append(i)
-    texts, names = [""] * len(requests), list(prefixes)
+    found: list[list[tuple[str, float]]] = [[] for _ in requests]
+    names = list(prefixes)
     for search_items, group in groups.items():
         mine = [requests[i] for i in distributed.shard(group)]
         stacked = stack_prefixes(list(prefixes.values()), [names.index(name) for _, name in mine])
-        written = generate(
+        written = generate_scored(
             model, tokenizer, [source for source, _ in mine], stacked, **dict(search_items), **options,
             progress=len(group) > 1 and distributed.rank() == 0,
         )  # fmt: skip
-        for i, text in zip(group, distributed.unshard(written), strict=True):
-            texts[i] = text
-    return texts
+        for i, texts in zip(group, distributed.unshard(written), strict=True):
+            found[i] = texts
+    return found

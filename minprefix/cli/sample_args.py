@@ -52,6 +52,8 @@ def parse_args(description: str = "") -> Namespace:
 
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, metavar="FILE", help="write the texts there, one a line, not to stdout")
+    add("--return", dest="returned", type=int, metavar="N", help="N texts for each input, at most the beams; as JSONL")
+    add("--scores", action="store_true", help="with their scores, log-probability / length ** penalty; as JSONL")
     add("--evaluate", action="store_true", help="print scores and write them next to the texts, as .json")
 
     group = parser.add_argument_group("where")
@@ -79,7 +81,7 @@ def check(args: Namespace) -> None:
     options.check_not_negative(args, ("seed",))
     options.check_requires(args, dict.fromkeys(("temperature", "top_k", "top_p", "seed"), "sample"))
     options.check_requires(args, {"split": "task", "data": "task", "topics": "task", "topic_field": "topics"})
-    if args.length_penalty is not None and (args.sample or args.beams == 1):
+    if args.length_penalty is not None and (args.sample or args.beams == 1) and not args.scores:
         raise InputError("--length-penalty does nothing without a search by several --beams: leave it out")
     if len(args.prefixes) > 1 and (args.evaluate or not str(args.file).endswith(OWN)):
         raise InputError('several --prefix need --file FILE.jsonl with rows {"source": ..., "prefix": name}, unscored')

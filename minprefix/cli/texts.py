@@ -1,8 +1,8 @@
 """The inputs of sample.py (rows, lines or arguments) and the texts that it writes for them."""
 
+import json
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 from minprefix.cli.requests import prefix_name
 from minprefix.core.batches import Example
@@ -53,15 +53,26 @@ def read_texts(args: Namespace, trained_task: str) -> list[Example]:
     return [Example(format_source(trained_task, line, f"{where}, number {number}"), []) for number, line in numbered]
 
 
-def write_lines(texts: list[str], output: Path | None) -> list[str]:
-    """Print the texts, or write them to the file `output`, one a line -> the lines. A single text is printed as is."""
-    lines = [" ".join(text.splitlines()) for text in texts]  # at all line ends of Unicode
+def write_texts(sources: list[str], found: list[list[tuple[str, float]]], args: Namespace) -> list[str]:
+    """Print what was found for the sources, or write it to --output -> the best texts as lines.
+
+    One text a line, a single text on a terminal as it is; with --return or --scores JSONL rows.
+    """
+    best = [texts[0][0] for texts in found]
+    lines = [" ".join(text.splitlines()) for text in best]  # at all line ends of Unicode
     if distributed.rank() > 0:
         return lines
-    if output:
-        with atomic_write(output) as file:
-            file.writelines(line + "\n" for line in lines)
-        print(f"wrote {len(lines)} texts to {output}", file=sys.stderr)
+    output = lines if args.output or len(best) > 1 else best
+    if args.returned or args.scores:
+        escape = not args.output and sys.stdout.encoding.lower() != "utf-8"
+        rows = [{"source": source, "texts": [text for text, _ in texts], "scores": [score for _, score in texts]}
+                for source, texts in zip(sources, found, strict=True)]  # fmt: skip
+        output = [json.dumps({k: v for k, v in row.items() if k != "scores" or args.scores}, ensure_ascii=escape)
+                  for row in rows]  # fmt: skip
+    if args.output:
+        with atomic_write(args.output) as file:
+            file.writelines(line + "\n" for line in output)
+        print(f"wrote {len(lines)} texts to {args.output}", file=sys.stderr)
     else:
-        print(*(texts if len(texts) == 1 else lines), sep="\n")
+        print(*output, sep="\n")
     return lines

@@ -10,12 +10,16 @@ stems, and a plain F1, so its ROUGE-L is not the ROUGE-L of `score`.
 
 import functools
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
+from subprocess import PIPE
 
 import numpy as np
 
@@ -185,21 +189,40 @@ def meteor(hypotheses: list[str], references: References) -> float:
     """
     check(hypotheses, references)
     try:
-        from pycocoevalcap.meteor.meteor import Meteor
+        from pycocoevalcap.meteor import meteor as package
     except ImportError as error:
         raise InputError("METEOR needs pycocoevalcap: pip install -e '.[eval]'") from error
     if shutil.which("java") is None:
         raise InputError("METEOR needs Java: install a Java runtime (e.g. openjdk) and put `java` on the PATH")
-    groups = {i: [" ".join(ptb_tokens(reference)) for reference in group] for i, group in enumerate(references)}
-    program = None
-    try:
-        program = Meteor()
-        return program.compute_score(groups, {i: [" ".join(ptb_tokens(h))] for i, h in enumerate(hypotheses)})[0]
-    except (OSError, ValueError) as error:  # it died: of too little memory, or of a text thousands of words long
-        raise InputError("METEOR's Java program failed: give it 2 GB of memory and texts of ordinary length") from error
-    finally:
-        if program and program.lock.locked():  # a failed call keeps it, and the destructor would wait for it for ever
-            program.lock.release()
+    folder = os.path.dirname(package.__file__)
+    # Whatever the user's locale: numbers have a point, texts are UTF-8.
+    command = ["java", "-Xmx2G", "-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8",
+               "-jar", package.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]  # fmt: skip
+    with tempfile.TemporaryFile() as errors:
+        try:
+            program = subprocess.Popen(command, cwd=folder, stdin=PIPE, stdout=PIPE, stderr=errors, encoding="utf-8")
+            try:
+                return ask_meteor(program, hypotheses, references)
+            finally:
+                program.kill()  # it would wait for further texts
+                program.communicate()
+        except (OSError, ValueError) as error:  # it died: of too little memory, or of a text thousands of words long
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().rpartition("\n")[2] or str(error)
+            remedy = "give it 2 GB of memory and texts of ordinary length"
+            raise InputError(f"METEOR's Java program failed ({said:.300}): {remedy}") from error
+
+
+def ask_meteor(program: "subprocess.Popen[str]", hypotheses: list[str], references: References) -> float:
+    """The score of a corpus by a running METEOR: the statistics of each text, then what they come to."""
+    assert program.stdin and program.stdout
+    statistics = ["EVAL"]
+    for hypothesis, group in zip(hypotheses, references, strict=True):
+        texts = [" ".join(ptb_tokens(text)).replace("|||", "") for text in (*group, hypothesis)]
+        print("SCORE", *texts, sep=" ||| ", file=program.stdin, flush=True)
+        statistics.append(program.stdout.readline().strip())
+    print(*statistics, sep=" ||| ", file=program.stdin, flush=True)
+    return [float(program.stdout.readline()) for _ in range(len(hypotheses) + 1)][-1]  # each text's, then the corpus's
 
 
 def ter(hypotheses: list[str], references: References) -> float:
@@ -235,13 +258,25 @@ def rouge(hypotheses: list[str], references: References) -> dict[str, list[float
     """{"ROUGE-1": the F1 of each input, "ROUGE-2", "ROUGE-L"} (Lin 2004; google's rouge-score with Porter stems).
 
     With several references: the best of the references for each measure. A text is one sentence to ROUGE-L. A token
-    is a run of a-z and 0-9 of the lower-cased text, all else only separates: a text without any scores 0.
+    is a run of a-z and 0-9 of the lower-cased text, all else only separates: a text without any scores 0, and the share
+    of such references is said on stderr.
     """
     check(hypotheses, references)
+    texts = [reference for group in references for reference in group]
+    unseen = sum(not re.search("[a-z0-9]", text.lower()) for text in texts)
+    if unseen:
+        warn_of_unseen(f"{unseen:,} of {len(texts):,} references ({unseen / len(texts):.0%})")
     names = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
     scorer = rouge_scorer()(list(names.values()), use_stemmer=True)
     rows = [scorer.score_multi(group, hypothesis) for hypothesis, group in zip(hypotheses, references, strict=True)]
     return {measure: [float(row[name].fmeasure) for row in rows] for measure, name in names.items()}
+
+
+@functools.cache  # once for the same references, which are scored against before and after training
+def warn_of_unseen(share: str) -> None:
+    """Say that texts have nothing that ROUGE sees, and what to do."""
+    remedy = "score texts in other scripts with BLEU, or romanise them first"
+    print(f"{share} have no letter a-z and no digit, all that ROUGE sees: they score 0; {remedy}", file=sys.stderr)
 
 
 def rouge_scorer() -> type:

@@ -4,6 +4,7 @@ What is said counts, what is invented does not. People leave values out too: of 
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable
 
 NAMES = ("name", "near")
@@ -80,7 +81,8 @@ def slot_accuracy(sources: Iterable[str], texts: Iterable[str]) -> dict[str, flo
 
 
 def slots_told(source: str, text: str) -> list[tuple[str, bool]]:
-    """[(slot, whether the text tells its value)] for one linearised input."""
+    """[(slot, whether the text tells its value)] for one linearised input, in whichever Unicode form they are."""
+    source, text = unicodedata.normalize("NFC", source), unicodedata.normalize("NFC", text)
     pairs = [pair.split(" : ", 1) for pair in source.split(" | ") if " : " in pair]
     rest = text
     for name in [value for slot, value in pairs if slot in NAMES]:

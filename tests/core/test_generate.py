@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minprefix.core.cache import Cache
-from minprefix.core.generate import generate, generate_ids
+from minprefix.core.generate import generate, generate_ids, search_ids
 from minprefix.core.gpt2 import GPT2
 from minprefix.core.prefix_kv import KVInfix, KVPrefix
 from minprefix.formats.names import to_huggingface
@@ -252,9 +252,17 @@ def huggingface_model(model, position_offset):
 
 def huggingface_generate(theirs, sources, prefix, **options):
     """Row by row, the prefix as a key/value cache that is already there."""
+    targets = []
+    for new in huggingface_outputs(theirs, sources, prefix, **options):
+        new = new.sequences[0].tolist()
+        targets.append(new[: new.index(END)] if END in new else new)
+    return targets
+
+
+def huggingface_outputs(theirs, sources, prefix, **options):
+    """What transformers' generate returns for each source, its sequences without the source."""
     from transformers import DynamicCache
 
-    targets = []
     for i, source in enumerate(sources):
         ids = torch.tensor([[*source, END]])
         given = {"attention_mask": torch.ones_like(ids)}
@@ -264,9 +272,10 @@ def huggingface_generate(theirs, sources, prefix, **options):
                 rows = (options.get("num_beams", 1), 1, 1, 1)
                 cache.update(k.repeat(rows), v.repeat(rows), layer)
             given = {"attention_mask": torch.ones(1, P + ids.size(1), dtype=torch.long), "past_key_values": cache}
-        new = theirs.generate(ids, max_new_tokens=NEW, **given, **options)[0, ids.size(1) :].tolist()
-        targets.append(new[: new.index(END)] if END in new else new)
-    return targets
+        new = theirs.generate(ids, max_new_tokens=NEW, return_dict_in_generate=True, output_scores=True, **given,
+                              **options)  # fmt: skip
+        new.all_ids, new.sequences = new.sequences, new.sequences[:, ids.size(1) :]
+        yield new
 
 
 @pytest.mark.parametrize(
@@ -282,6 +291,44 @@ def test_beam_search_is_transformers(model, sources, kind, beams, length_penalty
     options = {"beams": beams, "max_new_tokens": NEW, "length_penalty": length_penalty}
     ours = generate_ids(model, sources, END, END, prefix, **options)
     assert ours == expected
+
+
+@pytest.mark.parametrize("kind, length_penalty, returned", [("none", 1.0, 5), ("shared", 0.8, 3), ("rows", 2.0, 1)])
+def test_several_texts_and_their_scores_are_transformers(model, sources, kind, length_penalty, returned):
+    prefix = make_prefix(kind, len(sources))
+    options = {"num_beams": 5, "num_return_sequences": returned, "do_sample": False, "length_penalty": length_penalty}
+    expected = huggingface_outputs(huggingface_model(model, P), sources, prefix, **options)
+    options = {"beams": 5, "max_new_tokens": NEW, "length_penalty": length_penalty, "returned": returned}
+    ours = search_ids(model, sources, END, END, prefix, **options, batch_size=7)
+    for found, theirs in zip(ours, expected, strict=True):
+        rows = [row[: row.index(END)] if END in row else row for row in theirs.sequences.tolist()]
+        assert [ids for ids, _ in found] == rows and len(rows) == returned
+        assert [score for _, score in found] == pytest.approx(theirs.sequences_scores.tolist(), abs=1e-5)
+
+
+def test_the_score_of_a_greedy_text_is_transformers(model, sources):
+    """transformers has it token by token: normalised, without what is forbidden."""
+    theirs, forbidden = huggingface_model(model, P), list(range(50, 60))
+    options = {"do_sample": False, "bad_words_ids": [[i] for i in forbidden]}
+    expected = list(huggingface_outputs(theirs, sources, None, **options))
+    ours = search_ids(model, sources, END, END, beams=1, max_new_tokens=NEW, forbidden=forbidden, length_penalty=0.5)
+    for [(ids, score)], output in zip(ours, expected, strict=True):
+        row = output.sequences[0].tolist()
+        length = min(len(ids) + 1, NEW)  # with the end token
+        assert row[: len(ids)] == ids
+        each = theirs.compute_transition_scores(output.all_ids, output.scores, normalize_logits=True)[0, :length]
+        assert score == pytest.approx(each.sum().item() / length**0.5, abs=1e-5)
+
+
+def test_draws_are_as_if_each_source_came_so_many_times(model, sources):
+    prefix = make_prefix("rows", len(sources))
+    options = {"beams": 1, "max_new_tokens": NEW, "sample": True, "batch_size": 1000}
+    ours = search_ids(model, sources, END, END, prefix, **options, returned=3, generator=torch.Generator())
+    assert {len(found) for found in ours} == {3} and len({tuple(ids) for found in ours for ids, _ in found}) > 100
+    greedy = search_ids(model, sources, END, END, prefix, **{**options, "top_k": 1}, returned=2)
+    once = search_ids(model, sources, END, END, prefix, beams=1, max_new_tokens=NEW)
+    for two, [(ids, score)] in zip(greedy, once, strict=True):
+        assert [row for row, _ in two] == [ids] * 2 and [s for _, s in two] == pytest.approx([score] * 2, abs=1e-5)
 
 
 def test_greedy_is_transformers(model, sources):
@@ -406,6 +453,8 @@ def test_a_source_that_just_fits(model):
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"sample": True, "beams": 5}, "use 1 beam"),
+        ({"returned": 6, "beams": 5}, "returned is 6: it must be at most the 5 beams"),
+        ({"returned": 0}, "returned is 0: it must be at least 1"),
         ({"prefix": {"decoder": torch.zeros(L, 2, 3, H, P, D)}}, "the prefix has 3 rows for 2 sources: give one"),
     ],
 )

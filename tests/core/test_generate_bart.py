@@ -4,6 +4,7 @@ No model here is trained; random weights are scaled so that outputs vary, repeat
 never, which the tests check before they rely on it.
 """
 
+import copy
 from collections import Counter
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from minprefix.cli.search import recipe
 from minprefix.core.bart import BART
 from minprefix.core.cache import Cache
-from minprefix.core.generate import generate, generate_ids
+from minprefix.core.generate import generate, generate_ids, search_ids
 from minprefix.core.prefix_kv import KVPrefix, tensors_of
 from minprefix.formats.names import to_huggingface
 from minprefix.formats.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_alphabet
@@ -113,13 +114,19 @@ def test_outputs_vary_and_the_constraints_bite(model, sources):
 # ---- transformers ----
 
 
-def huggingface_generate(model, sources, together=False, length_names=("min_new_tokens", "max_new_tokens"), **ours):
-    """transformers' generate under our options, row by row or in one padded batch -> token ids before the end."""
+def huggingface_generate(
+    model, sources, together=False, length_names=("min_new_tokens", "max_new_tokens"), extra=None, **ours
+):
+    """transformers' generate under our options, row by row or in one padded batch -> token ids before the end.
+
+    extra: its options to return sequences_scores, which are given back instead.
+    """
     reason = "compares with transformers (pip install minprefix[parity])"
     transformers = pytest.importorskip("transformers", reason=reason)
     options = {"beams": 1, "length_penalty": 1.0, "no_repeat_ngram": 0, "min_new_tokens": 0, "max_new_tokens": NEW}
     options |= {"forced_first": None, "forced_last": None} | ours
     theirs = transformers.BartForConditionalGeneration(transformers.BartConfig(**model.config)).eval()
+    theirs = theirs.to(next(model.parameters()).dtype)
     missing, unexpected = theirs.load_state_dict(to_huggingface(model), strict=False)
     assert not unexpected and all("embed_tokens" in name or name == "lm_head.weight" for name in missing)
     theirs.tie_weights()
@@ -137,6 +144,8 @@ def huggingface_generate(model, sources, together=False, length_names=("min_new_
         S = max(map(len, batch))
         ids = torch.tensor([source + [PAD] * (S - len(source)) for source in batch])
         mask = torch.tensor([[1] * len(source) + [0] * (S - len(source)) for source in batch])
+        if extra:
+            return theirs.generate(ids, attention_mask=mask, **extra).sequences_scores
         for row in theirs.generate(ids, attention_mask=mask).tolist():
             assert row[0] == END
             targets.append([*row[1:], END][: [*row[1:], END].index(END)])
@@ -167,6 +176,15 @@ def test_the_search_is_transformers(model, sources, options):
     targets = generate_ids(model, sources, END, END, None, max_new_tokens=NEW, batch_size=7, **{"beams": 1, **ours})
     assert huggingface_generate(model, sources, together=True, **options) == targets
     assert huggingface_generate(model, sources[:4], **options) == targets[:4]
+
+
+def test_scores_are_transformers_under_all_constraints(model, sources):
+    options = {**XSUM, **FORCED, "length_penalty": 0.8}
+    model = copy.deepcopy(model).double()  # in float32 the two models' products differ by as much as 3e-5
+    found = search_ids(model, sources[:12], END, END, None, **options, max_new_tokens=NEW, returned=options["beams"])
+    scores = {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": options["beams"]}
+    output = huggingface_generate(model, sources[:12], together=True, extra=scores, **options)
+    assert [score for texts in found for _, score in texts] == pytest.approx(output.tolist(), abs=1e-5)
 
 
 # ---- a naive search, by the definitions, in plain Python ----

@@ -184,3 +184,21 @@ def test_bootstrap_is_fast():
     start = time.process_time()
     metrics.bootstrap(values)
     assert time.process_time() - start < 1
+
+
+@needs_rouge_score
+def test_texts_that_rouge_cannot_see_are_told_once(capsys):
+    """google's own scorer gives these a perfect copy's score of 0."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    texts = ["\u5929\u6c14\u5f88\u597d", "\u041f\u043e\u0433\u043e\u0434\u0430", "The weather in 2020", "..."]
+    references = [[text] for text in texts]
+    scores.warn_of_unseen.cache_clear()
+    assert [metrics.rouge(texts, references)["ROUGE-1"] for _ in range(2)] == [[0, 0, 1, 0]] * 2
+    expected = RougeScorer(["rouge1"], use_stemmer=True)
+    assert [expected.score(text, text)["rouge1"].fmeasure for text in texts] == [0, 0, 1, 0]
+    line = capsys.readouterr().err
+    assert line.startswith("3 of 4 references (75%) have no letter a-z and no digit") and line.count("\n") == 1
+    assert "BLEU" in line
+    metrics.rouge(["The weather"], [["It rained."]])
+    assert capsys.readouterr().err == ""

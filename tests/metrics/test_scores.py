@@ -9,7 +9,6 @@ import math
 import random
 import shutil
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
@@ -146,20 +145,43 @@ def test_meteor_needs_java(monkeypatch):
         metrics.meteor(HYPOTHESES, REFERENCES)
 
 
-def test_why_meteor_is_left_out_is_told(monkeypatch, capsys):
-    def no_room(*_):
-        raise OSError(12, "Cannot allocate memory")
-
-    monkeypatch.setattr(shutil, "which", lambda name: "java")
+@pytest.mark.parametrize(
+    "java, said",
+    [
+        ("#!/bin/sh\necho Error occurred >&2\necho no memory >&2\nexit 1\n", "no memory"),
+        ("not a program", "Exec format error"),
+    ],
+)
+def test_why_meteor_is_left_out_is_told(java, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "java").write_text(java)
+    (tmp_path / "java").chmod(0o755)
+    (tmp_path / "meteor.py").write_text("METEOR_JAR = 'meteor-1.5.jar'\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    package = SimpleNamespace(METEOR_JAR="meteor-1.5.jar", __file__=str(tmp_path / "meteor.py"))
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor", SimpleNamespace(meteor=package))
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    dies = SimpleNamespace(compute_score=no_room, lock=threading.Lock())
-    for program in (no_room, lambda: dies):  # as it is started, or later
-        monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor.meteor", SimpleNamespace(Meteor=program))
-        assert metrics.score(HYPOTHESES, REFERENCES).keys() == SCORES.keys()
-        assert capsys.readouterr().err.splitlines() == [
-            "left out: METEOR's Java program failed: give it 2 GB of memory and texts of ordinary length",
-            "left out: TER needs sacrebleu: pip install -e '.[eval]'",
-        ]
+    with pytest.raises(InputError, match=said):
+        metrics.meteor(HYPOTHESES * 2000, REFERENCES * 2000)  # more than a pipe holds
+    assert metrics.score(HYPOTHESES, REFERENCES).keys() == SCORES.keys()
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("left out: METEOR's Java program failed (") and said in first
+    assert second == "left out: TER needs sacrebleu: pip install -e '.[eval]'"
+
+
+@pytest.mark.parametrize("options", ["", "-Duser.language=de -Duser.country=DE"])
+def test_meteor_equals_pycocoevalcaps_in_any_locale(options, monkeypatch):
+    """In German numbers have a decimal comma, of which pycocoevalcap's class makes an error."""
+    pytest.importorskip("pycocoevalcap", reason="METEOR is computed by the optional package pycocoevalcap")
+    if shutil.which("java") is None:
+        pytest.skip("METEOR needs Java")
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    groups = {i: [" ".join(ptb_tokens(text)) for text in group] for i, group in enumerate(REFERENCES)}
+    texts = {i: [" ".join(ptb_tokens(text))] for i, text in enumerate(HYPOTHESES)}
+    expected = Meteor().compute_score(groups, texts)[0]
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", options)
+    assert metrics.meteor(HYPOTHESES, REFERENCES) == expected > 0
 
 
 def test_bleu_equals_sacrebleu():

@@ -1,5 +1,7 @@
 """Slot accuracy: what counts as told, and the words held against people's own texts."""
 
+import unicodedata
+
 import pytest
 
 from minprefix.data.tasks import load_examples
@@ -17,6 +19,13 @@ def test_names_tell_of_nothing_but_themselves():
     assert told(SOURCE, "Café Rouge is near Raja Indian Cuisine.") == {"name", "near"}
     assert told(SOURCE, "Café Rouge is a café with curry, and Indian food.") == {"name", "Type", "food"}
     assert told(SOURCE, "café rouge") == {"Type"}  # a name must be written as it is
+
+
+def test_a_name_is_told_in_either_unicode_form():
+    text = "Café Rouge is near Raja Indian Cuisine."
+    for source in (SOURCE, unicodedata.normalize("NFD", SOURCE)):
+        for form in ("NFC", "NFD"):
+            assert told(source, unicodedata.normalize(form, text)) == {"name", "near"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -41,7 +42,7 @@ def test_what_a_terminal_cannot_print_is_escaped_and_files_are_utf8(encoding, wo
     code, printed = call_on_terminal(train, *terminal, "--model", world / "model", *options)
     assert code == 0 and (tmp_path / "run" / "result.json").is_file()
     assert "reference           \\u4e2d" in printed and ("caf\\xe9" if encoding == "ascii" else "caf\xe9") in printed
-    monkeypatch.setattr(sample, "generate", lambda *args, **options: ["\u4e2d"])
+    monkeypatch.setattr(sample, "generate_scored", lambda *args, **options: [[("\u4e2d", 0.0)]])
     options = ("--prefix", tmp_path / "run", "--input", "x")
     assert call_on_terminal(sample, *terminal, *options) == (0, "\\u4e2d\n")
     assert call_on_terminal(sample, *terminal, *options, "--output", tmp_path / "texts.txt") == (0, "")
@@ -71,7 +72,7 @@ def test_rows_with_the_same_source_are_scored_together(world, capsys, tmp_path, 
               for i in range(25)]  # fmt: skip
     together = [{"source": f"item {i}", "references": [f"This is item {i}.", f"Here we have item {i}."]}
                 for i in range(25)]  # fmt: skip
-    monkeypatch.setattr(sample, "generate", lambda model, tokenizer, sources, *args, **options: texts[: len(sources)])
+    monkeypatch.setattr(sample, "generate_scored", lambda *args, **options: [[(text, 0.0)] for text in texts])
     results = []
     for name, rows in (("single", single), ("together", together)):
         path = write_rows(tmp_path / f"{name}.jsonl", rows)
@@ -83,7 +84,7 @@ def test_rows_with_the_same_source_are_scored_together(world, capsys, tmp_path, 
     assert results[0]["scores"]["BLEU"] == pytest.approx(1)
     write_rows(tmp_path / "single.jsonl", single)
     options = ("--model", world / "model", "--task", tmp_path / "single.jsonl", "--limit", 30)
-    monkeypatch.setattr(sample, "generate", lambda model, tokenizer, sources, *args, **options: sources)
+    monkeypatch.setattr(sample, "generate_scored", lambda *args, **options: [[(source, 0.0)] for source in args[2]])
     code, out, _ = call(sample, capsys, *options)
     assert code == 0 and out.count("\n") == 30  # a text for each row where nothing is scored
 
@@ -163,3 +164,28 @@ def test_what_is_no_prefix_to_start_from_is_one_clear_line(options, message, tra
     monkeypatch.chdir(trained)
     arguments = ["--model", "model", "--task", "start.jsonl", *QUICK, "--eval-inputs", 0, *options.split()]
     assert_one_clear_line(train, list(map(str, arguments)), message, capsys, trained)
+
+
+def test_several_texts_and_their_scores_are_json_lines(trained, capsys, tmp_path, monkeypatch):
+    """The same with one prefix and with several; the best text is the one that is written without these options."""
+    monkeypatch.chdir(trained)
+    one = ("--prefix", "gpt2-run", "--max-new-tokens", 6)
+    inputs = ("--input", "item 3", "item 4")
+    best = call(sample, capsys, *one, *inputs)[1].splitlines()
+    code, out, _ = call(sample, capsys, *one, *inputs, "--return", 3, "--scores", "--output", tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert (code, out) == (0, "") and [row["source"] for row in rows] == ["item 3", "item 4"]
+    assert [" ".join(row["texts"][0].splitlines()) for row in rows] == best
+    assert all(len(row["texts"]) == len(row["scores"]) == 3 for row in rows)
+    assert all(row["scores"] == sorted(row["scores"], reverse=True) and row["scores"][0] < 0 for row in rows)
+    assert call(sample, capsys, *one, "--input", "item 3", "--scores")[1].count("\n") == 1
+    out = call(sample, capsys, *one, *inputs, "--return", 4, "--sample", "--seed", 1)[1]
+    draws = [json.loads(line) for line in out.splitlines()]
+    assert [row.keys() for row in draws] == [{"source", "texts"}] * 2 and len(set(draws[0]["texts"])) > 1
+    shutil.copytree("gpt2-run", "other-run", dirs_exist_ok=True)
+    requests = [{"source": row["source"], "prefix": "gpt2-run"} for row in rows]
+    several = ("--prefix", "gpt2-run", "--prefix", "other-run", "--file", write_rows(tmp_path / "rows.jsonl", requests))
+    out = call(sample, capsys, *several, "--max-new-tokens", 6, "--return", 3, "--scores")[1]
+    assert [json.loads(line)["texts"] for line in out.splitlines()] == [row["texts"] for row in rows]
+    arguments = [*map(str, one), "--input", "x", "--return", "6"]
+    assert_one_clear_line(sample, arguments, "returned is 6: it must be at most the 5 beams", capsys, trained)

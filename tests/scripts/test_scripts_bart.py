@@ -92,7 +92,7 @@ def test_summaries_are_scored_by_rouge(trained, capsys):
 
 def test_without_its_package_rouge_is_missed_before_the_work(trained, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    monkeypatch.setattr(sample, "generate", None)  # is not reached
+    monkeypatch.setattr(sample, "generate_scored", None)  # is not reached
     code, _, err = call(sample, capsys, "--prefix", "run/prefix.safetensors", "--task", "scitldr", "--data", "scitldr",
                         "--evaluate")  # fmt: skip
     assert code == 2 and err.startswith("error: ROUGE") and 'pip install -e ".[eval]"' in err
