@@ -75,26 +75,26 @@ def run(args: Namespace) -> None:
     train_pairs = load_pairs(args.task, "train", limit=args.limit, **common, **draw)
     dev_pairs = evenly_spaced(load_pairs(args.task, "dev", **common, **draw), 500)
     test = load_inputs(args.task, "test", args.eval_inputs, new_tokens=search["max_new_tokens"], **common)
-    steps = args.steps or math.ceil(args.epochs * batches_per_epoch(train_pairs, args.batch_size))
-    resuming = args.resume and has_checkpoint(args.out)
+    step_size, resuming = args.batch_size * args.accumulate, args.resume and has_checkpoint(args.out)
+    steps = args.steps or math.ceil(args.epochs * batches_per_epoch(train_pairs, step_size))
     if args.init is not None and not resuming and isinstance(trainable, Prefix):
         start_prefix(trainable, args.init, model, tokenizer)
 
     trained, saved, total = count_parameters(trainable, model)
     print(f"{args.model} in {dtype} on {device}")
-    print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {args.batch_size}, results in {args.out}")
+    note = " (nothing to resume there: starting)" if args.resume and not resuming else ""
+    print(f"{len(train_pairs):,} training pairs, {steps:,} steps of {step_size}, results in {args.out}{note}")
     sites = f" of length {args.prefix_length} at {', '.join(trainable.sites)}" if type(trainable) is Prefix else ""
     print(f"{args.method}{sites}: trains {trained:,} numbers ({trained / total:.2%} of the model's {total:,}), "
           f"saves {saved:,} ({saved / total:.2%})")  # fmt: skip
-    if args.resume and not resuming:
-        print(f"nothing to resume in {args.out}: starting")
 
     # Train. Autocast without its cache, for the weights change.
     with torch.autocast(device, dtype, enabled=finetune and dtype != torch.float32, cache_enabled=False):
         log, best_step = train(
             model, trainable, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
             lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, group=args.group,
-            resume=args.resume, settings={key: value for key, value in vars(args).items() if key not in MAY_CHANGE},
+            accumulate=args.accumulate, resume=args.resume,
+            settings={key: value for key, value in vars(args).items() if key not in MAY_CHANGE},
         )  # fmt: skip
     if distributed.rank() > 0:  # the rest is one process's work
         return

@@ -30,8 +30,8 @@ def parse_args(description: str = "") -> Namespace:
     add, inputs = group.add_argument, group.add_mutually_exclusive_group().add_argument
     inputs("--input", nargs="+", metavar="TEXT", help="inputs, in the form of the prefix's task")
     inputs("--file", help="one input a line, or a .jsonl or .csv file (none: stdin)")
-    inputs("--task", help="inputs with references: e2e, webnlg, dart, xsum, scitldr, FILE.jsonl")
-    add("--split", choices=SPLITS, metavar="SPLIT", help=f"{', '.join(SPLITS)} (test; FILE.jsonl all)")
+    inputs("--task", help="inputs with references: e2e, webnlg, ..., FILE.jsonl, FILE.csv")
+    add("--split", choices=SPLITS, metavar="SPLIT", help=f"{', '.join(SPLITS)} (test; of your file all)")
     add("--data", metavar="FOLDER", help="folder of the task's files")
     add("--topics", nargs="+", metavar="TOPIC", help="only inputs of --task on these topics (WebNLG: categories)")
     add("--topic-field", metavar="NAME", help="the key of a JSONL row's topic (topic)")

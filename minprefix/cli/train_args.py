@@ -13,9 +13,10 @@ from minprefix.formats.prefix_file import load_prefix
 from minprefix.methods.files import find_trained
 from minprefix.system.errors import InputError
 
-# Options that may change when a run is resumed. train() itself compares the data, the model, its dtype and the steps.
+# Options that may change when a run is resumed. train() itself compares the data, the model, its dtype, the steps, ...
 MAY_CHANGE = {
-    "model", "task", "data", "skip_long", "epochs", "steps", "eval_inputs", "beams", "dtype", "device", "out", "resume",
+    "model", "task", "data", "skip_long", "epochs", "steps", "accumulate", "eval_inputs", "beams", "dtype", "device",
+    "out", "resume",
 }  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def parse_args(description: str = "") -> Namespace:
 
     group = parser.add_argument_group("what to train on")
     add, subset = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--task", default="e2e", help="e2e, webnlg, dart, xsum, scitldr, or FILE.jsonl of your own (%(default)s)")
+    add("--task", default="e2e", help="e2e, webnlg, dart, xsum, scitldr, or your FILE.jsonl or FILE.csv (%(default)s)")
     add("--data", metavar="FOLDER", help="of the task's files (e2e: data/e2e, else a download, else a sample)")
     subset("--limit", type=int, metavar="N", help="only the first N pairs of a source and a target")
     subset("--low-data", type=int, metavar="N", help="N pairs drawn at random, and 30%% of N for dev losses")
@@ -49,7 +50,8 @@ def parse_args(description: str = "") -> Namespace:
     add, duration = group.add_argument, group.add_mutually_exclusive_group().add_argument
     duration("--epochs", type=float, metavar="X", help="passes over the training pairs (by model)")
     duration("--steps", type=int, metavar="N", help="steps, instead of --epochs (by model)")
-    add("--batch-size", type=int, metavar="N", help="pairs in a step (by model)")
+    add("--batch-size", type=int, metavar="N", help="pairs in a batch (by model)")
+    add("--accumulate", type=int, metavar="N", default=1, help="batches in a step, as if they were one (%(default)s)")
     add("--group", type=int, metavar="N", help="at most N references share one reading of their source (by model)")
     add("--lr", type=float, metavar="X", help="learning rate, decays to 0 (by model and method)")
     add("--warmup", type=int, metavar="N", default=0, help="steps in which it rises first (%(default)s)")
@@ -68,7 +70,7 @@ def parse_args(description: str = "") -> Namespace:
 
     args = parser.parse_args()
     above_zero = ("epochs", "steps", "limit", "low_data", "batch_size", "lr", "eval_every", "beams", "max_source")
-    check_above_zero(args, (*above_zero, "group", "prefix_length", "adapter_width"))
+    check_above_zero(args, (*above_zero, "accumulate", "group", "prefix_length", "adapter_width"))
     check_not_negative(args, ("hidden", "warmup", "eval_inputs", "seed", "low_data_seed", "offset"))
     check_requires(args, {"topic_field": "topics", "low_data_seed": "low_data", "beams": "eval_inputs"})
     for key in sorted(other_options(args.method)):

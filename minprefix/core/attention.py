@@ -117,27 +117,37 @@ def padding_mask(real: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(pads.shape, dtype=like.dtype, device=like.device).masked_fill(pads, float("-inf"))[:, None, None]
 
 
-def position_ids(
-    ids: Tensor, start: int | Tensor, n_positions: int, lengths: Tensor | None = None, segments: Tensor | None = None
-) -> Tensor:
-    """(T,) for tokens ids (B, T), the first at `start`, or (B, T) for starts (B,); InputError if they are too many.
+def position_ids(ids: Tensor, start: int | Tensor, n_positions: int, segments: Tensor | None = None) -> Tensor:
+    """(T,) for tokens ids (B, T), the first at `start`, or (B, T) for starts (B,).
 
-    lengths (B,): how many tokens a row has before its padding, which may stand anywhere; None: T each.
     segments (B, T): see `visible_keys`; each target's positions then follow the source's, and the ids are (B, T).
     """
-    T = ids.size(1)
-    positions = torch.arange(T, device=ids.device)
+    positions = torch.arange(ids.size(1), device=ids.device)
     if segments is not None:
         positions = visible_keys(segments).sum(dim=-1) - 1  # as many as the tokens that it sees before itself
-        if T + int(torch.as_tensor(start).max()) > n_positions:  # else all fit, and a GPU need not be waited for
-            lengths = (positions + 1).masked_fill(segments < 0, 0).amax(dim=1)
-    lengths = torch.tensor([T]) if lengths is None else lengths.cpu()
-    end, row = (torch.as_tensor(start).cpu() + lengths).max(dim=0)
-    if end > n_positions:
-        count = int(lengths[row % len(lengths)])
+    positions = positions + (start.to(ids.device)[:, None] if isinstance(start, Tensor) else start)
+    return positions.clamp(max=n_positions - 1)  # that of padding alone
+
+
+def check_positions(
+    lengths: int | Tensor, start: int | Tensor, n_positions: int, segments: Tensor | None = None
+) -> None:
+    """InputError if rows of `lengths` tokens, the first at `start`, do not fit; each a number, or (B,).
+
+    segments (B, T): see `visible_keys`; `lengths` tokens are then more than a target needs with its source.
+    A captured graph can only check numbers.
+    """
+    if isinstance(lengths, Tensor) or isinstance(start, Tensor) or segments is not None:
+        if torch.compiler.is_compiling():
+            return
+        lengths, start = torch.broadcast_tensors(torch.as_tensor(lengths).cpu(), torch.as_tensor(start).cpu())
+        if segments is not None and int((lengths + start).max()) > n_positions:  # else a GPU need not be waited for
+            lengths = (visible_keys(segments).sum(dim=-1) * (segments >= 0)).amax(dim=1).cpu()
+            lengths, start = torch.broadcast_tensors(lengths, start)
+        row = (lengths + start).argmax()
+        lengths, start = int(lengths.flatten()[row]), int(start.flatten()[row])
+    if lengths + start > n_positions:
         raise InputError(
-            f"{count} tokens from position {end - count} on do not fit the model's {n_positions} positions: "
+            f"{lengths} tokens from position {start} on do not fit the model's {n_positions} positions: "
             "shorten the text (--max-source cuts sources) or the prefix"
         )
-    positions = positions + (start.to(ids.device)[:, None] if torch.is_tensor(start) else start)
-    return positions.clamp(max=n_positions - 1)  # that of padding alone

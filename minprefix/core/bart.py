@@ -10,7 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from minprefix.core.attention import KV, attend, causal_mask, concat, length_mask, padding_mask, position_ids
+from minprefix.core.attention import (
+    KV,
+    attend,
+    causal_mask,
+    check_positions,
+    concat,
+    length_mask,
+    padding_mask,
+    position_ids,
+)
 from minprefix.core.cache import Cache, LayerCache
 from minprefix.core.config import check_bart
 from minprefix.core.kernels import Linear, linear
@@ -197,6 +206,7 @@ class BART(nn.Module):
     ) -> Tensor:  # fmt: skip
         """source_ids (B, S) -> the encoder's states (B, S, C). caches: take the keys and values of each layer."""
         check_prefix(prefix, self.prefix_sites, len(source_ids))
+        check_positions(source_ids.size(1), 0, self.n_positions)
         positions = position_ids(source_ids, 0, self.n_positions)  # no prefix shifts these
         x = self._embed(self.encoder, source_ids, positions)
         mask = None if source_mask is None else padding_mask(source_mask, x)
@@ -210,6 +220,7 @@ class BART(nn.Module):
 
     def prefill(self, source_ids: Tensor, lengths: Tensor, prefix: AnyPrefix | None = None) -> Cache:
         """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`: the encoder runs once."""
+        lengths = lengths.to(source_ids.device)
         source_mask = length_mask(lengths, source_ids.size(1))
         source = self.source_kv(self.encode(source_ids, source_mask, prefix), source_mask)
         position = torch.as_tensor(first_position(prefix)).to(lengths).expand_as(lengths)
@@ -240,7 +251,8 @@ class BART(nn.Module):
         caches: list[LayerCache] | None = None, segments: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """target_ids (B, T) -> states (B, T, C). caches: take the keys and values of each layer."""
-        positions = position_ids(target_ids, start, self.n_positions, segments=segments)
+        check_positions(target_ids.size(1), start, self.n_positions, segments)
+        positions = position_ids(target_ids, start, self.n_positions, segments)
         x = self._embed(self.decoder, target_ids, positions)
         mask = causal_mask(target_ids.size(1), x, segments)
         prefixes, cross_prefixes = (self._layer_prefixes(prefix, site) for site in ("decoder", "cross"))

@@ -141,10 +141,16 @@ class Batch:
     segments: Tensor | None = None  # (B, T) int64, see `attention.visible_keys`; None where each row has one target
 
     def to(self, device: str | torch.device) -> "Batch":
-        inputs = tuple(x.to(device) for x in self.inputs)
-        index, labels, lengths = (x.to(device) for x in (self.target_positions, self.labels, self.source_lengths))
-        segments = None if self.segments is None else self.segments.to(device)
+        inputs = tuple(copy_to(x, device) for x in self.inputs)
+        index, labels, lengths = (copy_to(x, device) for x in (self.target_positions, self.labels, self.source_lengths))
+        segments = None if self.segments is None else copy_to(self.segments, device)
         return Batch(inputs, index, labels, lengths, self.pairs, segments)
+
+
+def copy_to(x: Tensor, device: str | torch.device) -> Tensor:
+    """x on a device. A GPU copies it when it has finished what it is at, for which the CPU does not wait."""
+    to_gpu = torch.device(device).type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if to_gpu else x.to(device)
 
 
 def collate(groups: list[Group], tokenizer: Tokenizer, model: Model) -> Batch:

@@ -16,10 +16,11 @@ from minprefix.core.batches import check_vocabulary, encode_sources, end_ids, st
 from minprefix.core.cache import Cache
 from minprefix.core.kernels import packed_weights
 from minprefix.core.model import Model, Tokenizer
-from minprefix.core.prefix_kv import AnyPrefix, row_count, select_rows, tensors_of
+from minprefix.core.prefix_kv import AnyPrefix, first_position, prefix_like, row_count, select_rows, tensors_of
 from minprefix.system.errors import InputError
 
 COMPACT_BELOW = 0.75  # finished texts leave a batch as soon as no more than this share of it is unfinished
+CHECK_EVERY = {"cuda": 8}  # tokens, else 1: after so many it is asked which texts are finished, and a GPU waited for
 Constrain = Callable[[Tensor, Tensor], None]  # scores (R, V), past (R, t): sets what may not follow to -inf
 
 
@@ -142,7 +143,8 @@ def search_ids(
     if wrong := rows - {1, len(sources)}:
         count = f"{min(wrong)} rows for {len(sources)} sources"
         raise InputError(f"the prefix has {count}: give one for each, or one for all")
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
+    prefix, device = prefix_like(prefix, weight), weight.device  # copied once, not for each batch
     forbidden_ids = torch.tensor(forbidden, dtype=torch.long, device=device)
     end = torch.tensor(ends, device=device)
 
@@ -195,7 +197,7 @@ def greedy_or_sample(
     sums = torch.zeros(len(ids), device=ids.device)  # of log-probabilities
     lengths = torch.zeros_like(sums) if search.scored else torch.ones_like(sums)
     place = torch.arange(len(ids), device=ids.device)  # of the rows that have not left the batch, in `tokens`
-    unfinished = torch.ones_like(ids, dtype=torch.bool)
+    unfinished, every = torch.ones_like(ids, dtype=torch.bool), CHECK_EVERY.get(ids.device.type, 1)
     for t in range(max_new_tokens):
         logits = model.logits(model.step(ids, cache)).float()
         constrain(logits, tokens[place, :t])
@@ -206,7 +208,7 @@ def greedy_or_sample(
             lengths[place] += unfinished
         ids = tokens[place, t] = ids.where(unfinished, ends[0])
         unfinished = ~is_one_of(ids, ends)
-        running = unfinished.nonzero()[:, 0]
+        running = unfinished.nonzero()[:, 0] if (t + 1) % every == 0 else place
         if len(running) == 0:
             break
         if len(running) <= COMPACT_BELOW * len(ids):
@@ -264,7 +266,7 @@ def beam_search(
     tokens = result[:, :1]  # (B, 1, N): what they have written, nothing yet
     finished_scores = scores.new_full((B, K), -inf)  # best first
     finished = tokens.repeat(1, K, 1)
-    improvable = torch.ones_like(ids, dtype=torch.bool)
+    improvable, every = torch.ones_like(ids, dtype=torch.bool), CHECK_EVERY.get(ids.device.type, 1)
     for t in range(max_new_tokens):
         log_probs = model.logits(model.step(ids, cache)).float().log_softmax(dim=-1)  # (R, V)
         constrain(log_probs, tokens[:, :, :t].flatten(0, 1))
@@ -286,7 +288,7 @@ def beam_search(
         scores, best = candidate_scores.masked_fill(over, -inf).topk(K)
         tokens = candidates[example, best]
         improvable &= scores[:, 0] / length > finished_scores[:, -1]
-        running = improvable.nonzero()[:, 0]
+        running = improvable.nonzero()[:, 0] if (t + 1) % every == 0 else place
         if len(running) == 0:  # so it is after the last step: nothing runs on
             break
         cache.reorder((example * rows_each + parent.gather(1, best)).flatten())
@@ -315,12 +317,14 @@ def prefill(
     if model.encoder_decoder and lengths[-1] == 0:
         raise InputError(f"source {batch[-1] + 1} of {len(sources)} has no token: BART's encoder needs at least one")
     longest = f"source {batch[0] + 1} of {len(sources)}, the longest with {lengths[0]} tokens"
+    part = select_rows(prefix, batch)
     try:
-        cache = model.prefill(ids.to(device), torch.tensor(lengths, device=device), select_rows(prefix, batch))
+        cache = model.prefill(ids.to(device), torch.tensor(lengths), part)
     except InputError as error:
         raise InputError(f"{longest}: {error}") from error
-    # The start token comes at cache.position; the last new token is never fed back and needs no position.
-    need, room = int(cache.position.max()) + max_new_tokens, model.n_positions
+    # The first new token's position; the last new token is never fed back and needs none.
+    first = torch.as_tensor(first_position(part)) + (0 if model.encoder_decoder else torch.tensor(lengths))
+    need, room = int(first.max()) + max_new_tokens, model.n_positions
     if need > room:
         raise InputError(
             f"{longest}, needs {need} positions with its prefix and {max_new_tokens} new tokens, "

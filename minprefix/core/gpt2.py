@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from minprefix.core.attention import KV, attend, causal_mask, length_mask, padding_mask, position_ids
+from minprefix.core.attention import KV, attend, causal_mask, check_positions, length_mask, padding_mask, position_ids
 from minprefix.core.cache import Cache, LayerCache
 from minprefix.core.config import check_gpt2
 from minprefix.core.kernels import Linear, linear
@@ -114,14 +114,18 @@ class GPT2(nn.Module):
 
         start: position id of the first token, if it is not the one that the prefix sets.
         """
-        return self._run(ids, prefix, first_position(prefix) if start is None else start, segments=segments)
+        start = first_position(prefix) if start is None else start
+        check_positions(ids.size(1), start, self.n_positions, segments)
+        return self._run(ids, prefix, start, segments=segments)
 
     def prefill(self, ids: Tensor, lengths: Tensor, prefix: AnyPrefix | None = None) -> Cache:
-        """Read sources (B, S), right-padded, of `lengths` (B,) into a Cache for `step`."""
+        """Read sources (B, S), right-padded, of `lengths` (B,), best on the CPU, into a Cache for `step`."""
         start = first_position(prefix)
+        check_positions(lengths, start, self.n_positions)
+        lengths = lengths.to(ids.device)
         prefix = prefix.with_source_lengths(lengths) if isinstance(prefix, KVInfix) else prefix
         layers = [LayerCache() for _ in self.h]
-        self._run(ids, prefix, start, lengths, layers)
+        self._run(ids, prefix, start, layers)
         mask = padding_mask(length_mask(lengths, ids.size(1)), self.wte.weight)[:, 0]
         position = lengths + torch.as_tensor(start).to(lengths)
         return Cache(layers, mask, position, self._layer_prefixes(prefix))
@@ -137,16 +141,16 @@ class GPT2(nn.Module):
     def activations(self, ids: Tensor) -> dict[str, list[LayerCache]]:
         """Keys and values that the model computes for tokens ids (1, T): {site: [those of each layer]}."""
         layers = [LayerCache() for _ in self.h]
-        self._run(ids, None, 0, None, layers)
+        self._run(ids, None, 0, layers)
         return {"decoder": layers}
 
     def _run(
-        self, ids: Tensor, prefix: AnyPrefix | None, start: int | Tensor, lengths: Tensor | None = None,
-        caches: list[LayerCache] | None = None, segments: Tensor | None = None,
+        self, ids: Tensor, prefix: AnyPrefix | None, start: int | Tensor, caches: list[LayerCache] | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """ids (B, T), of which `lengths` (B,) are tokens -> states (B, T, C). caches: take the keys of each layer."""
+        """ids (B, T) -> states (B, T, C). caches: take the keys and values of each layer."""
         check_prefix(prefix, self.prefix_sites, len(ids))
-        positions = position_ids(ids, start, self.n_positions, lengths, segments)
+        positions = position_ids(ids, start, self.n_positions, segments)
         prefixes = self._layer_prefixes(prefix)
         if isinstance(prefix, KVInfix) and prefix.source_lengths is not None:
             source = length_mask(prefix.source_lengths, ids.size(1))

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minprefix.system.errors import out_of_memory
+from minprefix.system.errors import InputError, out_of_memory
 
 WORTH_IT = 2**19  # elements, of a function's first argument: on fewer, compiling gains nothing
+PROGRAMS = 16  # of a function, at most; training makes up to 9: with gradients or not, few tokens, a single row
 T = TypeVar("T")
 POST_OPS = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
 
@@ -151,24 +152,60 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_new, "relu": F.relu}
 
 @functools.cache
 def compiled(function: Callable[..., T]) -> Callable[..., T]:
-    """The function, compiled at its first call on a large tensor, for all sizes at once; as it is where that fails."""
-    fast = torch.compile(function, dynamic=True)
-    works = None  # not known yet
+    """The function, compiled at its first call on a large tensor, for all sizes at once; as it is where that fails.
 
-    def call(*args: Tensor) -> T:
-        nonlocal works
-        if works is False or args[0].numel() < WORTH_IT:
+    A function whose first argument is no tensor is compiled at its first call.
+    """
+    fast: Callable[..., T] | None = None
+    works = True
+
+    def call(*args: Any) -> T:
+        nonlocal fast, works
+        if not works or (isinstance(args[0], Tensor) and args[0].numel() < WORTH_IT):
             return function(*args)
         try:
-            result = fast(*args)
+            if fast is None:  # torch.compile reads files: it fails in an ASCII locale
+                fast = torch.compile(function, dynamic=True)
+                torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
+            return fast(*args)
         except Exception as error:  # of nearly any kind: no compiler, a broken one, a folder that cannot be written
-            if works or out_of_memory(error):
+            if out_of_memory(error) or isinstance(error, InputError):
                 raise
-            works = False
-            reason = " ".join(str(error).split())
-            print(f"torch.compile does not work here, so training is slower ({reason:.200})", file=sys.stderr)
-            return function(*args)
-        works = True
-        return result
+            result = function(*args)  # raises what is wrong with the arguments, not with the compiler
+            works, reason = False, " ".join(str(error).split())
+            print(f"torch.compile does not work here, so this is slower ({reason:.200})", file=sys.stderr)
+            return result
 
     return call
+
+
+def compile_layers(model: Any) -> list[nn.Module]:
+    """From now on each layer of a model on CUDA runs compiled -> the layers that did not before.
+
+    All layers of a kind share their programs. A model with hooks stays as it is: programs do not know of them.
+    Only training does this by itself. Texts, which come in more shapes, may be written so, too; no GPU has shown yet
+    that it pays there.
+    """
+    if not has_compiled_layers(model) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return []
+    layers = [*model.encoder.layers, *model.decoder.layers] if model.encoder_decoder else model.h
+    layers = [layer for layer in layers if "forward" not in vars(layer)]
+    for layer in layers:
+        layer.forward = functools.partial(compiled(type(layer).forward), layer)
+    return layers
+
+
+@contextmanager
+def compiled_layers(model: Any) -> Iterator[None]:
+    """`compile_layers` within the context."""
+    layers = compile_layers(model)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def has_compiled_layers(model: Any) -> bool:
+    """Whether it pays to compile a model's layers: on a CPU nearly all of the time goes into products."""
+    return model.head.weight.is_cuda

@@ -14,7 +14,7 @@ from minprefix.core.kernels import compiled
 from minprefix.core.model import Model
 from minprefix.core.prefix_kv import AnyPrefix, KVInfix
 
-LOGIT_ROWS = 320  # that the head computes at a time, at most
+LOGIT_ROWS = {"cpu": 320, "cuda": 2048}  # that the head computes at a time, at most: a CPU's cache holds few
 
 
 def target_loss(model: Model, batch: Batch, prefix: AnyPrefix | None) -> Tensor:
@@ -36,7 +36,8 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, model: Model, labels: Tensor) -> Tensor:
-        total, gradients, parts = torch.zeros((), device=states.device), [], -(-len(labels) // LOGIT_ROWS)
+        rows = LOGIT_ROWS.get(states.device.type, 320)
+        total, gradients, parts = torch.zeros((), device=states.device), [], -(-len(labels) // rows)
         for x, y in zip(states.chunk(parts), labels.chunk(parts), strict=True):
             if ctx.needs_input_grad[0]:
                 loss, gradient = compiled(loss_and_gradient)(model.logits(x), y)

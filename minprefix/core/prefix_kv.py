@@ -89,6 +89,13 @@ def tensors_of(prefix: AnyPrefix | None) -> dict[str, Tensor]:
     return prefix if isinstance(prefix, dict) else prefix.kv
 
 
+def prefix_like(prefix: AnyPrefix | None, like: Tensor) -> AnyPrefix | None:
+    """The prefix with the dtype and device of the tensor `like`."""
+    if isinstance(prefix, dict):
+        return {site: kv.to(like) for site, kv in prefix.items()}
+    return prefix if prefix is None else prefix.to(like)
+
+
 def layer_prefixes(prefix: AnyPrefix | None, site: str, n_layer: int, like: Tensor) -> list[KV | None]:
     """The keys and values that a prefix has at one site, layer by layer: (b, H, P, D), b = 1 or B; None without one.
 

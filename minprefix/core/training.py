@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from minprefix.core.batches import (
     pairs_by_source,
 )
 from minprefix.core.checkpointing import Log, read_checkpoint, save_checkpoint, too_little_memory
-from minprefix.core.kernels import packed_weights
+from minprefix.core.kernels import compiled_layers, packed_weights
 from minprefix.core.loss import target_loss
 from minprefix.core.model import Model, Tokenizer
 from minprefix.core.muon import Muon
@@ -50,15 +50,20 @@ def make_optimizer(trainable: Method, lr: float) -> Optimizer:
     return torch.optim.AdamW(trainable.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
-def training_step(model: Model, trainable: Method, batch: Batch, optimizer: Optimizer, share: float = 1.0) -> Tensor:
-    """One step of the optimiser on a batch -> its `target_loss`, without a gradient.
+def training_step(
+    model: Model, trainable: Method, batches: list[Batch], optimizer: Optimizer, shares: Sequence[float] = (1.0,)
+) -> Tensor:
+    """One step of the optimiser on a batch, which is read in parts -> its `target_loss`, without a gradient.
 
-    share: what part of the whole batch this is (of its sentences, or for BART of its tokens), the rest being that of
-    other ranks; the loss returned is the whole batch's.
+    batches: the parts. shares: how much of the whole batch each part is (of its sentences, or for BART of its tokens);
+    the rest is that of other ranks. The loss returned is the whole batch's.
     """
-    loss = target_loss(model, batch, trainable())
-    (loss / (len(batch.labels) if model.encoder_decoder else batch.pairs) * share).backward()
-    loss = loss.detach() if share else torch.zeros_like(loss)
+    losses = []
+    for batch, share in zip(batches, shares, strict=True):
+        loss = target_loss(model, batch, trainable())
+        (loss / (len(batch.labels) if model.encoder_decoder else batch.pairs) * share).backward()
+        losses.append(loss.detach() if share else torch.zeros_like(loss))
+    loss = torch.stack(losses).sum()
     distributed.all_reduce_sum([*(p.grad for p in trainable.parameters() if p.grad is not None), loss])
     torch.nn.utils.clip_grad_norm_(trainable.parameters(), 1.0)
     optimizer.step()
@@ -120,6 +125,8 @@ class Run:
         self.model, self.trainable, self.tokenizer, self.out, self.settings = model, trainable, tokenizer, out, settings
         self.train_pairs, self.dev_pairs = train_pairs, dev_pairs
         self.steps, self.batch_size, self.lr = (settings[key] for key in ("steps", "batch_size", "lr"))
+        self.accumulate = settings.get("accumulate", 1)
+        self.step_size = self.batch_size * self.accumulate  # pairs
         self.optimizer = make_optimizer(trainable, self.lr)
         self.schedule = LambdaLR(
             self.optimizer, lambda step: linear_schedule(step, settings["steps"], settings["warmup"])
@@ -143,17 +150,19 @@ class Run:
     def batches(self, start: int) -> Iterator[list[Group]]:
         """The batches from step `start` on."""
         seed, group = self.settings["seed"], self.settings["group"]
-        return batch_stream(self.train_pairs, self.batch_size, seed, start, self.model.encoder_decoder, group)
+        return batch_stream(self.train_pairs, self.step_size, seed, start, self.model.encoder_decoder, group)
 
     def train_step(self, groups: list[Group]) -> None:
         """One step on a batch, of whose rows this rank takes its share."""
         mine, device = distributed.shard(groups), next(self.model.parameters()).device
-        # A rank without a share takes one row, of weight 0: `all_reduce_sum` needs a gradient of every rank.
-        batch = collate(mine or groups[:1], self.tokenizer, self.model).to(device)
+        parts = [part for part in (mine[i :: self.accumulate] for i in range(self.accumulate)) if part]
         count = target_tokens if self.model.encoder_decoder else pair_count
-        share = count(mine) / count(groups)
+        shares = [count(part) / count(groups) for part in parts]
+        # A rank without a share takes one row, of weight 0: `all_reduce_sum` needs a gradient of every rank.
+        parts, shares = (parts, shares) if parts else ([groups[:1]], [0.0])
+        batches = [collate(part, self.tokenizer, self.model).to(device) for part in parts]
         with signals.defer_signals():  # a step is made whole or not at all
-            self.losses.append(training_step(self.model, self.trainable, batch, self.optimizer, share))
+            self.losses.append(training_step(self.model, self.trainable, batches, self.optimizer, shares))
             self.schedule.step()
             self.step += 1
             self.sums["tokens"] += target_tokens(groups)
@@ -161,7 +170,7 @@ class Run:
             self.bar.update()
             if self.step % 10 == 0:
                 self.sync_losses()
-                speed = (self.bar.format_dict["rate"] or 0.0) * self.batch_size
+                speed = (self.bar.format_dict["rate"] or 0.0) * self.step_size
                 self.bar.set_postfix(
                     loss=f"{self.sums['loss'] / self.sums['tokens']:.3f}",
                     dev_loss=f"{self.log[-1]['dev_loss']:.3f}",
@@ -204,7 +213,7 @@ class Run:
 
     def new_row(self, loss: float) -> dict[str, float]:
         """The log's row for a dev loss: see `train`."""
-        epoch = round(self.step / batches_per_epoch(self.train_pairs, self.batch_size), 3)
+        epoch = round(self.step / batches_per_epoch(self.train_pairs, self.step_size), 3)
         row = {"step": self.step, "epoch": epoch, "dev_loss": loss}
         if self.step:
             row["loss"] = self.sums["loss"] / self.sums["tokens"]
@@ -264,7 +273,7 @@ class Run:
 def train(
     model: Model, trainable: Method, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
     out: str | Path, *, steps: int, batch_size: int, lr: float, warmup: int = 0, eval_every: int = 100,
-    seed: int = 101, group: int = 1, settings: dict[str, Any] | None = None, resume: bool = False,
+    seed: int = 101, group: int = 1, accumulate: int = 1, settings: dict[str, Any] | None = None, resume: bool = False,
 ) -> tuple[Log, int]:  # fmt: skip
     """Train for `steps` steps; leave the weights with the best dev loss in `trainable` -> (log, best step).
 
@@ -272,7 +281,8 @@ def train(
 
     As in the authors' runs the loss is averaged over the batch's sentences for GPT-2 (a sentence's being the sum over
     its tokens), over its tokens for BART; and the gradient's norm is cut to 1. A batch is of batch_size pairs; up to
-    `group` of a source's targets share a row of it, for which the model reads the source once.
+    `group` of a source's targets share a row of it, for which the model reads the source once. A step is on
+    `accumulate` batches, one after the other, as if they were one.
     At the start and every `eval_every` steps the dev loss is taken and OUT/checkpoint.pt and OUT/log.jsonl are written,
     the former also when the run is stopped by a signal, or because its output cannot be written. With `resume` it goes
     on from there, on the same CPU bit for bit as if it had not stopped.
@@ -290,13 +300,14 @@ def train(
         "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "eval_every": eval_every, "seed": seed,
         "group": group, "position_offset": trainable.position_offset,
         "training data": digest(train_pairs), "dev data": digest(dev_pairs),
+        **({"accumulate": accumulate} if accumulate > 1 else {}),
     }  # fmt: skip
     distributed.check_same_on_ranks(settings)  # one rank may have fallen back to the bundled sample
     run = Run(model, trainable, tokenizer, train_pairs, dev_pairs, Path(out), settings, resume)
     # Rank 0 acts on signals, the others end when it does.
     others = signals.defer_signals() if distributed.rank() else contextlib.nullcontext()
     batches = run.batches(run.step)
-    with run.bar, others, packed_weights(model, training=True):
+    with run.bar, others, packed_weights(model, training=True), compiled_layers(model):
         try:
             while True:
                 if run.eval_due():

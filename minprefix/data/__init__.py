@@ -1,1 +1,1 @@
-"""Tasks as examples."""
+"""The tasks' datasets as examples: a source and its references."""

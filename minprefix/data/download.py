@@ -1,4 +1,4 @@
-"""The E2E dataset's files: where they are, and their download from its release."""
+"""Finding the files of the E2E dataset, and downloading them from its release."""
 
 import functools
 import hashlib
@@ -30,9 +30,9 @@ MAX_BYTES = 32 * 2**20  # of the zip and of each file in it; the largest has 9 M
 
 
 def find_e2e(data: str | Path | None = None) -> Path | None:
-    """The folder of the E2E files: `data` if given, else data/e2e or the user's cache; None: the bundled sample.
+    """The folder of the E2E files: `data` if given, else data/e2e or the user's cache, else downloaded.
 
-    Files that are in neither folder are downloaded.
+    None if the download fails: the bundled sample is used then.
     """
     if data is not None:
         return Path(data)
@@ -43,13 +43,13 @@ def find_e2e(data: str | Path | None = None) -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Where the files go if data/e2e cannot be written to."""
+    """The folder of the files if data/e2e is not writable."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "minprefix", "e2e")
 
 
-@functools.cache  # one try, one message
+@functools.cache  # one attempt and one message per process
 def download_e2e() -> Path | None:
-    """Download the E2E files -> the folder where they are; if anything fails, say so and return None."""
+    """Download the E2E files and return their folder; if anything fails, print a warning and return None."""
     try:
         with tempfile.TemporaryFile() as file:
             fetch(E2E_URL, file)
@@ -59,7 +59,7 @@ def download_e2e() -> Path | None:
             if hashlib.sha256(content).hexdigest() != E2E_SHA256[name]:
                 raise OSError(f"{name} has a wrong checksum")
         return write_e2e(contents)
-    except Exception as error:  # no network, a damaged zip (nearly any exception), a read-only folder, ...
+    except Exception as error:  # no network, a damaged zip (many kinds of exception), a read-only folder, ...
         reason = " ".join(str(error).split()).strip("<>") or type(error).__name__
         problem = f"no E2E data in {E2E_FOLDER}, and the download failed ({reason:.200})"
         consequence = "using the small bundled sample, whose scores are not E2E scores"
@@ -68,7 +68,7 @@ def download_e2e() -> Path | None:
 
 
 def write_e2e(contents: dict[str, bytes]) -> Path:
-    """Write the files to data/e2e, or else to the user's cache -> the folder."""
+    """Write the files to data/e2e or, if that fails, to the user's cache; return the folder."""
     try:
         return write_files(E2E_FOLDER, contents)
     except (OSError, InputError) as error:
@@ -79,19 +79,19 @@ def write_e2e(contents: dict[str, bytes]) -> Path:
 
 def write_files(folder: Path, contents: dict[str, bytes]) -> Path:
     for name, content in contents.items():
-        if not (folder / name).is_file():  # what the user put there stays
+        if not (folder / name).is_file():  # the user's files are not overwritten
             with atomic_write(folder / name, "wb") as target:
                 target.write(content)
     return folder
 
 
 def fetch(url: str, file: IO[bytes]) -> None:
-    """Write what is at a URL to a file; OSError if the server fails, sends too much or is too slow."""
+    """Download a URL to an open file; OSError if the server fails, sends too much or is too slow."""
     end = time.monotonic() + DEADLINE
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
         total = response.length
         with tqdm(total=total, unit="B", unit_scale=True, desc="E2E data", leave=False, disable=None) as bar:
-            while chunk := response.read1(2**16):  # read1 returns what has arrived, read waits for all of it
+            while chunk := response.read1(2**16):  # read1 returns what has arrived, read would wait for 64 KiB
                 file.write(chunk)
                 bar.update(len(chunk))
                 if file.tell() > MAX_BYTES or time.monotonic() > end:

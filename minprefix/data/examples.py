@@ -1,4 +1,4 @@
-"""What an example of a task is: texts that are fit to be used, grouped by source, chosen by topic or by lot."""
+"""Operations on examples: checking texts, grouping by source, held-out sources, selection by topic or at random."""
 
 import re
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ T = TypeVar("T")
 
 
 class EmptyText(InputError):
-    """A text of the input is empty. Its own class, for XSum has such rows and goes on without them."""
+    """A text of the input is empty. A separate class, since such rows of XSum are skipped."""
 
 
 def collapse_whitespace(text: str) -> str:
-    """A text with each run of white space, line ends included, as one blank."""
+    """The text with each run of white space, line ends included, replaced by one space."""
     return " ".join(text.split())
 
 
 def check_text(text: object, where: str) -> str:
-    """A text without the blanks around it; InputError if it is none, empty, or not fit to be written to a file."""
+    """The text without white space around it; InputError if it is no string, empty, or has invalid characters."""
     if not isinstance(text, str):
         raise InputError(f"{where} is a JSON {type(text).__name__}, a string is needed")
     if re.search("[\0\ud800-\udfff]", text):
@@ -34,18 +34,19 @@ def check_text(text: object, where: str) -> str:
 
 
 def group_by_source(examples: list[Example]) -> list[Example]:
-    """One Example for each distinct source and topic, in the order of the first, with all of its references."""
+    """One Example for each distinct source and topic, in the order of first occurrence, with all references."""
     by_source: dict[tuple[str, str | None], Example] = {}
     for example in examples:
-        first = by_source.setdefault((example.source, example.topic), Example(example.source, [], example.topic))
-        first.references.extend(example.references)
+        group = by_source.setdefault((example.source, example.topic), Example(example.source, [], example.topic))
+        group.references.extend(example.references)
     return list(by_source.values())
 
 
 def held_out(sources: Sequence[str]) -> set[str]:
-    """A tenth of these sources, at least 1 and at most 500, always the same: one drawn from each stretch of them.
+    """The sources to hold out: a tenth, at least 1 and at most 500, the same in each call for the same sources.
 
-    So they are of all topics, whether a file is sorted by topic or has its topics in turns.
+    The sources are divided into equally long sections, and one is drawn from each. So the held-out sources are of all
+    topics, whether a file is sorted by topic or alternates between topics.
     """
     count, rng = min(max(len(sources) // 10, 1), 500), np.random.default_rng(0)
     ends = [i * len(sources) // count for i in range(count + 1)]
@@ -53,23 +54,24 @@ def held_out(sources: Sequence[str]) -> set[str]:
 
 
 def filter_topics(examples: list[Example], topics: Sequence[str] | None, where: str) -> list[Example]:
-    """The Examples on one of these topics, in order, or without topics all; InputError if none is on one of them.
+    """The Examples on these topics, in order, or all if `topics` is empty; InputError if a topic has no Examples.
 
-    where: for the message.
+    where: the name of the data, for the message.
     """
     if not topics:
         return examples
-    there = {example.topic for example in examples if example.topic is not None}
-    if missing := [topic for topic in topics if topic not in there]:
-        known = f"the topics there are {', '.join(sorted(there))}" if there else "the examples there have no topics"
+    present = {example.topic for example in examples if example.topic is not None}
+    if missing := [topic for topic in topics if topic not in present]:
+        known = f"the topics there are {', '.join(sorted(present))}" if present else "the examples there have no topics"
         raise InputError(f"{where} has nothing on the topic {missing[0]!r}: {known:.500}")
     return [example for example in examples if example.topic in topics]
 
 
 def sample_pairs(examples: list[Example], count: int, seed: int, where: str) -> list[Example]:
-    """`count` of the examples' (source, reference) pairs, drawn at random from `seed` alone: Examples of one reference.
+    """Draw `count` of the (source, reference) pairs at random, as Examples with one reference.
 
-    A smaller draw from the same seed is the beginning of a larger one. InputError if there are too few pairs.
+    The draw depends on `seed` only; a smaller one with the same seed is the start of a larger one. InputError if there
+    are too few pairs.
     """
     pairs = [Example(example.source, [y], example.topic) for example in examples for y in example.references]
     if count > len(pairs):
@@ -78,6 +80,6 @@ def sample_pairs(examples: list[Example], count: int, seed: int, where: str) -> 
 
 
 def evenly_spaced(items: Sequence[T], most: int) -> list[T]:
-    """At most so many of the items, evenly spaced."""
+    """At most `most` of the items, evenly spaced."""
     count = min(most, len(items))
     return [items[i * len(items) // count] for i in range(count)]

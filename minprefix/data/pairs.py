@@ -1,4 +1,4 @@
-"""A task's split as what a model is trained on: pairs of token ids that fit it."""
+"""A task's split as the pairs of token ids that a model is trained on, and as inputs for generation."""
 
 import math
 import sys
@@ -17,21 +17,21 @@ def load_pairs(
     data: str | None = None, topics: Sequence[str] | None = None, topic_field: str = "topic", limit: int | None = None,
     low_data: int | None = None, seed: int = 0, skip_long: bool = False,
 ) -> list[Pair]:  # fmt: skip
-    """The (source ids, target ids) of a task's split that fit the model; InputError if one does not.
+    """The (source ids, target ids) pairs of a task's split; InputError if one is too long for the model.
 
-    start: position of the first token after the prefix. data, topic_field: see `load_examples`. topics: only pairs on
-    these. limit: only the first so many pairs. low_data: only so many pairs (for "dev" 30% of that, as in the paper,
-    or all if there are fewer), drawn at random from the seed. skip_long: leave out those that do not fit.
+    start: position of the first token after the prefix. data, topic_field: see `load_examples`. topics: use only pairs
+    on these. limit: use only the first `limit` pairs. low_data: draw this many pairs at random from the seed (for "dev"
+    30% of it, as in the paper, or all if there are fewer). skip_long: leave out pairs that are too long.
     """
     where = f"{task}, {split} split"
     examples = load_on_topics(task, split, data, topics, topic_field)
     if low_data:
         count = math.ceil(3 * low_data / 10) if split == "dev" else low_data
-        there = sum(len(example.references) for example in examples)
-        if split == "dev" and there < count:
-            asked = f"the {count} of --low-data {low_data}"
-            print(f"{where} has {there} pairs, not {asked}: all are taken", file=sys.stderr)
-            count = there
+        available = sum(len(example.references) for example in examples)
+        if split == "dev" and available < count:
+            wanted = f"the {count} of --low-data {low_data}"
+            print(f"{where} has {available} pairs, not {wanted}: all are taken", file=sys.stderr)
+            count = available
         examples = sample_pairs(examples, count, seed, where)
     pairs = encode_pairs(examples[:limit], tokenizer, model, max_source, f"{split} sources")[:limit]
     texts = [(example.source, y) for example in examples for y in example.references]
@@ -43,12 +43,12 @@ def load_inputs(
     max_source: int | None = None, *, data: str | None = None, topics: Sequence[str] | None = None,
     topic_field: str = "topic", new_tokens: int, skip_long: bool = False,
 ) -> list[Example]:  # fmt: skip
-    """At most `count` Examples of a task's split, on these topics, evenly spaced; new_tokens fit behind each.
+    """At most `count` Examples of a task's split, on these topics, evenly spaced.
 
-    skip_long: leave out those where they do not.
+    InputError if `new_tokens` after a source exceed the model's positions; skip_long: leave out such Examples.
     """
     if count == 0:
-        return []  # there need not be such a split
+        return []  # the split may not exist
     examples = evenly_spaced(load_on_topics(task, split, data, topics, topic_field), count)
     sources = encode_sources([example.source for example in examples], tokenizer, model, max_source, what=None)
     longest = [(source, [0] * new_tokens) for source in sources]
@@ -60,11 +60,11 @@ def load_inputs(
 def that_fit(
     pairs: list[Pair], texts: list[tuple[str, str]], model: Model, start: int, where: str, skip_long: bool
 ) -> list[int]:
-    """The indices of the pairs that have no more tokens than the model has positions for.
+    """The indices of the pairs whose tokens fit into the model's positions.
 
-    InputError if one has more, unless skip_long: how many have is said on stderr then. start: position of the first
-    token after the prefix. The prefix takes positions from GPT-2's sequence of source and target, but for BART from the
-    target alone. texts: those of the pairs, for the error; where: what they are of.
+    InputError if a pair does not fit, or with skip_long a warning on stderr with their number. start: position of the
+    first token after the prefix: of GPT-2's source and target together, of BART's target. texts: the pairs as texts,
+    and where: their dataset, for the error.
     """
     room = max(model.n_positions - start, 0)
     lengths = [len(target) for _, target in pairs] if model.encoder_decoder else pair_lengths(pairs)

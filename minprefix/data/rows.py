@@ -1,22 +1,20 @@
-"""Files of rows, JSONL and CSV: a user's own data, and what the tasks' files share with them."""
+"""Reading JSONL and CSV files of rows: a user's data, and the tasks' files in these formats."""
 
 import csv
-import functools
 import io
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from minprefix.core.batches import Example
 from minprefix.data.examples import check_text, collapse_whitespace, group_by_source, held_out
-from minprefix.system.errors import InputError
+from minprefix.system.errors import InputError, print_once
 from minprefix.system.files import read_text
 
 
 def load_own(path: Path, split: str, topic_field: str) -> list[Example]:
-    """The Examples of a split of a user's file: see `load_examples`."""
+    """The Examples of a split of a user's file; the splits are described at `load_examples`."""
     if split == "all":
         return read_rows(path, topic_field)
     dev, test = path.with_stem("dev"), path.with_stem("test")
@@ -29,28 +27,23 @@ def load_own(path: Path, split: str, topic_field: str) -> list[Example]:
     examples = group_by_source(rows) if split == "train" else group_own(rows, path)
     if has_dev:
         return examples
-    sources = list(dict.fromkeys(example.source for example in examples))  # one may be there on several topics
+    sources = list(dict.fromkeys(example.source for example in examples))  # one may occur with several topics
     if len(sources) < 2:
         raise InputError(f"{path} has only one source, and one is held out for dev losses: add rows with other sources")
-    kept_back = held_out(sources)
-    return [example for example in examples if (example.source in kept_back) == (split != "train")]
+    dev_sources = held_out(sources)
+    return [example for example in examples if (example.source in dev_sources) == (split != "train")]
 
 
 def group_own(examples: list[Example], path: object) -> list[Example]:
-    """A user's rows with those of the same source and topic as one Example, which is said on stderr."""
+    """Merge a user's rows with the same source and topic into one Example; a message on stderr counts them."""
     grouped = group_by_source(examples)
-    if len(grouped) < len(examples):
-        say_grouped(f"{path}: {len(examples):,} rows are {len(grouped):,} inputs: those with the same source are one")
+    if len(grouped) < len(examples):  # printed once, though a file is read for several splits
+        print_once(f"{path}: {len(examples):,} rows are {len(grouped):,} inputs: those with the same source are one")
     return grouped
 
 
-@functools.cache  # once, though a file is read for several splits
-def say_grouped(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
 def read_rows(path: Path, topic_field: str, labelled: bool = False) -> list[Example]:
-    """The Examples of a file's rows, in order; InputError if `labelled` and one has no reference."""
+    """The Examples of a JSONL or CSV file, in order; labelled: InputError if one has no reference."""
     rows = csv_rows(path) if path.suffix == ".csv" else json_rows(path)
     examples = [parse_row(row, f"{path}:{number}", topic_field, labelled) for number, row in rows]
     if not examples:
@@ -59,9 +52,9 @@ def read_rows(path: Path, topic_field: str, labelled: bool = False) -> list[Exam
 
 
 def parse_row(row: dict[str, Any], where: str, topic_field: str, labelled: bool = False) -> Example:
-    """A row of a JSONL or CSV file, of whatever task, as an Example; `labelled`: InputError if it has no reference.
+    """A row of a JSONL or CSV file as an Example; labelled: InputError if it has no reference.
 
-    The source is the value of "source" or "document": a string, or a list of sentences, which are joined by blanks. The
+    The source is the value of "source" or "document": a string, or a list of sentences, which are joined by spaces. The
     references are the value of "target" or "summary", a string or a list of strings, and the list "references". The
     topic is the value of topic_field, if that is a string or a number. Other keys are ignored.
     """
@@ -72,7 +65,7 @@ def parse_row(row: dict[str, Any], where: str, topic_field: str, labelled: bool 
     if isinstance(source, list):
         if not all(isinstance(sentence, str) for sentence in source):
             raise InputError(f"{where}: {x} is a list of other things than strings: give a string, or a list of them")
-        source = collapse_whitespace(" ".join(source))  # SciTLDR's sentences end in line breaks, and one is blank
+        source = collapse_whitespace(" ".join(source))  # SciTLDR's sentences end with line breaks, and one is blank
     for y in ("target" if {"target", "references"} & row.keys() else "summary", "references"):
         value = row.get(y, [])
         texts = [value] if isinstance(value, str) and y != "references" else value
@@ -81,7 +74,7 @@ def parse_row(row: dict[str, Any], where: str, topic_field: str, labelled: bool 
             raise InputError(f"{where}: {y} is a JSON {type(value).__name__}, {needed} is needed")
         kind = y if texts is not value else "a reference"
         texts = [check_text(text, f"{where}: {kind}") for text in texts]
-        references += [text for text in texts if text not in references]  # "references" may hold the target, too
+        references += [text for text in texts if text not in references]  # "references" may repeat the target
     if labelled and not references:
         raise InputError(f'{where}: the row has no reference: add "target" or "references"')
     topic = row.get(topic_field)
@@ -90,7 +83,7 @@ def parse_row(row: dict[str, Any], where: str, topic_field: str, labelled: bool 
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) for each line of a JSONL file that is not blank."""
+    """(line number, row) for each line of a JSONL file that is not blank."""
     for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split at U+2028
         if not line.strip():
             continue
@@ -106,7 +99,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def csv_rows(path: Path, needed: Sequence[str] = ("source",)) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, {column: value}) for each row of a CSV file whose header has the columns that are needed."""
+    """(line number, {column: value}) for each row of a CSV file; InputError if its header lacks a needed column."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     header: list[str] = []
     while True:
@@ -130,7 +123,7 @@ def csv_rows(path: Path, needed: Sequence[str] = ("source",)) -> Iterator[tuple[
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file (or of stdin, for "-"); the line end of the last does not begin another."""
+    """The lines of a text file (or of stdin, for "-"), without an empty one after the last line end."""
     text = read_text(path)
     if "\r" in text and "\n" not in text:
         raise InputError(f"{path} has old Mac line ends (CR alone): save it with LF or CRLF line ends")

@@ -1,10 +1,10 @@
 """
-A small stand-in for the E2E dataset, for the first run on a machine with neither the data nor a network.
+A small artificial dataset in the format of E2E, for a first run without the data and without a network.
 
-The real E2E rows pair a meaning representation ("mr": slots of a venue) with one crowd-written description. These
-rows have the same form, but the grammar, the venues and the places below were all written for this project: no
-sentence and no name is taken from E2E. Everything is drawn with random.Random(seed).random(), whose stream is the
-same on every Python version, so the rows are always the same rows.
+An E2E row is a meaning representation ("mr": slots of a venue) and a description written by a crowd worker. These rows
+have the same format, but the grammar, venues and places below were written for this project: no sentence and no name
+is from E2E. Everything is drawn with random.Random(seed).random(), whose values are the same in every Python version,
+so the rows are always the same.
 """
 
 import random
@@ -21,7 +21,7 @@ KEEP = {
     "area": 0.5,
     "familyFriendly": 0.5,
     "near": 0.5,
-}  # how often an mr has the slot; after name, in E2E's order
+}  # the probability that an mr has the slot; after the name, in E2E's order
 
 # ---------------------------------------------------------------------------------------------------------------------
 # names: dev and test get venues (and some neighbours) that train never mentions
@@ -48,8 +48,8 @@ NAMES += [s + e for s in STEMS for e in ENDINGS] + [f"Casa {s + e}" for s in STE
 NEARS = [f"{m} {s}" for m in LANDMARKS for s in SITES] + [f"The {m} {h}" for m in LANDMARKS for h in HOUSES]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# wordings: (slot, value) -> sign, adjectives, phrases after the noun, verb phrases, clauses. {} is the value itself.
-# The sign says whether the slot speaks for the venue (1) or against it (-1): two opposite ones are joined by "but".
+# wordings: (slot, value) -> sign, adjectives, phrases after the noun, verb phrases, clauses. {} is the value.
+# The sign is 1 for an advantage of the venue and -1 for a disadvantage: opposite ones are joined by "but".
 
 ADJECTIVE, PHRASE, VERB, CLAUSE = 1, 2, 3, 4
 Wording = tuple[Any, ...]  # the sign, then texts
@@ -147,8 +147,8 @@ AREAS = {
 VALUES = {"eatType": ["pub", "restaurant", "bistro", "tea room", "wine bar"], "area": list(AREAS)}
 VALUES.update({slot: [value for s, value in WORDINGS if s == slot] for slot in DETAILS})
 
-# How a description opens, and the slot (or slot=value) that the opening tells by itself: {np} is "a cheap Thai pub" or
-# "a pub with low prices", {at} is where it is if that is said here, {verb} is one thing more, {front} is its rating.
+# Openings of a description, and the slot (or slot=value) that the opening states itself. {np}: "a cheap Thai pub" or
+# "a pub with low prices"; {at}: the location, if it is stated here; {verb}: one more slot; {front}: the rating.
 PLANS = (
     ("{name} is {np}{at}", ""),
     ("{name} is the name of {np}{at}", ""),
@@ -170,23 +170,23 @@ PLANS = (
 
 
 def pick(options: str | Sequence[str], rng: random.Random) -> str:
-    """One of a list, or of a string's parts between bars."""
+    """A random element of a list, or of a string's parts separated by "|"."""
     options = options.split("|") if isinstance(options, str) else options
     return options[int(rng.random() * len(options))]
 
 
 def shuffled(items: Iterable[T], rng: random.Random) -> list[T]:
-    """The items in a random order (random.shuffle promises no stable order over versions; random() does)."""
+    """The items in a random order. (random.shuffle may give another order in another Python version.)"""
     return sorted(items, key=lambda _: rng.random())
 
 
 def capital(text: str) -> str:
-    """The text with its first letter large."""
+    """The text with its first letter in upper case."""
     return text[0].upper() + text[1:]
 
 
 def word(slot: str, slots: dict[str, str], kind: int, rng: random.Random) -> str:
-    """One wording of a slot; "" where it has none of this kind."""
+    """A random wording of a slot, of the kind ADJECTIVE, PHRASE, VERB or CLAUSE; "" if it has none of this kind."""
     return pick(WORDINGS.get((slot, slots[slot]), WHERE)[kind], rng).format(slots[slot])
 
 
@@ -198,27 +198,27 @@ def joined(parts: list[str], texts: list[str], slots: dict[str, str], comma: str
 
 
 def location(slots: dict[str, str], rng: random.Random) -> str:
-    """Where the venue is: "near X", "in the suburbs" or both in either order; "" if the mr says nothing of it."""
+    """The location of the venue: "near X", "in the suburbs" or both in either order; "" if the mr has none."""
     parts = [f"{pick('near|close to|not far from', rng)} {slots['near']}"] if "near" in slots else []
     parts += [pick(AREAS[slots["area"]], rng)] if "area" in slots else []
     return " ".join(shuffled(parts, rng))
 
 
 def fits(plan: tuple[str, str], slots: dict[str, str]) -> bool:
-    """Whether the mr has what the plan tells, and enough besides to fill the plan."""
+    """Whether the mr has the slot that the plan states, and enough other slots to fill the plan."""
     template, topic = plan
     slot, _, value = topic.partition("=")
-    placed = "area" in slots or "near" in slots
+    located = "area" in slots or "near" in slots
     details = sum(slot in slots for slot in DETAILS)
     if "{verb}" in template:
-        return details > 0 and details + placed > 1
+        return details > 0 and details + located > 1
     if "{front}" in template and len(slots) < 4:  # not "With a customer score of 5 out of 10, Corello is a pub."
         return False
-    return placed if slot == "where" else not slot or slot in slots and value in ("", slots[slot])
+    return located if slot == "where" else not slot or slot in slots and value in ("", slots[slot])
 
 
 def describe(slots: dict[str, str], plan: tuple[str, str], rng: random.Random) -> str:
-    """One description of the mr that opens with the plan: every slot is told once, and nothing else."""
+    """A description of the mr with the opening `plan` that states every slot once, and nothing else."""
     template, topic = plan
     where = location(slots, rng)
     slots = {**slots, "where": where}
@@ -227,8 +227,8 @@ def describe(slots: dict[str, str], plan: tuple[str, str], rng: random.Random) -
     front = word("customer rating", slots, PHRASE, rng) if "{front}" in template else ""
     at = f" {where}" if where and topic != "where" and rng.random() < 0.75 else ""
 
-    # the noun phrase: up to two adjectives, the food, the kind of venue and a phrase; each slot it uses leaves `left`
-    called = "called" in template  # the name follows the noun: no "pub serving Thai food called Corello"
+    # the noun phrase: up to two adjectives, the food, the type of venue, a phrase; used slots are removed from `left`
+    called = "called" in template  # the name follows the noun: not "pub serving Thai food called Corello"
     noun = slots.get("eatType") or pick("place|spot|venue", rng)
     used = [slot for slot in left if slot != "food" and word(slot, slots, ADJECTIVE, rng) and rng.random() < 0.4][:2]
     words = [joined(used, [word(slot, slots, ADJECTIVE, rng) for slot in used], slots)] if used else []
@@ -247,7 +247,7 @@ def describe(slots: dict[str, str], plan: tuple[str, str], rng: random.Random) -
 
 
 def follow_up(left: list[str], slots: dict[str, str], rng: random.Random) -> str:
-    """The rest of a description: the slots left over, told in up to two sentences of different make."""
+    """The rest of a description: the remaining slots in up to two sentences, one of verb phrases, one of clauses."""
     cut = len(left) if len(left) < 3 or len(left) == 3 and rng.random() < 0.4 else (len(left) + 1) // 2
     text = ""
     kind = VERB if cut > 2 or rng.random() < 0.6 else CLAUSE
@@ -264,7 +264,7 @@ def follow_up(left: list[str], slots: dict[str, str], rng: random.Random) -> str
 
 
 def draw_mr(name: str, nears: list[str], rng: random.Random) -> dict[str, str]:
-    """The slots of one mr: a name and at least two more."""
+    """The slots of a random mr: the name and at least two others."""
     slots: dict[str, str] = {}
     while len(slots) < 2:
         kept = [slot for slot in KEEP if rng.random() < KEEP[slot]]
@@ -273,7 +273,7 @@ def draw_mr(name: str, nears: list[str], rng: random.Random) -> dict[str, str]:
 
 
 def sample_rows(split: str) -> list[tuple[str, str]]:
-    """The (mr, reference) rows of "train", "dev" or "test" in file order, an mr's references on consecutive rows."""
+    """The (mr, reference) rows of "train", "dev" or "test"; the references of an mr are in consecutive rows."""
     rng = random.Random(2021)
     names, nears = shuffled(NAMES, rng), shuffled(NEARS, rng)
     first, last, n_mrs, seed = {"train": (80, None, 1000, 1), "dev": (0, 40, 84, 2), "test": (40, 80, 84, 3)}[split]
@@ -289,5 +289,5 @@ def sample_rows(split: str) -> list[tuple[str, str]]:
         seen.add(mr)
         n_references = int(rng.random() * 3) + 1 if split == "train" else 3
         plans = shuffled([plan for plan in PLANS if fits(plan, slots)], rng)
-        rows += [(mr, describe(slots, plan, rng)) for plan in plans[:n_references]]  # an mr's openings all differ
+        rows += [(mr, describe(slots, plan, rng)) for plan in plans[:n_references]]  # with different openings
     return rows

@@ -1,6 +1,5 @@
-"""Tasks as examples: E2E, WebNLG, DART (both read in triples.py), XSum, SciTLDR, a user's own JSONL."""
+"""The tasks' examples: E2E, XSum, SciTLDR, WebNLG and DART (see triples.py), a user's JSONL or CSV (see rows.py)."""
 
-import functools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,19 +12,19 @@ from minprefix.data.examples import EmptyText, check_text, collapse_whitespace, 
 from minprefix.data.rows import csv_rows, json_rows, load_own, parse_row, read_lines, read_rows
 from minprefix.data.sample_e2e import sample_rows
 from minprefix.data.triples import DART_LAYOUT, WEBNLG_LAYOUT, linearise_triples, load_dart, load_webnlg, split_triples
-from minprefix.system.errors import InputError
+from minprefix.system.errors import InputError, print_once
 
 E2E_FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
-E2E_LINES = {"train": "src1_train.txt", "dev": "src1_valid.txt", "test": "src1_test.txt"}  # of the paper's authors
-SLOT_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}  # the others keep theirs
+E2E_LINES = {"train": "src1_train.txt", "dev": "src1_valid.txt", "test": "src1_test.txt"}  # the paper authors' files
+SLOT_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}  # others are not renamed
 SLOTS = ("name", "eatType", "food", "priceRange", "customer rating", "area", "familyFriendly", "near")
 SPLITS = ("train", "dev", "test")
 WEBNLG_SPLITS = (*SPLITS, "test_seen", "test_unseen")
 TRIPLES = ("webnlg", "dart")
-SUMMARISATION = ("xsum", "scitldr")  # decoded and scored otherwise than table-to-text
+SUMMARISATION = ("xsum", "scitldr")  # decoded and scored differently from table-to-text
 TASKS = ("e2e", *TRIPLES, *SUMMARISATION)
-OWN = (".jsonl", ".csv")  # endings of a user's files of rows
-XSUM_NAMES = {"train": ["train"], "dev": ["val", "validation", "dev"], "test": ["test"]}  # their files' names
+OWN = (".jsonl", ".csv")  # file name extensions of a user's data
+XSUM_NAMES = {"train": ["train"], "dev": ["val", "validation", "dev"], "test": ["test"]}  # file names of each split
 XSUM_LAYOUT = (
     "expected {train,val,test}.source with {train,val,test}.target, a document and its summary a line, or "
     '{train,val,test}.jsonl of rows {"document": "...", "summary": "..."}; "validation" or "dev" will do for "val"'
@@ -33,36 +32,34 @@ XSUM_LAYOUT = (
 SCITLDR_LAYOUT = 'expected {train,dev,test}.jsonl of rows {"source": [sentences], "target": [references]}'
 LAYOUTS = {"e2e": GET_E2E, "webnlg": WEBNLG_LAYOUT, "dart": DART_LAYOUT, "xsum": XSUM_LAYOUT, "scitldr": SCITLDR_LAYOUT}
 
-PAIR = r"([^\[\],:|]+)\[([^\[\]]+)\]\s*"  # no two neighbours match the same character: linear time
+PAIR = r"([^\[\],:|]+)\[([^\[\]]+)\]\s*"  # linear time: no two adjacent parts match the same character
 
 
 # ---- tasks -> examples ----
 
 
 def load_examples(task: str, split: str, data: str | Path | None = None, topic_field: str = "topic") -> list[Example]:
-    """The list of Examples of a task's split; `data` is the folder to look in.
+    """The Examples of a task's split. data: the folder of the task's files; topic_field: the key of a row's topic.
 
-    topic_field: the key of a JSONL row, of any task that is read from rows, whose value is the Example's topic.
+    "e2e": split train, dev or test; one Example for each distinct mr, in the file's order. The folder is chosen by
+    `find_e2e`. If it has no CSV files, the authors' src1_{train,valid,test}.txt with lines `mr||text` are read.
 
-    "e2e": split train, dev or test, one Example for each distinct mr, in the file's order. Where the files come from:
-    see `find_e2e`. The authors' src1_{train,valid,test}.txt with lines `mr||text` are read where there is no CSV file.
+    "webnlg" and "dart": one Example for each distinct set of triples; in WebNLG its topic is the category. For splits,
+    files and omitted texts see `load_webnlg` and `load_dart`.
 
-    "webnlg" and "dart": one Example for each distinct set of triples, WebNLG's with the category as topic. Splits,
-    files and what is left out: see `load_webnlg` and `load_dart`.
-
-    "xsum" and "scitldr": split train, dev or test, one Example for each row, in the file's order, white space
-    collapsed to single blanks; nothing is downloaded, so `data` is needed. XSum is either the line files NAME.source
-    and NAME.target (line n of one is the document, line n of the other its summary) or NAME.jsonl (or .json, one
-    object a line all the same) of rows {"document": x, "summary": y}, where NAME is train, test and, for dev, val,
-    validation or dev; rows whose document or summary is empty are left out, which is said on stderr. SciTLDR is
+    "xsum" and "scitldr": split train, dev or test; one Example for each row, in the file's order, with white space
+    collapsed to single spaces. They are not downloaded, so `data` is needed. XSum is read from the text files
+    NAME.source and NAME.target (line n of one is the document, line n of the other its summary) or from NAME.jsonl (or
+    .json, with one object per line) of rows {"document": x, "summary": y}, where NAME is train, test or, for dev, val,
+    validation or dev. Rows with an empty document or summary are skipped with a message on stderr. SciTLDR is read from
     train.jsonl, dev.jsonl and test.jsonl of rows {"source": [sentence, ...], "target": [y, ...]}.
 
-    "FILE.jsonl", rows {"source": x, "target": y} or {"source": x, "references": [y, ...]}, or as in the two above (see
-    `parse_row`), or "FILE.csv" with the columns source and target. Split "all" is every row, with or without
-    references. For the other splits each row needs a reference, and rows with the same source and topic become one
-    Example. A tenth of the sources, from all over the file, is held out (see `held_out`): "dev" is the Examples of
-    these, "train" all others, "test" the same as "dev". But if the file is called train.jsonl, a dev.jsonl beside it is
-    used for "dev", and nothing is held out; so is a test.jsonl for "test". The split "test" of test.jsonl is all of it.
+    "FILE.jsonl" with rows {"source": x, "target": y}, {"source": x, "references": [y, ...]} or others that `parse_row`
+    reads, or "FILE.csv" with the columns source and target. Split "all" is every row, with or without references. For
+    other splits each row needs a reference, and rows with the same source and topic become one Example. "dev" is a
+    tenth of the sources (see `held_out`), "train" the others, "test" the same as "dev". But if the file is called
+    train.jsonl, dev.jsonl in its folder is used for "dev", if it exists, without holding anything out, and test.jsonl
+    for "test". Split "test" of test.jsonl is the whole file.
     """
     splits = WEBNLG_SPLITS if task == "webnlg" else SPLITS if task in TASKS else (*SPLITS, "all")
     if split not in splits:
@@ -83,7 +80,7 @@ def load_examples(task: str, split: str, data: str | Path | None = None, topic_f
 
 
 def check_place(task: str, data: str | Path | None) -> None:
-    """InputError where a task's examples cannot be, which is known before they are read, and a model is loaded."""
+    """Raise InputError if the task is unknown or its files cannot exist; called before anything is read or loaded."""
     if task not in TASKS:
         if not task.endswith(OWN):
             known = f"{', '.join(TASKS)}, and FILE.jsonl or FILE.csv with your own rows"
@@ -101,33 +98,26 @@ def load_on_topics(
     task: str, split: str, data: str | Path | None = None, topics: Sequence[str] | None = None,
     topic_field: str = "topic",
 ) -> list[Example]:  # fmt: skip
-    """As `load_examples`, but only the Examples on these topics; without topics all."""
+    """As `load_examples`, but only the Examples on these topics (see `filter_topics`)."""
     return filter_topics(load_examples(task, split, data, topic_field), topics, f"{task}, {split} split")
 
 
 def format_source(task: str, text: str, where: str = "the input") -> str:
-    """A user's input as the text x that the task's examples have: E2E's mr or linearised text, else the text itself.
+    """A user's input in the format of the task's sources. where: the input's name, for errors.
 
-    where: it stands, for errors.
-
-    WebNLG and DART: triples, `Alan_Bean : occupation : Test_pilot | Alan_Bean : nationality : United_States`.
-    The summarisation tasks' documents have all white space collapsed, a user's own JSONL keeps what is inside a text.
+    E2E: an mr is linearised, a linearised one kept; slots that E2E does not have are named on stderr. WebNLG and DART:
+    triples, `Alan_Bean : occupation : Test_pilot | Alan_Bean : nationality : United_States`. Summarisation: white space
+    is collapsed. A user's JSONL: unchanged, except for white space around the text.
     """
     text = check_text(text, where)
     if task == "e2e" and ("[" in text or " : " not in text):
-        for slot, _ in re.findall(PAIR, text):
-            tell_unknown_slot(slot.strip())
+        for slot in [slot.strip() for slot, _ in re.findall(PAIR, text)]:
+            if slot not in (*SLOTS, *SLOT_NAMES.values()):
+                print_once(f"{slot!r:.80} is no slot of E2E's: it has {', '.join(SLOTS)}")
         return linearise_e2e(text, where)
     if task in TRIPLES:
         return linearise_triples(split_triples(text, where))
     return collapse_whitespace(text) if task in SUMMARISATION else text
-
-
-@functools.cache  # once for each slot, however many inputs have it
-def tell_unknown_slot(slot: str) -> None:
-    """Say on stderr that E2E has no such slot; data in E2E's form, of a user's own, may have it."""
-    if slot not in SLOTS and slot not in SLOT_NAMES.values():
-        print(f"{slot!r:.80} is no slot of E2E's: it has {', '.join(SLOTS)}", file=sys.stderr)
 
 
 def linearise_e2e(mr: str, where: str = "the input") -> str:
@@ -143,14 +133,14 @@ def linearise_e2e(mr: str, where: str = "the input") -> str:
 
 
 def load_e2e(split: str, folder: Path | None) -> list[Example]:
-    """The Examples of an E2E split in a folder, or of the bundled sample if that is None."""
+    """The Examples of an E2E split from a folder, or from the bundled sample if `folder` is None."""
     if folder is None:
         rows = [(f"bundled {split} sample", mr, ref) for mr, ref in sample_rows(split)]
     elif (lines := folder / E2E_LINES[split]).is_file() and not (folder / E2E_FILES[split]).exists():
-        rows = read_e2e_lines(lines)
+        return group_by_source(read_e2e_lines(lines))
     else:
         rows = read_e2e_csv(folder / E2E_FILES[split])
-    return group_by_source([Example(format_source("e2e", mr, where), [ref]) for where, mr, ref in rows])
+    return group_by_source([Example(linearise_e2e(mr, where), [ref]) for where, mr, ref in rows])
 
 
 def read_e2e_csv(path: Path) -> list[tuple[str, str, str]]:
@@ -160,29 +150,31 @@ def read_e2e_csv(path: Path) -> list[tuple[str, str, str]]:
     rows = []
     for number, row in csv_rows(path, ("mr", "ref")):
         where = f"{path}:{number}"
-        mr, ref = (check_text(row[column], f"{where}: {column}") for column in ("mr", "ref"))
-        rows.append((where, mr, ref))
+        rows.append((where, check_text(row["mr"], f"{where}: mr"), check_text(row["ref"], f"{where}: ref")))
     if not rows:
         raise InputError(f"{path} is empty: {GET_E2E}")
     return rows
 
 
-def read_e2e_lines(path: Path) -> list[tuple[str, str, str]]:
-    """The lines `mr||text` of a file of the paper's authors as (where, mr, text); the mr is linearised."""
-    rows = []
+def read_e2e_lines(path: Path) -> list[Example]:
+    """An Example for each line `mr||text` of a file of the paper's authors, the mr already linearised."""
+    examples = []
     for number, line in enumerate(read_lines(path), 1):
         mr, bars, text = line.partition("||")
         if not bars:
             raise InputError(f"{path}:{number}: {line!r:.80} is not of the form mr||text")
-        rows.append((f"{path}:{number}", mr, check_text(text, f"{path}:{number}: the text")))
-    return rows
+        mr, text = (check_text(part, f"{path}:{number}: {name}") for part, name in ((mr, "mr"), (text, "text")))
+        examples.append(Example(mr, [text]))
+    if not examples:
+        raise InputError(f"{path} is empty: {GET_E2E}")
+    return examples
 
 
 # ---- summarisation ----
 
 
 def load_scitldr(split: str, folder: Path, topic_field: str) -> list[Example]:
-    """The Examples of a SciTLDR split: an abstract with its summaries, one in train, up to four in dev and test."""
+    """The Examples of a SciTLDR split: abstracts with one summary in train, up to four in dev and test."""
     path = folder / f"{split}.jsonl"
     if not path.is_file():
         raise InputError(f"{path} is missing: {SCITLDR_LAYOUT}")
@@ -190,7 +182,7 @@ def load_scitldr(split: str, folder: Path, topic_field: str) -> list[Example]:
 
 
 def load_xsum(split: str, folder: Path, topic_field: str) -> list[Example]:
-    """The Examples of an XSum split, whichever its layout, without the rows that lack a document or a summary."""
+    """The Examples of an XSum split, without the rows with an empty document or summary."""
     path = find_xsum(split, folder)
     if path.suffix == ".source":
         rows = line_rows(path, path.with_suffix(".target"))
@@ -212,7 +204,7 @@ def load_xsum(split: str, folder: Path, topic_field: str) -> list[Example]:
 
 
 def find_xsum(split: str, folder: Path) -> Path:
-    """The one file in a folder that has the documents of a split: NAME.source, NAME.jsonl or NAME.json."""
+    """The file with the documents of a split: NAME.source, NAME.jsonl or NAME.json; InputError unless there is one."""
     names = [name + ending for name in XSUM_NAMES[split] for ending in (".source", ".jsonl", ".json")]
     found = [name for name in names if (folder / name).is_file()]
     if not found:
@@ -223,7 +215,7 @@ def find_xsum(split: str, folder: Path) -> Path:
 
 
 def line_rows(source: Path, target: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) for each line number of a file of sources and a file of targets, one text a line.
+    """(line number, row) for each line of a file of sources and the same line of a file of targets.
 
     Blank lines at the end of a file are ignored, unless the other file has a text there.
     """

@@ -1,7 +1,7 @@
-"""Triples of subject, property and object as examples: WebNLG 2017 and 3.0 (XML), DART (JSON).
+"""Examples from triples of subject, property and object: WebNLG 2017 and 3.0 (XML), DART (JSON).
 
-A set of triples reads `| subject : property : object | subject : ...`, as in the paper's runs; the underscores of
-entities stay. Neither dataset is downloaded.
+A set of triples is linearised as `| subject : property : object | subject : ...`, as in the paper; underscores in
+entities are kept. Neither dataset is downloaded.
 """
 
 import re
@@ -17,7 +17,7 @@ from minprefix.system.errors import InputError
 from minprefix.system.files import read_json, read_text
 
 TEST_2017, TEST_2020 = "testdata_with_lex.xml", "rdf-to-text-generation-test-data-with-refs-en.xml"
-UNSEEN = {  # the file of a release's test -> the categories that its training does not have
+UNSEEN = {  # a release's test file -> its categories that are not in the training data
     TEST_2017: ("Artist", "Athlete", "CelestialBody", "MeanOfTransportation", "Politician"),
     TEST_2020: ("Film", "MusicalWork", "Scientist"),
 }
@@ -38,7 +38,7 @@ def linearise_triples(triples: Iterable[Triple]) -> str:
 def split_triples(text: str, where: str = "the input") -> list[Triple]:
     """A user's `subject : property : object | ...` -> [(subject, property, object)].
 
-    Only bars and colons with blanks on both sides separate, so an object may be a URL. A bar at either end is ignored.
+    Separators are bars and colons with spaces on both sides, so an object may be a URL. Bars at either end are ignored.
     """
     triples = [part.strip().split(" : ", 2) for part in re.split(r" \|(?= )", collapse_whitespace(text).strip("| "))]
     if not all(len(triple) == 3 for triple in triples):
@@ -55,8 +55,8 @@ def split_triples(text: str, where: str = "the input") -> list[Triple]:
 def load_webnlg(split: str, folder: Path) -> list[Example]:
     """The Examples of a split of WebNLG 2017 or 3.0, one for each distinct set of triples and category (its topic).
 
-    "train": only the texts that are marked good, which leaves a few sets of triples out; "dev" and "test": all texts.
-    "test_seen" and "test_unseen": the test inputs of the categories that training has, and those of the others.
+    "train": only texts marked as good, so a few sets of triples are left out; "dev" and "test": all texts. "test_seen"
+    and "test_unseen": the test inputs whose category is, or is not, in the training data.
     """
     paths = find_webnlg(split, folder)
     examples = [example for path in paths for example in read_webnlg(path, split == "train")]
@@ -69,7 +69,7 @@ def load_webnlg(split: str, folder: Path) -> list[Example]:
 
 
 def find_webnlg(split: str, folder: Path) -> list[Path]:
-    """The XML files of a split: for train and dev all in that folder; for test the one file that has the whole test."""
+    """The XML files of a split: for train and dev all in its folder, for test the one file with the whole test set."""
     if split in ("train", "dev"):
         paths, needed = sorted((folder / split).rglob("*.xml")), f"{split}/*triples/*.xml"
     else:
@@ -84,7 +84,7 @@ def find_webnlg(split: str, folder: Path) -> list[Path]:
 
 
 def read_webnlg(path: Path, good_only: bool) -> list[Example]:
-    """The Examples of a WebNLG XML file, in order, without the entries that have no text."""
+    """The Examples of a WebNLG XML file, in order; entries without texts are left out."""
     examples = []
     for number, entry in enumerate(parse_xml(path).iter("entry"), 1):
         where = f"{path}: entry {number}"
@@ -101,7 +101,7 @@ def read_webnlg(path: Path, good_only: bool) -> list[Example]:
 
 
 def parse_xml(path: Path) -> ElementTree.Element:
-    """The root element of an XML file that declares no entities: those can expand without end."""
+    """The root element of an XML file; InputError if it declares entities, which can expand without limit."""
     if path.stat().st_size > MAX_XML_BYTES:
         raise InputError(f"{path} has more than {MAX_XML_BYTES // 2**20} MiB, which no file of WebNLG has")
     text = read_text(path)
@@ -117,7 +117,7 @@ def parse_xml(path: Path) -> ElementTree.Element:
 
 
 def load_dart(split: str, folder: Path) -> list[Example]:
-    """The Examples of a DART v1.1.1 split, one for each distinct set of triples; empty annotations are left out."""
+    """The Examples of a DART v1.1.1 split, one for each distinct set of triples; empty texts are left out."""
     path = folder / f"dart-v1.1.1-full-{split}.json"
     if not path.is_file():
         raise InputError(f"{path} is missing: {DART_LAYOUT}")
@@ -140,13 +140,13 @@ def load_dart(split: str, folder: Path) -> list[Example]:
 
 
 def dart_entry(entry: Any, where: str) -> tuple[list[Triple], list[str]]:
-    """The triples and texts of one entry; InputError if it has another form."""
+    """The triples and texts of an entry; InputError if it is malformed."""
     try:
         triples, texts = entry["tripleset"], [annotation["text"] for annotation in entry["annotations"]]
-        fine = triples and all(isinstance(triple, list) and len(triple) == 3 for triple in triples)
-        if fine and all(isinstance(item, str) for item in [*texts, *(item for triple in triples for item in triple)]):
+        valid = triples and all(isinstance(triple, list) and len(triple) == 3 for triple in triples)
+        if valid and all(isinstance(item, str) for item in [*texts, *(item for triple in triples for item in triple)]):
             return triples, texts
     except (KeyError, TypeError):
         pass
-    form = '{"tripleset": [[subject, property, object], ...], "annotations": [{"text": "..."}, ...]}'
-    raise InputError(f"{where} is not of the form {form}")
+    expected = '{"tripleset": [[subject, property, object], ...], "annotations": [{"text": "..."}, ...]}'
+    raise InputError(f"{where} is not of the form {expected}")

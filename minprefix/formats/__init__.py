@@ -1,1 +1,1 @@
-"""On-disk formats: safetensors, HuggingFace folders, tokenizer, the hub, PEFT adapters."""
+"""On-disk formats: safetensors, HuggingFace folders, tokenisers, the hub, prefix files, PEFT adapters."""

@@ -1,4 +1,4 @@
-"""Models by name: in `weights/`, in HuggingFace's cache, or from its hub into that cache by huggingface_hub."""
+"""Models by name: in `weights/`, in HuggingFace's cache, or downloaded to that cache by huggingface_hub."""
 
 import contextlib
 import difflib
@@ -12,11 +12,11 @@ from minprefix.system.errors import NO_ROOM, InputError, WriteError
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 KINDS = ("gpt2", "bart")
-SMALL_FILES = [
-    "config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json",
-]  # fmt: skip
-# Names from before the hub had owners, which it still knows: the same model may be in the cache under either.
+TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
+# Models that the hub knows by a name without an owner, too. They may be in the cache under either name.
 OWNERS = {
     "gpt2": "openai-community", "gpt2-medium": "openai-community", "gpt2-large": "openai-community",
     "gpt2-xl": "openai-community", "distilgpt2": "distilbert",
@@ -24,40 +24,40 @@ OWNERS = {
 
 
 def resolve_model(name: str | Path) -> Path:
-    """The folder of a model: `name` is a path to one, or a model's name.
+    """The folder of a model; `name` is the path of a folder or a model's name.
 
-    A name is looked for in `weights/` (with the bundled models), then in HuggingFace's cache, then on the hub, from
-    where it is downloaded to that cache. InputError if it is nowhere.
+    A name is searched for in `weights/` (which has the bundled models), then in HuggingFace's cache, then on the hub,
+    from which the model is downloaded to that cache. InputError if it is not found.
     """
     if os.path.isfile(name):
         raise InputError(f"{name} is a file: give the model's folder instead")
     if name and os.path.isdir(name):
         return Path(name)
     configs = [*WEIGHTS.glob("[!.]*/config.json"), *WEIGHTS.glob("[!.]*/[!.]*/config.json")]  # NAME, OWNER/NAME
-    there = sorted(str(path.parent.relative_to(WEIGHTS)) for path in configs)
-    meant = difflib.get_close_matches(str(name), [known for known in (*there, *OWNERS) if known != str(name)], n=1)
-    absent = f"no model {str(name)!r}{f' (did you mean {meant[0]}?)' if meant else ''}: there is neither such a folder "
-    absent += f"nor one in {WEIGHTS} (which has: {', '.join(there) or 'none'})"
+    bundled = sorted(str(path.parent.relative_to(WEIGHTS)) for path in configs)
+    similar = difflib.get_close_matches(str(name), [known for known in (*bundled, *OWNERS) if known != str(name)], n=1)
+    problem = f"no model {str(name)!r}{f' (did you mean {similar[0]}?)' if similar else ''}: there is neither such a "
+    problem += f"folder nor one in {WEIGHTS} (which has: {', '.join(bundled) or 'none'})"
     if not is_hub_name(str(name)):
-        raise InputError(absent)
+        raise InputError(problem)
     if folder := find_model(str(name)):
         return folder
-    absent += f" nor a complete one in HuggingFace's cache {hub_cache()}"
+    problem += f" nor a complete one in HuggingFace's cache {hub_cache()}"
     if is_on("HF_HUB_OFFLINE") or is_on("TRANSFORMERS_OFFLINE"):
-        raise InputError(f"{absent}, and HF_HUB_OFFLINE forbids a download: unset it, or give a model's folder")
+        raise InputError(f"{problem}, and HF_HUB_OFFLINE forbids a download: unset it, or give a model's folder")
     try:
         return download_model(full_name(str(name)))
     except InputError as error:
-        raise type(error)(f"{absent}; {error}") from error
+        raise type(error)(f"{problem}; {error}") from error
 
 
 def is_on(variable: str) -> bool:
-    """Whether an environment variable is set to yes, by the rules of huggingface_hub."""
+    """Whether an environment variable is set to a true value, by the rules of huggingface_hub."""
     return (os.environ.get(variable) or "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def model_name(folder: str | Path) -> str | None:
-    """The name by which `resolve_model` finds a folder in `weights/` or HuggingFace's cache; None for one elsewhere."""
+    """The name for which `resolve_model` returns this folder; None unless in `weights/` or HuggingFace's cache."""
     folder = Path(folder).resolve()
     cached = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
     for name in (folder.name, f"{folder.parent.name}/{folder.name}", cached):
@@ -68,21 +68,19 @@ def model_name(folder: str | Path) -> str | None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether it has the form NAME or OWNER/NAME of the hub's names, which cannot lead out of a folder as a path."""
+    """Whether a name is valid on the hub, NAME or OWNER/NAME; used as a path, such a name stays inside a folder."""
     part = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
     return len(name) <= 96 and bool(re.fullmatch(f"(?:{part}/)?{part}", name, re.A)) and not re.search(r"--|\.\.", name)
 
 
 def find_model(name: str) -> Path | None:
-    """The folder of a model's name in `weights/`, or else a complete snapshot in HuggingFace's cache, or None."""
+    """The folder of this name in `weights/`, or its complete snapshot in HuggingFace's cache, or None."""
     if (WEIGHTS / name).is_dir():
         return WEIGHTS / name
     bare = name.rpartition("/")[2]
     for owned in dict.fromkeys([name, full_name(name), *([bare] if full_name(bare) == name else [])]):
         repository = hub_cache() / f"models--{owned.replace('/', '--')}"
-        if not os.path.isfile(repository / "refs" / "main"):
-            continue
-        with contextlib.suppress(OSError, ValueError):  # it may not be read; it is no text
+        with contextlib.suppress(OSError, ValueError):  # missing, not readable, or not text
             commit = (repository / "refs" / "main").read_text(encoding="ascii").strip()
             if re.fullmatch("[0-9a-f]{40}", commit) and is_complete(repository / "snapshots" / commit):
                 return repository / "snapshots" / commit
@@ -94,40 +92,30 @@ def full_name(name: str) -> str:
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps its downloads."""
+    """The folder of huggingface_hub's downloads, from the same environment variables."""
     home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
     return Path(os.path.expandvars(os.path.expanduser(cache)))
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder has all files that a model needs."""
-    if not has_files(folder, "config.json"):
+    """Whether a folder has all files that a model needs, and all shards of its weights."""
+    try:
+        files = needed_files([path.name for path in folder.iterdir() if path.is_file()])
+        indices = [read_index(folder / name) for name in files if name.endswith(".index.json")]
+    except (InputError, OSError):
         return False
-    if not has_files(folder, "vocab.json", "merges.txt") and not has_files(folder, "tokenizer.json"):
-        return False
-    for weights in WEIGHT_FILES:
-        if has_files(folder, weights):
-            return True
-        if has_files(folder, f"{weights}.index.json"):
-            with contextlib.suppress(InputError):
-                return has_files(folder, *read_index(folder / f"{weights}.index.json").values())
-            return False
-    return False
-
-
-def has_files(folder: Path, *names: str) -> bool:
-    return all((folder / name).is_file() for name in names)
+    return all((folder / shard).is_file() for index in indices for shard in index.values())
 
 
 # ---- the hub ----
 
 
 def download_model(repository: str) -> Path:
-    """Download a model of the hub to HuggingFace's cache, and return its folder there.
+    """Download a model from the hub to HuggingFace's cache, and return its folder there.
 
-    Files that are there already are not downloaded again. config.json comes first, so that a model of another kind is
-    refused before its weights arrive.
+    Files in the cache are not downloaded again. config.json comes first, so that a model of an unsupported kind is
+    refused before its weights are downloaded.
     """
     try:
         from huggingface_hub import HfApi, snapshot_download
@@ -136,7 +124,7 @@ def download_model(repository: str) -> Path:
     cache = hub_cache()
     print(f"downloading {repository} to {cache}", file=sys.stderr)
     try:
-        # Without a network this fails, where snapshot_download would return what part of the model is in the cache.
+        # Without a network this fails, whereas snapshot_download would return an incomplete folder of the cache.
         files = needed_files([file.rfilename for file in HfApi().model_info(repository).siblings or []])
         folder = Path(snapshot_download(repository, cache_dir=cache, allow_patterns="config.json"))
         kind = read_object(folder / "config.json").get("model_type")
@@ -145,13 +133,16 @@ def download_model(repository: str) -> Path:
         return Path(snapshot_download(repository, revision=folder.name, cache_dir=cache, allow_patterns=files))
     except InputError:
         raise
-    except Exception as error:  # the package's own, those of its HTTP client, OSError
+    except Exception as error:  # huggingface_hub's exceptions, its HTTP client's, OSError
         raise download_error(repository, error) from error
 
 
 def needed_files(names: list[str]) -> list[str]:
-    """Those files of a repository that minprefix needs: safetensors if it has them, else `.bin`, whole or in shards."""
-    small = [name for name in SMALL_FILES if name in names]
+    """The names or patterns of the files that minprefix needs, weights as safetensors if possible, else as `.bin`.
+
+    InputError if the files with these names are no complete model.
+    """
+    small = [name for name in ("config.json", "generation_config.json", *TOKENIZER_FILES) if name in names]
     if "config.json" not in small or not ({"vocab.json", "merges.txt"} <= {*small} or "tokenizer.json" in small):
         raise InputError("the hub's model lacks config.json, or vocab.json and merges.txt, or tokenizer.json")
     for weights in WEIGHT_FILES:
@@ -164,10 +155,10 @@ def needed_files(names: list[str]) -> list[str]:
 
 
 def download_error(repository: str, error: BaseException) -> InputError:
-    """What stopped huggingface_hub, as one line: what, where, and what to do."""
+    """The InputError for an exception of huggingface_hub: what failed, where, and what to do."""
     from huggingface_hub import constants, errors
 
-    if isinstance(error, errors.LocalEntryNotFoundError):  # in the cache, after the hub has failed
+    if isinstance(error, errors.LocalEntryNotFoundError):  # the cause is the hub's error
         error = error.__cause__ or error
     where = f"{constants.ENDPOINT}/{repository}"
     token = "set HF_TOKEN, or run `hf auth login`"
@@ -182,8 +173,8 @@ def download_error(repository: str, error: BaseException) -> InputError:
         remedy = "check the name, and correct or remove the token (HF_TOKEN, or that of `hf auth login`)"
         return InputError(f"{where} refuses access ({status}): {remedy}")
     if isinstance(error, OSError) and (error.filename or error.errno in NO_ROOM):
-        place = error.filename or hub_cache()
-        return WriteError(f"cannot write {place}: {error.strerror}; make room, or set HF_HUB_CACHE to another folder")
+        path = error.filename or hub_cache()
+        return WriteError(f"cannot write {path}: {error.strerror}; make room, or set HF_HUB_CACHE to another folder")
     reason = re.sub(r"Bearer [^'\"]*", "Bearer ...", f"{type(error).__name__}: {error}")
     remedy = "check the network, set HF_ENDPOINT to a mirror, or give a model's folder; complete files are kept"
     return InputError(f"the download of {where} failed ({reason:.300}): {remedy}")

@@ -1,4 +1,4 @@
-"""A HuggingFace folder as a frozen model, on the device and in the dtype that suit the machine; and back."""
+"""Loading a HuggingFace folder as a frozen model, and saving a model as such a folder."""
 
 import json
 import shutil
@@ -12,14 +12,8 @@ from torch import Tensor
 from minprefix.core.bart import BART
 from minprefix.core.gpt2 import GPT2
 from minprefix.core.model import Model
-from minprefix.formats.hub import resolve_model
-from minprefix.formats.names import (
-    bart_from_huggingface,
-    gpt2_from_huggingface,
-    to_huggingface,
-    without_heads,
-    without_wrappers,
-)
+from minprefix.formats.hub import TOKENIZER_FILES, resolve_model
+from minprefix.formats.names import bart_from_huggingface, gpt2_from_huggingface, to_huggingface, without_heads
 from minprefix.formats.safetensors import read_config, read_tensors, write_safetensors
 from minprefix.system.device import pick_dtype
 from minprefix.system.errors import InputError
@@ -30,23 +24,19 @@ CLASSES: dict[str, tuple[type[Model], FromHuggingFace]] = {
     "gpt2": (GPT2, gpt2_from_huggingface),
     "bart": (BART, bart_from_huggingface),
 }
-TOKENIZER_FILES = (
-    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json",
-)  # fmt: skip
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """The model in a folder, or of a name (see `resolve_model`): frozen, in eval mode, on a device, in a dtype.
+    """Load the model of a folder or a name (see `resolve_model`), frozen and in eval mode, to a device in a dtype.
 
-    InputError when the folder, its config.json or its tensors are missing, malformed or of an unsupported kind.
+    InputError if the folder, its config.json or its tensors are missing, malformed or of an unsupported kind.
     """
     folder = resolve_model(name)
     model = empty_model(folder)
-    tensors = without_heads(without_wrappers(read_tensors(folder), folder), folder)
+    tensors = without_heads(read_tensors(folder), folder)
     state = CLASSES[model.config["model_type"]][1](tensors, model.config)
     check_state(state, model.state_dict(), folder)
-    for key in state:  # one by one, so that never more than one tensor is in memory in both dtypes
+    for key in state:  # one by one, so that at most one tensor is in memory in both dtypes
         state[key] = state[key].to(device=device, dtype=dtype)
     model.load_state_dict(state, assign=True)
     model.folder = folder.resolve()
@@ -54,7 +44,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu", dtype: torc
 
 
 def empty_model(folder: str | Path) -> Model:
-    """The model that a folder's config.json describes, without weights: on torch's device "meta", in no memory."""
+    """The model that a folder's config.json describes, on torch's device "meta": without weights."""
     config = read_config(folder)
     kind = model_kind(config, folder)
     with torch.device("meta"):
@@ -64,7 +54,7 @@ def empty_model(folder: str | Path) -> Model:
 def model_kind(config: dict[str, Any], folder: str | Path) -> str:
     """The model_type in a folder's config.json; InputError if it is none of `CLASSES`."""
     kind = config.get("model_type")
-    if kind not in list(CLASSES):  # a list, since JSON's value need not be hashable
+    if kind not in list(CLASSES):  # a list, since the value in the file may not be hashable
         raise InputError(f"{folder}/config.json: model_type is {kind!r}, minprefix runs {' and '.join(CLASSES)}")
     return kind
 
@@ -72,9 +62,9 @@ def model_kind(config: dict[str, Any], folder: str | Path) -> str:
 def save_model(
     model: Model, folder: Path, tokenizer_folder: Path | None = None, info: dict[str, str] | None = None
 ) -> None:
-    """Write a model as a folder that `load_model` and HuggingFace read, in its dtype, with a tokeniser's files.
+    """Write a model in its dtype as a folder that `load_model` and HuggingFace read.
 
-    info: what config.json shall say as "minprefix" beside the model's own.
+    tokenizer_folder: its tokeniser files are copied. info: stored in config.json under "minprefix".
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = to_huggingface(model)
@@ -83,17 +73,18 @@ def save_model(
     for name in TOKENIZER_FILES:
         if tokenizer_folder and (tokenizer_folder / name).is_file():
             shutil.copy(tokenizer_folder / name, folder / name)
-    with atomic_write(folder / "config.json") as file:  # last: a folder without one is no model
+    with atomic_write(folder / "config.json") as file:  # last: it makes the folder a model
         json.dump({**model.config, "dtype": dtype, **({"minprefix": info} if info else {})}, file, indent=2)
 
 
 def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: str | Path) -> None:
-    """InputError unless the tensors are exactly those that the model needs, by name, shape and kind of number."""
+    """Raise InputError unless the tensors have the expected names and shapes, and are floating-point."""
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unknown:
-        what, names = ("lacks", missing) if missing else ("has, and the model does not know,", unknown)
-        problem = f"{folder} {what} {len(names)} of the model's {len(expected)} tensors, first {names[0]!r}"
-        raise InputError(problem + (f"; it has {likely_name(missing[0], unknown)}" if missing and unknown else ""))
+    if missing:
+        problem = f"{folder} lacks {len(missing)} of the model's {len(expected)} tensors, first {missing[0]!r}"
+        raise InputError(problem + (f"; it has {likely_name(missing[0], unknown)}" if unknown else ""))
+    if unknown:
+        raise InputError(f"{folder} has tensors that the model does not know, {len(unknown)} of them: {unknown[0]!r}")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, the model needs {tuple(expected[name].shape)}"
@@ -103,7 +94,7 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fol
 
 
 def likely_name(missing: str, unknown: list[str]) -> str:
-    """What to say of a folder's tensors that the model does not know: that one is the missing, under a longer name."""
+    """For the error message: an unknown tensor whose name ends with the missing one's, or else the first unknown."""
     for name in unknown:
         if name.endswith(f".{missing}"):
             return f"{name!r:.200}: rename its tensors without {name.removesuffix(missing)!r:.100}"
@@ -111,6 +102,6 @@ def likely_name(missing: str, unknown: list[str]) -> str:
 
 
 def pick_writing_dtype(name: str, device: str, folder: str | Path) -> torch.dtype:
-    """As `pick_dtype`, for texts by the model in a folder: a narrow one is as fast in float32, and free of rounding."""
+    """As `pick_dtype`, for generation: "auto" is float32 for narrow models, which are as fast in it, and more exact."""
     narrow = name == "auto" and empty_model(folder).head.weight.size(1) < 512
     return torch.float32 if narrow else pick_dtype(name, device)

@@ -1,7 +1,7 @@
-"""PEFT's prefix-tuning adapters (adapter_config.json and one tensor) as the keys and values that a prefix is, and back.
+"""Reading and writing PEFT's prefix-tuning adapters: adapter_config.json and one tensor, as in peft 0.21.
 
-PEFT gives a prefix to the decoder's self-attention only and starts its tokens at the prefix's length. Checked against
-peft 0.21. Shapes: P prefix length, L layers, H heads, D head dimension, C = H * D.
+In PEFT only the decoder's self-attention has a prefix, and the text starts at position P. Shapes: P prefix length,
+L layers, H heads, D head dimension, C = H * D.
 """
 
 import json
@@ -18,10 +18,10 @@ SIZES = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], int, dict[str, str]]:
-    """A PEFT folder as ({"decoder": (L, 2, H, P, D)}, position offset, what it says of itself).
+    """Read a PEFT folder as ({"decoder": (L, 2, H, P, D)}, position offset, metadata).
 
-    InputError if it is no adapter of this kind, or its parts do not fit together. PEFT saves what an MLP
-    (`prefix_projection`) computes, never the MLP: both kinds of adapter are read alike.
+    InputError if it is not a prefix-tuning adapter, or its config and tensor do not match. With `prefix_projection`
+    PEFT saves the MLP's output, not the MLP, so both kinds of adapter are read the same way.
     """
     folder = Path(folder)
     config, where = read_object(folder / "adapter_config.json"), f"{folder}/adapter_config.json"
@@ -35,13 +35,13 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], int, dict[str, 
         raise InputError(f"{where}: token_dim {C} is no multiple of num_attention_heads {H}")
     seq2seq, submodules = config.get("task_type") == "SEQ_2_SEQ_LM", config.get("num_transformer_submodules")
     if submodules not in (None, 2 if seq2seq else 1):
-        wrong = f"num_transformer_submodules is {submodules!r:.40} for a {config.get('task_type')!r:.40}"
-        raise InputError(f"{where}: {wrong}, PEFT computes with 2 for SEQ_2_SEQ_LM and 1 else")
+        problem = f"num_transformer_submodules is {submodules!r:.40} for a {config.get('task_type')!r:.40}"
+        raise InputError(f"{where}: {problem}, PEFT computes with 2 for SEQ_2_SEQ_LM and 1 else")
 
     table, info = read_table(folder)
     if table.shape != (P, layers * 2 * C):
         raise InputError(f"{folder}: prompt_embeddings is {tuple(table.shape)}, {where} asks for {(P, layers * 2 * C)}")
-    decoder_layers = info.pop("decoder_layers", str(layers))  # of `write_adapter`
+    decoder_layers = info.pop("decoder_layers", str(layers))  # written by `write_adapter`
     kv = table.reshape(P, layers, 2, H, C // H).permute(1, 2, 3, 0, 4)
     if seq2seq:
         kv = kv[decoder_rows(layers, decoder_layers, folder)]
@@ -52,7 +52,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], int, dict[str, 
 
 
 def read_table(folder: Path) -> tuple[Tensor, dict[str, str]]:
-    """The adapter's one tensor, and the metadata beside it: strings, of `write_adapter` or none."""
+    """The adapter's tensor (P, L * 2 * C) and its file's metadata: that of `write_adapter`, or none."""
     path = folder / "adapter_model.safetensors"
     if path.exists():
         tensors, info = read_safetensors(path)
@@ -68,10 +68,10 @@ def read_table(folder: Path) -> tuple[Tensor, dict[str, str]]:
 
 
 def decoder_rows(layers: int, decoder_layers: str, where: str | Path) -> list[int]:
-    """Which of an encoder-decoder adapter's layers each decoder layer gets.
+    """The index of the adapter's layer that PEFT gives to each decoder layer of an encoder-decoder.
 
-    PEFT takes four tensors, not two, for each layer, from the list of all layers' keys and values twice over, and
-    drops the last two: layer i gets the adapter's layer 2 i, from the start again beyond the last.
+    PEFT repeats the list of all layers' keys and values, then splits it into four tensors per layer instead of two and
+    uses the first two of each: decoder layer i gets the adapter's layer 2 * i, modulo their number.
     """
     digits = decoder_layers.isascii() and decoder_layers.isdigit() and len(decoder_layers) < 8
     if not digits or not 0 < int(decoder_layers) <= layers:
@@ -82,8 +82,8 @@ def decoder_rows(layers: int, decoder_layers: str, where: str | Path) -> list[in
 def write_adapter(folder: str | Path, kv: Tensor, seq2seq: bool, info: dict[str, str]) -> None:
     """Write keys and values (L, 2, H, P, D) as a folder that `PeftModel.from_pretrained` reads.
 
-    seq2seq: for an encoder-decoder. Of such an adapter PEFT uses every second layer (see `decoder_rows`), so that it
-    has twice the decoder's, zeros between them.
+    seq2seq: for an encoder-decoder, where PEFT uses every second layer of the adapter (see `decoder_rows`): layers of
+    zeros are inserted between the decoder's.
     """
     L, _, H, P, D = kv.shape
     if seq2seq:
@@ -98,5 +98,5 @@ def write_adapter(folder: str | Path, kv: Tensor, seq2seq: bool, info: dict[str,
     }  # fmt: skip
     folder = Path(folder)
     write_safetensors(folder / "adapter_model.safetensors", {"prompt_embeddings": table}, {**info, "format": "pt"})
-    with atomic_write(folder / "adapter_config.json") as file:  # last: a folder without one is no adapter
+    with atomic_write(folder / "adapter_config.json") as file:  # last: it makes the folder an adapter
         json.dump(config, file, indent=2)

@@ -1,6 +1,6 @@
-"""A HuggingFace model folder as a config and named tensors: safetensors (memory-mapped), shards, or a `.bin` pickle.
+"""Reading a HuggingFace model folder's config and tensors: safetensors (memory-mapped), shards, or a `.bin` pickle.
 
-Nothing here guesses: a file that is damaged, hostile or ambiguous is an InputError, never a tensor with other values.
+A damaged, malicious or ambiguous file raises InputError; it never gives tensors with wrong values.
 """
 
 import json
@@ -25,16 +25,16 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # either whole, or as NAME.index.json and shards
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # either one file, or NAME.index.json and shards
+MAX_HEADER = 100_000_000  # bytes; the safetensors package has the same limit
 Entry = tuple[int, int, torch.dtype, list[int]]  # of a safetensors header: begin, end, dtype, shape
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """A model folder's `config.json` as a dict; InputError if the folder or the file is missing or unusable.
 
-    As in HuggingFace, a `generation_config.json` goes before it: BART's forced first and last tokens are only those
-    that this file names, and its decoder start token and end tokens are taken if it names them.
+    As in HuggingFace, a `generation_config.json` has precedence: forced first and last tokens are taken from it alone,
+    the decoder start token and the end tokens if it has them.
     """
     folder = check_folder(folder)
     path = folder / "config.json"
@@ -61,10 +61,10 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_tensors(folder: str | Path) -> dict[str, Tensor]:
     """All tensors of a model folder by their stored names, on the CPU, in their stored shapes and dtypes.
 
-    Reads the first that is there of `model.safetensors`, its sharded form `model.safetensors.index.json`,
+    Reads the first that exists of `model.safetensors`, its sharded form `model.safetensors.index.json`,
     `pytorch_model.bin` and `pytorch_model.bin.index.json` (the names that transformers' `save_pretrained` writes).
-    Tensors are views of the memory-mapped files where the format allows: nothing is read until it is used, and
-    changing a tensor in place never changes its file. InputError if there are no weights or they are unusable.
+    Tensors are views of the memory-mapped files where the format allows: data is read when it is used, and changing a
+    tensor in place never changes its file. InputError if there are no weights or they are unusable.
     """
     folder = check_folder(folder)
     readers = (lambda path: read_safetensors(path)[0], read_bin)
@@ -83,7 +83,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def refuse_lfs_pointer(path: str | Path) -> None:
-    """A repository cloned without Git LFS has a few lines of text where the weights should be: say so."""
+    """Raise InputError if a file is a Git LFS pointer, which a clone without Git LFS has in place of the weights."""
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -127,9 +127,9 @@ def read_index(index_path: Path) -> dict[str, str]:
 
 
 def check_shard_name(shard: object, name: str, index_path: Path) -> None:
-    # An index must not make us read files elsewhere, so a shard is a plain file name: no separators, no `..`, no drive.
-    # The name decides, not where the file resolves to: in HuggingFace's cache every file of a snapshot folder is a
-    # symlink to ../../blobs/..., put there by the user's own download and not by the index.
+    # An index must not refer to files in other folders, so a shard must be a plain file name: no separators, no `..`,
+    # no drive. The name is checked, not the resolved path: in HuggingFace's cache every file of a snapshot folder is a
+    # symbolic link to ../../blobs/..., created by the user's download and not by the index.
     where = f"{index_path}: tensor {name!r:.200}"
     if not isinstance(shard, str):
         raise InputError(f"{where} has a JSON {type(shard).__name__} for its file, expected a plain file name")
@@ -145,9 +145,9 @@ def check_shard_name(shard: object, name: str, index_path: Path) -> None:
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file as `(tensors, metadata)`, the tensors by name, on the CPU.
 
-    The tensors are views of the file, mapped privately (copy-on-write): nothing is read until it is used, and changing
-    one never changes the file. Each is a mapping of its own, whose memory is free again when the tensor is gone.
-    InputError if anything about the file is not as the format says.
+    The tensors are views of the file, mapped privately (copy-on-write): data is read when it is used, and changing a
+    tensor never changes the file. Each tensor has a separate mapping, which is released with the tensor. InputError if
+    the file violates the format in any way.
     """
     refuse_lfs_pointer(path)
     try:
@@ -181,7 +181,7 @@ def read_header(file: IO[bytes], path: str | Path) -> tuple[dict[str, Any], int]
     try:
         text = file.read(length).decode("utf-8")
         header = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
-        json.dumps(header, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates: no one could print such names
+        json.dumps(header, ensure_ascii=False).encode("utf-8")  # fails for lone surrogates, which cannot be printed
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the safetensors header is not valid JSON ({error}): download it again") from error
     if not isinstance(header, dict) or not text.startswith("{"):
@@ -203,7 +203,7 @@ def refuse_constant(constant: str) -> NoReturn:
 
 
 def check_entry(name: str, entry: object, path: str | Path) -> Entry:
-    """One header entry as `(begin, end, dtype, shape)`: byte offsets into the data, and what they hold."""
+    """One header entry as `(begin, end, dtype, shape)`; begin and end are byte offsets into the data."""
     where = f"{path}: tensor {name!r:.200}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise InputError(f"{where} has no dtype, shape and data_offsets in the header: the file is damaged")
@@ -224,11 +224,11 @@ def check_entry(name: str, entry: object, path: str | Path) -> Entry:
 
 
 def is_list_of_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)  # True is no size
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)  # no bool
 
 
 def check_coverage(entries: dict[str, Entry], size: int, path: str | Path) -> None:
-    """The tensors must cover the `size` bytes of data exactly: no overlap, no gap, nothing missing or left over."""
+    """Raise InputError unless the tensors cover the `size` bytes of data exactly, without overlaps and gaps."""
     position = 0
     for name, (begin, end, _, _) in sorted(entries.items(), key=lambda item: item[1][:2]):
         where = f"{path}: tensor {name!r:.200} (bytes {begin} to {end} of the data)"
@@ -243,10 +243,10 @@ def check_coverage(entries: dict[str, Entry], size: int, path: str | Path) -> No
 
 
 def map_tensor(file: BinaryIO, start: int, length: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    """The tensor at byte `start` of an open file: a view of it, or a copy where the file does not align it."""
+    """The tensor at byte `start` of an open file: a view of the file, or a copy if it is not aligned in the file."""
     if length == 0:
         return torch.empty(shape, dtype=dtype)
-    before = start % mmap.ALLOCATIONGRANULARITY  # a mapping begins at a page
+    before = start % mmap.ALLOCATIONGRANULARITY  # a mapping must begin at a page boundary
     buffer = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before)
     data = torch.frombuffer(buffer, dtype=torch.uint8, offset=before, count=length)
     if start % dtype.itemsize:
@@ -263,12 +263,12 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
     metadata = dict(sorted((metadata or {}).items()))
     if "__metadata__" in tensors or not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise ValueError("metadata must be a dict of str to str, and no tensor may be called `__metadata__`")
-    # Escaped where a value is no Unicode text: the name of a folder may be any bytes.
+    # Lone surrogates are escaped: a value may be the name of a folder, which may be any bytes.
     metadata = {key: text.encode("utf-8", "backslashreplace").decode() for key, text in metadata.items()}
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
-    # Larger element sizes come first: then every tensor is aligned in the file, and can be mapped.
+    # Larger element sizes come first, so that every tensor is aligned in the file and can be mapped.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     for name in order:
         tensor = tensors[name]
@@ -286,15 +286,15 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
             file.write(flat.view(torch.uint8).numpy())  # as bytes, since NumPy has no bfloat16
 
 
-# ---- .bin: what torch.save writes, a pickle in a zip file, or (before PyTorch 1.6) followed by the raw data ----
+# ---- .bin: the format of torch.save: a pickle in a zip file or, before PyTorch 1.6, followed by the raw data ----
 
 
 def read_bin(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.bin` file, memory-mapped where its format allows; nothing in it is ever executed."""
+    """The tensors of a `.bin` file, memory-mapped where its format allows. No code in the file is executed."""
     refuse_lfs_pointer(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what matters becomes an error below
+            warnings.simplefilter("ignore")  # about pickle protocols
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_uncompressed_zip(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -303,7 +303,7 @@ def read_bin(path: str | Path) -> dict[str, Tensor]:
             f"{path} is refused, since such files can run code: expected tensors only, but {reason}; "
             "get the model as safetensors"
         ) from error
-    except Exception as error:  # for a damaged file torch raises nearly anything: RuntimeError, EOFError, KeyError, ...
+    except Exception as error:  # for a damaged file torch raises RuntimeError, EOFError, KeyError, ...
         if out_of_memory(error):
             problem = f"{path} needs more memory than there is, or is damaged"
             raise InputError(f"{problem}: free some memory, or download it again") from error
@@ -315,7 +315,7 @@ def read_bin(path: str | Path) -> dict[str, Tensor]:
 
 
 def is_uncompressed_zip(path: str | Path) -> bool:
-    # torch.load(mmap=True) refuses the old format, and takes a compressed tensor's bytes for the tensor itself.
+    # torch.load(mmap=True) refuses the old format, and reads a compressed tensor's bytes without decompressing them.
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -334,7 +334,7 @@ def check_bin_tensor(name: object, value: object, path: str | Path) -> Tensor:
     if not plain or value.dtype not in DTYPES.values():
         found = f"tensor {name!r:.200} ({value.layout}, {value.dtype}, {value.device})"
         raise InputError(f"{path}: {found} is not a dense tensor of {', '.join(DTYPES)}: convert the file")
-    if value.numel() * value.dtype.itemsize > value.untyped_storage().nbytes():  # one number, repeated without end
+    if value.numel() * value.dtype.itemsize > value.untyped_storage().nbytes():  # an expanded view
         raise InputError(f"{path}: tensor {name!r:.200} is larger than what is stored of it: the file is damaged")
-    value = value.detach()  # an nn.Parameter becomes a plain tensor that asks for no gradient
+    value = value.detach()  # an nn.Parameter becomes a tensor that does not require a gradient
     return value.clone() if value.data_ptr() % value.dtype.itemsize else value  # a re-packed zip may not align it

@@ -12,26 +12,26 @@ from minprefix.formats.hub import resolve_model
 from minprefix.system.errors import InputError
 from minprefix.system.files import read_json, read_text
 
-# GPT-2's pre-tokenisation (Radford et al. 2019), written with possessive quantifiers so that no text, however long,
-# makes the regex engine backtrack. White space before a word, all but its last character, goes in strides of 256: the
-# plain `\s+(?!\S)` overflows the engine's stack after a million of them.
+# GPT-2's pre-tokenisation (Radford et al. 2019), written with possessive quantifiers so that the regex engine does not
+# backtrack, however long the text. White space before a word, except its last character, is matched in steps of 256:
+# the plain `\s+(?!\S)` overflows the engine's stack after a million characters.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|(?:\s{256}(?=\s))*(?:\s(?=\s))++|\s"
 SPECIAL_TOKENS = ("<|endoftext|>", "<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
 class Tokenizer:
-    """Text to token ids and back; the same ids as HuggingFace's tokeniser of the same files, no special tokens added.
+    """Text to token ids and back, as HuggingFace's tokeniser of the same files with add_special_tokens=False.
 
-    vocab: token (in GPT-2's printable byte alphabet) -> id; merges: pairs of tokens, the most frequent first.
-    added: tokens beside those. add_prefix_space: a text, and what follows an added token, is read as if a space stood
-    before it. end_id ends a target ("<|endoftext|>" or "</s>"), pad_id fills up a batch.
+    vocab: token (in GPT-2's printable byte alphabet) -> id; merges: pairs of tokens, the most frequent first; added:
+    tokens added to the vocabulary. add_prefix_space: put a space before a text, and before the text after an added
+    token. end_id is the token that ends a target ("<|endoftext|>" or "</s>"), pad_id the one that pads a batch.
     """
 
     def __init__(
         self, vocab: dict[str, int], merges: Iterable[Sequence[str]], where: str = "the tokeniser",
         added: Sequence[AddedToken] = (), add_prefix_space: bool = False,
     ):  # fmt: skip
-        own = [token for token in SPECIAL_TOKENS if token in vocab]
+        model_special = [token for token in SPECIAL_TOKENS if token in vocab]
         for token in added:
             if vocab.get(token.content, token.id) != token.id:
                 ids = f"{vocab[token.content]} in the vocabulary, {token.id!r:.40} among the added tokens"
@@ -41,7 +41,7 @@ class Tokenizer:
             raise InputError(f"{where}: the vocabulary must map tokens to small non-negative integers")
         if len(set(vocab.values())) != len(vocab):
             raise InputError(f"{where}: two tokens of the vocabulary share an id")
-        # tiktoken merges by rank and calls the rank the id; GPT-2's ids are the ranks, BART's are not: keep a table.
+        # tiktoken uses the rank of a merge as the token's id. BART's ids differ from the ranks, so a table is needed.
         tokens = dict.fromkeys([*byte_alphabet(), *(a + b for a, b in merges)])
         self.rank_to_id = []
         for token in tokens:
@@ -52,14 +52,13 @@ class Tokenizer:
         ranks = {to_bytes(token, where): rank for rank, token in enumerate(tokens)}
         self.encoding = tiktoken.Encoding("minprefix", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
         self.add_prefix_space = add_prefix_space
-        found = [token for token in added if token.content not in own]
-        self.finder, self.added = AddedTokens(found), {token.content: token.id for token in found}
-        self.special = {token: vocab[token] for token in [*own, *(t.content for t in added if t.special)]}
-        rest = {token: i for token, i in vocab.items() if token not in tokens}
-        self.id_to_text = {i: literal_bytes(token) for token, i in rest.items()}
+        matched = [token for token in added if token.content not in model_special]
+        self.finder, self.added = AddedTokens(matched), {token.content: token.id for token in matched}
+        self.special = {token: vocab[token] for token in [*model_special, *(t.content for t in added if t.special)]}
+        self.id_to_text = {i: literal_bytes(token) for token, i in vocab.items() if token not in tokens}
         self.id_to_text.update((token.id, token.content.encode(errors="replace")) for token in added)
         self.vocab_size = max(vocab.values()) + 1
-        ends = [end for tokens in (own, vocab) for end in ("</s>", "<|endoftext|>") if end in tokens]
+        ends = [end for tokens in (model_special, vocab) for end in ("</s>", "<|endoftext|>") if end in tokens]
         if not ends:
             raise InputError(f"{where}: neither <|endoftext|> nor </s> is in the vocabulary")
         self.end_id = vocab[ends[0]]
@@ -67,7 +66,7 @@ class Tokenizer:
         self.newline_ids = [i for i in [*self.id_to_rank, *self.id_to_text] if b"\n" in self._bytes(i)]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. The model's own special tokens ("<|endoftext|>") inside it are ordinary characters."""
+        """Token ids of a text. The model's special tokens ("<|endoftext|>") in it are read as ordinary characters."""
         ids: list[int] = []
         for piece in self.finder.cut(text):
             if isinstance(piece, int):
@@ -78,19 +77,19 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; bytes that are not UTF-8 (half a character) become U+FFFD."""
+        """The text of token ids; bytes that are not valid UTF-8 (part of a character) become U+FFFD."""
         return b"".join(map(self._bytes, ids)).decode("utf-8", errors="replace")
 
     def _bytes(self, i: int) -> bytes:
         if i in self.id_to_rank:
             return self.encoding.decode_single_token_bytes(self.id_to_rank[i])
-        return self.id_to_text.get(i, b"")  # unused rows of a padded vocabulary have no text
+        return self.id_to_text.get(i, b"")  # the ids of a padded vocabulary's unused rows have no text
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The Tokenizer of a HuggingFace folder, or of a model's name.
+    """The Tokenizer of a HuggingFace folder or of a model's name.
 
-    InputError when its files are missing, malformed or of another kind.
+    InputError if its files are missing, malformed or of another kind of tokeniser.
     """
     folder = resolve_model(folder)
     config = read_if_there(folder / "tokenizer_config.json")
@@ -127,7 +126,7 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
 
 
 def checked_merges(merges: list[Any], folder: Path) -> list[list[str]]:
-    """merges: "a b" strings (merges.txt, older tokenizer.json) or [a, b] lists (newer ones)."""
+    """Merges as [a, b] lists; InputError if malformed. merges.txt and older tokenizer.json have "a b" strings."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
@@ -136,13 +135,13 @@ def checked_merges(merges: list[Any], folder: Path) -> list[list[str]]:
 
 
 def add_prefix_space(folder: Path, config: dict[str, Any], spec: dict[str, Any]) -> bool:
-    """Whether a text is read as with a space before it: tokenizer_config.json says it, as for AutoTokenizer.
+    """Whether to put a space before a text: read from tokenizer_config.json, as AutoTokenizer does.
 
-    Where that names a class that is not GPT-2's or BART's own, tokenizer.json says it.
+    If that file names a tokeniser class other than GPT-2's and BART's, it is read from tokenizer.json.
     """
-    named = str(config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
-    own = named in ("GPT2Tokenizer", "BartTokenizer", "RobertaTokenizer") or not spec
-    value = (config if own else spec["pre_tokenizer"]).get("add_prefix_space", False)
+    class_name = str(config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
+    known = class_name in ("GPT2Tokenizer", "BartTokenizer", "RobertaTokenizer") or not spec
+    value = (config if known else spec["pre_tokenizer"]).get("add_prefix_space", False)
     if not isinstance(value, bool):
         raise InputError(f"{folder}: the tokeniser's add_prefix_space is {value!r:.40}, true or false is needed")
     return value
@@ -150,14 +149,14 @@ def add_prefix_space(folder: Path, config: dict[str, Any], spec: dict[str, Any])
 
 @functools.cache
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: character -> byte, in the order of the first 256 token ids."""
+    """GPT-2's printable character for each byte: character -> byte, in the order of the first 256 token ids."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def literal_bytes(token: str) -> bytes:
-    """The text of a token that no merge makes: in the byte alphabet, or as it stands where that lacks a character."""
+    """The UTF-8 text of a token without a merge: decoded from the byte alphabet, or taken literally if not in it."""
     known = all(character in byte_alphabet() for character in token)
     return bytes(byte_alphabet()[c] for c in token) if known else token.encode(errors="replace")
 

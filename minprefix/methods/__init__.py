@@ -1,1 +1,1 @@
-"""What the paper compares prefix-tuning with."""
+"""The methods that the paper compares with prefix-tuning, and the files of trained parameters."""

@@ -1,8 +1,9 @@
-"""What prefix-tuning is compared with: fine-tuning, top layers, adapters, embedding-only and infix (paper 5, 7).
+"""The methods that the paper compares with prefix-tuning (sections 5 and 7): fine-tuning, top layers, adapters,
+embedding-only and infix.
 
-Each is trained in the place of a `Prefix`: calling it gives the prefix that the model takes, or None where the model
-itself is changed; `fold` gives the tensors to be saved, by name. Shapes: P virtual tokens, C model dimension, L layers,
-H heads, D head dimension.
+Each is a module with the interface of `Prefix`: calling it returns the prefix that the model takes, or None if the
+method changes the model itself; `fold` returns the tensors to save, by name. Shapes: P virtual tokens, C model
+dimension, L layers, H heads, D head dimension.
 """
 
 from collections.abc import Iterable
@@ -20,14 +21,14 @@ from minprefix.core.prefix_kv import KVInfix, KVPrefix
 from minprefix.system.errors import InputError
 
 METHODS = ("prefix", "finetune", "top2", "adapter", "embedding", "infix")
-SUBLAYER_ENDS = ("attn.c_proj", "mlp.c_proj", "attn.out_proj", ".fc2")  # the last product of each, in GPT-2 and BART
+SUBLAYER_ENDS = ("attn.c_proj", "mlp.c_proj", "attn.out_proj", ".fc2")  # the sublayers' last layers, in GPT-2 and BART
 
 
 class Finetune(nn.Module):
-    """Weights of the model under training: those of some of its modules, by default of all.
+    """Trains the weights of the given modules of the model, by default all weights.
 
-    The model's weights must be float32: steps of a usual learning rate are lost in bfloat16's eight bits. Products in
-    bfloat16 are autocast's to make.
+    They must be float32: in bfloat16, with 8 bits of precision, updates at usual learning rates are rounded away. Use
+    autocast for matrix products in bfloat16.
     """
 
     position_offset = 0
@@ -47,10 +48,10 @@ class Finetune(nn.Module):
 
 
 def top_layers(model: Model) -> list[nn.Module]:
-    """The modules of FT-TOP2: the top layers (BART: of the decoder), GPT-2's last layer norm, and the LM head.
+    """The modules that FT-TOP2 trains: the top two layers (BART: of the decoder), GPT-2's last layer norm, the LM head.
 
-    As in the authors' code (`top_layers == 2` trains `transformer.wte`), a tied head stays tied: the embeddings of the
-    input change with it. Of GPT-2 medium's weights the two layers are 7.1%, the head is 14.5%.
+    As in the authors' code (`top_layers == 2` trains `transformer.wte`), a tied head stays tied, so the input
+    embeddings are trained, too. Of GPT-2 medium's parameters the two layers are 7.1%, the head is 14.5%.
     """
     if model.encoder_decoder:
         return [*model.decoder.layers[-2:], model.head]
@@ -58,15 +59,15 @@ def top_layers(model: Model) -> list[nn.Module]:
 
 
 def parameters_of(model: Model, modules: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
-    """The model's parameters that belong to some of its modules, by their names in the model."""
-    own = {id(p) for module in modules for p in module.parameters()}
-    return {name: p for name, p in model.named_parameters() if id(p) in own}
+    """The parameters of some of the model's modules, by their names in the model."""
+    ids = {id(p) for module in modules for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in ids}
 
 
 class Adapter(nn.Module):
     """A bottleneck with a residual connection (Houlsby et al. 2019): y (..., C) -> y + up(relu(down(y))).
 
-    It begins as the identity. The weights are float32, the products are made in the dtype of y.
+    Initialised as the identity. The weights are float32, products are computed in the dtype of y.
     """
 
     def __init__(self, C: int, width: int):
@@ -81,10 +82,10 @@ class Adapter(nn.Module):
 
 
 class Adapters(nn.Module):
-    """An `Adapter` after each sublayer of the model, before its residual connection; the model has them from now on.
+    """An `Adapter` after each sublayer of the model, before its residual connection; installed as forward hooks.
 
-    GPT-2 has two in a layer (attention, MLP), BART's decoder a third (cross-attention). For GPT-2 medium they are 3% of
-    the model's weights at width 108, 0.1% at width 3.
+    There are two in each layer (attention, MLP), in BART's decoder three (cross-attention). For GPT-2 medium they are
+    3% of the model's parameters at width 108, 0.1% at width 3.
     """
 
     position_offset = 0
@@ -93,7 +94,7 @@ class Adapters(nn.Module):
         super().__init__()
         layers = {name: layer for name, layer in model.named_modules() if name.endswith(SUBLAYER_ENDS)}
         if any(layer._forward_hooks for layer in layers.values()):
-            raise InputError("the model has adapters already: load it anew")
+            raise InputError("the model has adapters already: load it again")
         self.names = list(layers)
         self.adapters = nn.ModuleList(Adapter(layer.out_features, width) for layer in layers.values())
         for layer, adapter in zip(layers.values(), self.adapters, strict=True):
@@ -108,10 +109,10 @@ class Adapters(nn.Module):
 
 
 class EmbeddingOnly(nn.Module):
-    """P virtual tokens at the input embedding alone, [EMB; x; y], for GPT-2 (paper 7.2); x begins at position P.
+    """Trained input embeddings of P virtual tokens, [EMB; x; y], for GPT-2 (paper 7.2); x begins at position P.
 
-    What a causal model computes for them does not depend on what follows: they are the prefix of the keys and values
-    that the frozen model has for them. mlp_width: width of an MLP that they come out of; 0 trains them directly.
+    In a causal model their keys and values do not depend on the text, so they are computed first and passed as a
+    prefix. mlp_width: hidden width of the MLP that computes the embeddings; 0 trains the embeddings directly.
     """
 
     def __init__(self, model: Model, length: int, mlp_width: int = 512):
@@ -124,7 +125,7 @@ class EmbeddingOnly(nn.Module):
         self.embedding = nn.Parameter(torch.randn(length, C, device=words.device) * std)
         layers = [nn.Linear(C, mlp_width), nn.Tanh(), nn.Linear(mlp_width, C)] if mlp_width else []
         self.mlp = nn.Sequential(*layers)
-        self.model = (model,)  # in a tuple, for its parameters are not this module's
+        self.model = (model,)  # in a tuple, so that it is not a submodule
 
     def forward(self) -> KVPrefix:
         return embedding_prefix(self.model[0], self.mlp(self.embedding))
@@ -135,7 +136,7 @@ class EmbeddingOnly(nn.Module):
 
 
 def embedding_prefix(model: GPT2, embedding: Tensor, info: dict[str, str] | None = None) -> KVPrefix:
-    """The prefix that the embeddings (P, C) of virtual tokens at a GPT-2's first positions amount to."""
+    """The prefix equivalent to P virtual tokens with these embeddings (P, C) at a GPT-2's first positions."""
     P = len(embedding)
     x = embedding.to(model.wte.weight)[None] + model.wpe.weight[:P]
     mask, layers = causal_mask(P, x), []
@@ -149,7 +150,7 @@ def embedding_prefix(model: GPT2, embedding: Tensor, info: dict[str, str] | None
 class Infix(Prefix):
     """Keys and values of P virtual tokens between source and target, [x; INFIX; y], for GPT-2 (paper 7.3).
 
-    They are free, as a prefix's are; the authors' code adds to them what the model computes for trained embeddings.
+    They are trained like a prefix's. In the authors' code, keys and values from trained embeddings are added to them.
     """
 
     kind = KVInfix
@@ -160,14 +161,14 @@ class Infix(Prefix):
         super().__init__(model, length, mlp_width)
 
 
-Method = Prefix | Finetune | Adapters | EmbeddingOnly  # what is trained
+Method = Prefix | Finetune | Adapters | EmbeddingOnly  # Infix is a Prefix
 
 
 def make_method(
     method: str, model: Model, *, length: int = 0, mlp_width: int = 0, adapter_width: int = 0,
     position_offset: int | None = None, sites: list[str] | None = None,
 ) -> Method:  # fmt: skip
-    """What a method trains on a model: a `Prefix`, or what takes its place. 0, None: the method does without."""
+    """The module that a method of this name trains. Arguments that the method does not use may be left out."""
     if method == "prefix":
         return Prefix(model, length, mlp_width, position_offset, sites)
     if method == "finetune":

@@ -1,7 +1,7 @@
-"""What training saved, by whichever method: written to a run's folder, found again, put on its base model.
+"""The files of trained parameters of all methods: writing them to a run's folder, finding and loading them.
 
-A prefix, an infix, adapters, top layers and virtual tokens are one file METHOD.safetensors; fine-tuning is the folder
-of a whole model.
+A prefix, an infix, adapters, top layers and virtual tokens are saved as one file METHOD.safetensors, a fine-tuned model
+as a model folder.
 """
 
 import json
@@ -36,10 +36,11 @@ def save_method(
     trainable: Method, model: Model, method: str, out: Path, base: Path, base_fingerprint: list[float], *,
     task: str, sequence: str, max_source: int | None = None,
 ) -> Path:  # fmt: skip
-    """Write what was trained into a run's folder, METHOD.safetensors or the folder of a fine-tuned model -> its path.
+    """Write what was trained to a run's folder and return its path: METHOD.safetensors, or the folder `model`.
 
-    base, base_fingerprint: the model's folder, its fingerprint before training. With it goes what sample.py must know:
-    the task, where sources are cut. sequence: `sequence_form` of the model, for people who look into the file.
+    base, base_fingerprint: the model's folder, and its fingerprint before training. task, max_source: stored for
+    sample.py; the latter is the length to which sources are cut. sequence: `sequence_form` of the model, for readers
+    of the file.
     """
     info = {"task": "jsonl" if task.endswith((".jsonl", ".csv")) else task, "sequence": sequence}
     if max_source:
@@ -57,9 +58,9 @@ def save_method(
 
 
 def find_trained(path: str | Path) -> Path:
-    """What a run saved: that file itself; in a run's folder METHOD.safetensors, or the folder of a fine-tuned model.
+    """The trained file or folder that a path refers to: the path itself, or METHOD.safetensors or `model` in it.
 
-    A PEFT folder stands for itself, so does that of a fine-tuned model.
+    path: a saved file, a run's folder, the folder of a fine-tuned model or a PEFT folder. InputError for another path.
     """
     path = Path(path)
     if (path / "model" / "config.json").is_file():
@@ -77,7 +78,7 @@ def find_trained(path: str | Path) -> Path:
 
 
 def start_prefix(trainable: Prefix, init: str, model: Model, tokenizer: Tokenizer) -> None:
-    """Start a prefix or infix from a trained one, where there is one at `init`, else from the words of `init`."""
+    """Initialise a prefix or infix from a trained one if `init` is an existing path, else from `init` as words."""
     if os.path.exists(init):
         trainable.init_from(load_prefix(find_trained(init), model))
     else:
@@ -87,21 +88,21 @@ def start_prefix(trainable: Prefix, init: str, model: Model, tokenizer: Tokenize
 def save_trained(
     path: str | Path, tensors: dict[str, Tensor], base_fingerprint: list[float], info: dict[str, str]
 ) -> None:
-    """Write what `fold` gives. base_fingerprint: the model's, before training. info: method, base_model, ... (str)."""
+    """Write the tensors of `fold`. base_fingerprint: the model's, before training. info: method, base_model, ..."""
     info = {"format": "minprefix", "version": version(), "base_fingerprint": json.dumps(base_fingerprint), **info}
     write_safetensors(path, tensors, info)
 
 
 def finetune_metadata(config: dict[str, Any]) -> dict[str, str]:
-    """What train.py wrote into the config.json of a fine-tuned model; nothing of any other model."""
+    """The metadata that train.py stored in a fine-tuned model's config.json; an empty dict for any other model."""
     info = config.get("minprefix")
     return {key: str(value) for key, value in info.items()} if isinstance(info, dict) else {}
 
 
 def resolve_base_model(given: str | None, path: Path | None, info: dict[str, str]) -> Path:
-    """The folder of the model that is given on the command line, or else of the one that what was trained names.
+    """The folder of the model given on the command line, or else of the base model that a trained file names.
 
-    path: what was trained, named in errors; info: its metadata.
+    path: the trained file, for errors; info: its metadata.
     """
     if given:
         return resolve_model(given)
@@ -113,21 +114,18 @@ def resolve_base_model(given: str | None, path: Path | None, info: dict[str, str
     try:
         return resolve_model(name)
     except InputError as error:
-        named = f"{path} names {name!r:.200} as its base model; if that is elsewhere now, give --model"
-        raise InputError(f"{named}: {error}") from error
+        problem = f"{path} names {name!r:.200} as its base model; if that is elsewhere now, give --model"
+        raise InputError(f"{problem}: {error}") from error
 
 
 def trained_max_source(info: dict[str, str]) -> int | None:
-    """Where train.py cut the sources, if it was told to."""
+    """The number of tokens to which train.py cut the sources, from a file's metadata; None if it did not."""
     length = info.get("max_source", "")
     return int(length) if length.isascii() and length.isdigit() and len(length) < 8 else None
 
 
 def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a run saved in a file, or PEFT in a folder -> tensors by name, and what it says of them (dict of str).
-
-    Of a fine-tuned model's folder no tensors.
-    """
+    """Read a trained file or PEFT folder as (tensors by name, metadata); of a fine-tuned model only the metadata."""
     if (Path(path) / "config.json").is_file():
         return {}, {"method": "finetune", **finetune_metadata(read_config(path))}
     if Path(path).is_dir():
@@ -141,7 +139,7 @@ def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @torch.no_grad()
 def load_trained(path: str | Path, model: Model) -> KVPrefix | None:
-    """Put what a run saved on its base model -> the prefix for the model to take, or None if the model was changed.
+    """Load a trained file for its base model: return the prefix to pass to it, or None if `model` itself is changed.
 
     InputError if the file is damaged, or was made for another model.
     """
@@ -154,33 +152,33 @@ def load_trained(path: str | Path, model: Model) -> KVPrefix | None:
     check_fingerprint(info, model, path)
     if method == "embedding":
         if model.encoder_decoder:
-            raise InputError(f"{path} is of virtual tokens at the input of a GPT-2, the model is a BART")
+            raise InputError(f"{path} has the input embeddings of a GPT-2's virtual tokens, the model is a BART")
         P = next((tensor.size(0) for tensor in tensors.values() if tensor.dim()), 0)
         if not 0 < P <= model.n_positions:
             raise InputError(f"{path} has {P} virtual tokens: the model {model.n_positions} positions")
         check_trained(tensors, {"embedding": torch.empty(P, model.head.weight.size(1))}, path)
         return embedding_prefix(model, tensors["embedding"], info)
     model.config.pop("eos_token_id", None)  # targets in training end with the tokeniser's end token
-    own = new_adapters(tensors, model, path) if method == "adapter" else parameters_of(model, top_layers(model))
-    check_trained(tensors, own, path)
+    parameters = new_adapters(tensors, model, path) if method == "adapter" else parameters_of(model, top_layers(model))
+    check_trained(tensors, parameters, path)
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        parameters[name].copy_(tensor)
     return None
 
 
 def new_adapters(tensors: dict[str, Tensor], model: Model, path: str | Path) -> dict[str, Tensor]:
-    """Put adapters of the width of those in a file into the model -> their numbers by name."""
+    """Add adapters to the model, of the width of those in a file, and return their parameters by name."""
     width = next((tensor.numel() for name, tensor in tensors.items() if name.endswith(".down.bias")), 0)
     count = sum(name.endswith(SUBLAYER_ENDS) for name, _ in model.named_modules())
     C = model.head.weight.size(1)
-    # Before they are made: a width that a damaged file has could ask for any memory.
+    # Checked before they are created: the width in a damaged file could need any amount of memory.
     if sum(tensor.numel() for tensor in tensors.values()) != count * (2 * C * width + width + C):
         raise InputError(f"{path} does not hold {count} adapters of width {width} for a model of width {C}")
     return Adapters(model, width).to(model.head.weight.device).fold()
 
 
 def check_trained(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
-    """InputError unless a file's tensors are those that are expected, and finite."""
+    """Raise InputError unless a file's tensors have the expected names and shapes, and are finite."""
     check_state(tensors, expected, path)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():

@@ -17,17 +17,6 @@ from minprefix.metrics.scores import (
 )
 
 __all__ = [
-    "bleu",
-    "bootstrap",
-    "cider",
-    "common_subsequence_length",
-    "meteor",
-    "mteval_tokens",
-    "nist",
-    "rouge",
-    "rouge_l",
-    "rouge_scorer",
-    "score",
-    "summary_score",
-    "ter",
-]
+    "bleu", "bootstrap", "cider", "common_subsequence_length", "meteor", "mteval_tokens", "nist", "rouge", "rouge_l",
+    "rouge_scorer", "score", "summary_score", "ter",
+]  # fmt: skip

@@ -1,17 +1,17 @@
-"""Penn Treebank tokens as COCO's caption evaluation sees them: those of Stanford's PTBTokenizer 3.4.1."""
+"""Penn Treebank tokens as in COCO's caption evaluation, which uses Stanford's PTBTokenizer 3.4.1."""
 
 import functools
 import re
 
-# What Stanford's PTBTokenizer does, as (token, right context) rules of our own: at each place the longest match wins,
-# context included, and the first rule among equals. A character that no rule takes is dropped. Nothing here tries to
-# be sensible English: `good,well-known` is one word and `(` is `-lrb-` because the scorer's tokeniser says so. The
-# {0,300} are ours, so that a long text without spaces takes no quadratic time.
+# The behaviour of Stanford's PTBTokenizer, written as (token, right context) rules. At each position the rule with the
+# longest match is used, context included, and the first of several equal ones. Characters that no rule matches are
+# dropped. The aim is equality with the scorer's tokeniser, not good English: `good,well-known` is one word, and `(`
+# becomes `-lrb-`. The {0,300} are not in the original: without them a long text without spaces takes quadratic time.
 SPACE = r"[ \t\xa0\u2000-\u200a\u3000\r\n\x0b\x0c\x85\u2028\u2029]"
 NO_LETTERS = (
     r"²³¹¼-¾⁰⁴-⁾₀-₎\u2150-\u218b\u2460-\u2bff\u3021-\u3029\u3038-\u303a\u3192-\u3195\u3220-\u33ff"
     r"\U00010000-\U0010ffff"
-)  # numerals; and beyond U+FFFF the lexer knows nothing
+)  # numerals, and all characters beyond U+FFFF, which the lexer does not know
 ALPHA = rf"[^\W\d_{NO_LETTERS}]"
 ALPHA_DIGIT = rf"[^\W_{NO_LETTERS}]"
 MARKS = (
@@ -121,7 +121,7 @@ RULES = [
     ),  # symbols that stand alone
 ]
 PTB_RULES = [re.compile(f"({token})(?:{context})", re.I) for token, context in RULES]
-# A shortcut past the rules: most words stand before a space, where nothing but the contractions splits them.
+# For speed: most words are followed by a space, and of those only the contractions are split by the rules.
 PLAIN_WORD = re.compile(r"(?!(?:cannot|gonna|wanna|gotta|gimme|lemme)\b)([a-z]+)(?:,? |\n)", re.I | re.ASCII)
 QUOTES_OR_CLITIC = re.compile(rf"{CLITIC}|{NOT}|(?:{QUOTE}|{APOSTROPHE}){{1,2}}", re.I)
 STRAIGHT = {
@@ -149,26 +149,26 @@ SYMBOLS = {
     "&lt;": "<",
     "&gt;": ">",
 }
-# The punctuation that COCO removes, before Stanford rewrites it: `–` would be `--`, a quotation mark `` or ''.
+# The punctuation that COCO removes, as it is before Stanford rewrites it (`–` as `--`, quotation marks as `` and '').
 REMOVED = re.compile(r"[. \xa0]+|[\x85…]|-{1,4}|[\x96\x97–—―]|[?!,:;\"]|''?|``?|&(?:mdash|ndash|md|quot|nbsp);", re.I)
 
 
 @functools.lru_cache(maxsize=1 << 15)
 def ptb_tokens(text: str) -> tuple[str, ...]:
-    """Lower-cased Penn Treebank tokens of a text without COCO's punctuation, as Stanford's PTBTokenizer makes them."""
-    text, tokens, place = text + "\n", [], 0
-    while place < len(text):
-        if text[place].isspace():
-            place += 1
+    """Lower-cased Penn Treebank tokens of a text, as from Stanford's PTBTokenizer, without COCO's punctuation."""
+    text, tokens, position = text + "\n", [], 0
+    while position < len(text):
+        if text[position].isspace():
+            position += 1
             continue
-        match = PLAIN_WORD.match(text, place)
+        match = PLAIN_WORD.match(text, position)
         if match is None:
-            matches = [match for rule in PTB_RULES if (match := rule.match(text, place))]
+            matches = [match for rule in PTB_RULES if (match := rule.match(text, position))]
             match = max(matches, key=lambda match: match.end(), default=None)
-        if match is None:  # a character that the tokeniser throws away
-            place += 1
+        if match is None:  # the tokeniser drops this character
+            position += 1
             continue
-        place, token = match.end(1), match[1].lower()
+        position, token = match.end(1), match[1].lower()
         if QUOTES_OR_CLITIC.fullmatch(token):
             token = token.replace("&apos;", "'").translate(STRAIGHT)
         if not REMOVED.fullmatch(token):

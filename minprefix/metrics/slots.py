@@ -1,6 +1,7 @@
-"""Slot accuracy on E2E: the share of an input's values that a text tells, names as they stand, others in usual words.
+"""Slot accuracy on E2E: the fraction of an input's values that a text states, names verbatim, others in usual words.
 
-What is said counts, what is invented does not. People leave values out too: of their own test texts this finds 91%.
+Only missing values count, not invented ones. E2E's human references leave values out, too: on its test set they have
+a slot accuracy of 91%.
 """
 
 import re
@@ -38,7 +39,7 @@ NOT_FOR_FAMILIES = (
     rf"({FAMILY})\w*[- ](un|free)|adult"
 )
 
-WORDS = {  # (slot, value) in lower case -> the pattern that must occur in the lower-cased text
+WORDS = {  # (slot, value) in lower case -> the pattern that must match in the lower-cased text
     ("type", "pub"): r"\bpub",
     ("type", "restaurant"): r"restaurant|eatery|diner|dining|place to eat|(food|eating) place",
     ("type", "coffee shop"): r"coffee|caf[eé]",
@@ -67,33 +68,33 @@ WORDS = {  # (slot, value) in lower case -> the pattern that must occur in the l
 
 
 def slot_accuracy(sources: Iterable[str], texts: Iterable[str]) -> dict[str, float]:
-    """{"slots": the share of all values that the texts tell, then the share for each slot}, in 0..1.
+    """{"slots": the fraction of all values that the texts state, then the fraction for each slot}, in 0..1.
 
-    sources: linearised inputs, `name : Blue Spice | Type : pub`, as `load_examples` gives them for E2E. A value that
-    has no usual words, of somebody's own data, must occur as it stands, whatever its case.
+    sources: linearised inputs, `name : Blue Spice | Type : pub`, as `load_examples` gives them for E2E. A value that is
+    not in E2E must occur in the text verbatim, except for case.
     """
-    told: dict[str, list[bool]] = {"slots": []}
+    results: dict[str, list[bool]] = {"slots": []}
     for source, text in zip(sources, texts, strict=True):
         for slot, found in slots_told(source, text):
-            told["slots"].append(found)
-            told.setdefault(slot, []).append(found)
-    return {slot: sum(found) / len(found) for slot, found in told.items() if found}
+            results["slots"].append(found)
+            results.setdefault(slot, []).append(found)
+    return {slot: sum(found) / len(found) for slot, found in results.items() if found}
 
 
 def slots_told(source: str, text: str) -> list[tuple[str, bool]]:
-    """[(slot, whether the text tells its value)] for one linearised input, in whichever Unicode form they are."""
+    """[(slot, whether the text states its value)] for one linearised input. Unicode is normalised to NFC first."""
     source, text = unicodedata.normalize("NFC", source), unicodedata.normalize("NFC", text)
     pairs = [pair.split(" : ", 1) for pair in source.split(" | ") if " : " in pair]
     rest = text
     for name in [value for slot, value in pairs if slot in NAMES]:
-        rest = rest.replace(name, "_")  # else Café Rouge would tell of a coffee shop
+        rest = rest.replace(name, "_")  # otherwise the name Café Rouge would count as a coffee shop
     return [(slot, value in text if slot in NAMES else tells(slot, value, rest.lower())) for slot, value in pairs]
 
 
 def tells(slot: str, value: str, text: str) -> bool:
-    """Whether a lower-cased text, names taken out, tells a slot's value."""
+    """Whether a lower-cased text without names states a slot's value."""
     if slot == "family friendly":
-        against = re.search(NOT_FOR_FAMILIES, text) is not None
-        return against if value == "no" else not against and re.search(FAMILY, text) is not None
+        negated = re.search(NOT_FOR_FAMILIES, text) is not None
+        return negated if value == "no" else not negated and re.search(FAMILY, text) is not None
     pattern = WORDS.get((slot.lower(), value.lower()), re.escape(value.lower()))
     return re.search(pattern, text) is not None

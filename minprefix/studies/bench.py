@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minprefix.cli.options import Parser, add_device_options, check_above_zero, check_not_negative, flag
 from minprefix.core.batches import Group, collate, encode_pairs, pad, start_id
 from minprefix.core.generate import generate_ids
-from minprefix.core.kernels import Linear, pack_weights
+from minprefix.core.kernels import Linear, compile_layers, pack_weights
 from minprefix.core.loss import target_loss
 from minprefix.core.model import Model
 from minprefix.core.prefix import Prefix
@@ -74,6 +74,8 @@ def parse_args() -> Namespace:
     add("--rounds", type=int, metavar="N", default=3, help="rounds after the first (%(default)s)")
     add("--threads", type=int, metavar="N", help="of the CPU (torch's default)")
     add_device_options(parser)
+    add("--compile", choices=("auto", "on", "off"), metavar="WHEN", default="auto",
+        help="on CUDA, compile minprefix's layers: on, off, or in training (%(default)s)")  # fmt: skip
     add("--peer", action="store_true", help="transformers + PEFT as well (pip install -e '.[parity]')")
     add("--sweep", nargs="+", metavar=("OPTION", "N"), help="measure for each value of an option: beams 1 5 10")
     add("--json", action="store_true", help="print JSON lines only, minprefix's own the last")
@@ -228,12 +230,14 @@ def ours(args: Namespace) -> Work:
     facts = facts_of(args, model, tokenizer, batches, model.prefix_sites)
     prefix = Prefix(model, args.prefix_length, args.hidden).to(args.device)
     optimizer, folded = make_optimizer(prefix, lr=8e-5), prefix.fold()
-    pack_weights(model, training=args.what == "train")  # for good: the scripts, too, pack once for all of their work
+    pack_weights(model, training=args.what == "train")  # for good: the scripts, too, do this once for all of their work
+    if args.compile == "on" or (args.compile == "auto" and args.what == "train"):
+        compile_layers(model)
     start, count = start_id(model, tokenizer), args.new_tokens
 
     def train(i: int) -> None:
         batch = collate(batches[i], tokenizer, model).to(args.device)
-        training_step(model, prefix, batch, optimizer)
+        training_step(model, prefix, [batch], optimizer)
 
     def write(i: int) -> None:
         sources = [source for source, _ in batches[i]]

@@ -186,7 +186,7 @@ def measure(args: Namespace) -> dict[str, float]:
     with packed_weights(model, training=True):
         for groups in [*batches, *batches]:
             started = time.perf_counter()
-            training_step(model, prefix, collate(groups, tokenizer, model).to(args.device), optimizer).item()
+            training_step(model, prefix, [collate(groups, tokenizer, model).to(args.device)], optimizer).item()
             seconds.append((time.perf_counter() - started) / pair_count(groups))
     seconds = seconds[len(batches) :]  # the first time includes compiling
     sources, started = [example.source for example in examples[:16]], time.perf_counter()

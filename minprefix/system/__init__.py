@@ -1,1 +1,1 @@
-"""Errors in one line, whole files, signals, device and dtype, several processes."""
+"""Errors of one line, atomic writes, signals, the choice of device and dtype, torchrun."""

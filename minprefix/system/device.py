@@ -1,4 +1,4 @@
-"""What the machine offers: a device, the dtype that it multiplies fast, memory that stays allocated."""
+"""The choice of device and dtype, and a memory setting that makes training on CPU faster."""
 
 import ctypes
 import sys
@@ -9,15 +9,15 @@ from minprefix.system.errors import InputError
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step: giving it back and taking it anew is a fifth of a step on CPU."""
+    """Make glibc reuse freed memory: on CPU, returning it to the system and allocating it again is 20% of a step."""
     if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # musl has none
-        mallopt(-4, 0)  # M_MMAP_MAX: no allocation by mmap, whose memory goes back at once
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # musl lacks mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: never allocate with mmap, whose memory is returned when it is freed
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def pick_device(name: str) -> str:
-    """ "auto" is CUDA, else Apple's MPS, else the CPU."""
+    """The device for an option's value; "auto" is CUDA, else Apple's MPS, else the CPU. InputError if unavailable."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(device for device in available if available[device])
@@ -27,7 +27,7 @@ def pick_device(name: str) -> str:
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:
-    """ "auto" is bfloat16 where the hardware multiplies it natively, else float32."""
+    """The dtype for an option's value; "auto" is bfloat16 where the hardware multiplies it natively, else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device == "cuda":

@@ -1,7 +1,8 @@
-"""One run by several processes, each with a device of its own: `torchrun --nproc_per_node=N train.py ...`.
+"""Data-parallel runs with torchrun, one process per device: `torchrun --nproc_per_node=N train.py ...`.
 
-Each process (a rank) holds the frozen model and takes its share of every batch; what travels are the gradients of what
-is trained. Rank 0 alone prints and writes. Without torchrun there is one rank, and nothing here does anything.
+Each process (a rank) holds the frozen model and processes a part of every batch; only the gradients of the trained
+parameters are exchanged. Rank 0 alone prints and writes files. Without torchrun there is a single rank, and the
+functions of this module do nothing.
 """
 
 import contextlib
@@ -21,11 +22,11 @@ T = TypeVar("T")
 
 
 class RankLost(InputError):
-    """Another process of the run has ended, killed perhaps."""
+    """Another process of the run has ended; it may have been killed."""
 
 
 def distributed_main(main: Callable[[], None]) -> Callable[[], None]:
-    """A script's `main` as each process of torchrun runs it; an error that ends several of them is printed by one."""
+    """Wrap a script's `main` for torchrun: set up the process group, print on rank 0 only and each error only once."""
     if not dist.is_torchelastic_launched():
         return main
 
@@ -33,16 +34,16 @@ def distributed_main(main: Callable[[], None]) -> Callable[[], None]:
         store, rank, size = next(dist.rendezvous("env://"))
         try:
             backends = "cpu:gloo,cuda:nccl" if use_own_gpu() else "gloo"
-            # All but no time limit: if one process ends, torchrun ends the others.
+            # Practically no time limit: if one process ends, torchrun stops the others.
             limit = datetime.timedelta(days=7)
             dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=limit)
             with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence if rank else sys.stdout):
                 with one_line_errors():
                     main()
-            with raise_rank_lost():  # or one that ends early can be torn down while its connections are in use
+            with raise_rank_lost():  # wait for all ranks: one that exits early closes connections still in use
                 dist.barrier()
         except (InputError, KeyboardInterrupt) as error:
-            if store.add(str(error), 1) > 1:  # counts who has this message: the first prints it
+            if store.add(str(error), 1) > 1:  # counts the ranks with this error: the first one prints it
                 sys.exit(2)
             raise
         finally:
@@ -53,7 +54,7 @@ def distributed_main(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def use_own_gpu() -> bool:
-    """Have "cuda" mean a GPU that no other process of the run uses; whether there are GPUs. InputError if too few."""
+    """Make this process's own GPU the current one and return True; False without GPUs. InputError if too few."""
     if not torch.cuda.is_available():
         return False
     processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -72,14 +73,12 @@ def world_size() -> int:
 
 
 def shard(items: list[T]) -> list[T]:
-    """What this rank does of a list that all ranks have: every world_size-th item."""
+    """This rank's part of a list that is the same on all ranks: every world_size-th item, starting at `rank`."""
     return items[rank() :: world_size()]
 
 
 def unshard(items: list[T]) -> list[T]:
-    """What all ranks made of their shares, in the order of the whole list."""
-    if world_size() == 1:
-        return items
+    """Gather the results that each rank computed for its `shard`, in the order of the whole list."""
     parts = all_gather(items)
     whole: list[Any] = [None] * sum(map(len, parts))
     for i, part in enumerate(parts):
@@ -88,42 +87,42 @@ def unshard(items: list[T]) -> list[T]:
 
 
 def all_gather(item: Any) -> list[Any]:
-    """What each rank has for it, in the order of the ranks."""
-    every: list[Any] = [None] * world_size()
+    """Gather a picklable object from each rank, in the order of the ranks."""
+    if world_size() == 1:
+        return [item]
+    gathered: list[Any] = [None] * world_size()
     with raise_rank_lost():
-        dist.all_gather_object(every, item)
-    return every
+        dist.all_gather_object(gathered, item)
+    return gathered
 
 
 def check_same_on_ranks(settings: dict[str, Any]) -> None:
-    """InputError on every rank, the same, where the ranks' settings (name -> value) differ."""
-    if world_size() == 1:
-        return
-    every = all_gather(settings)
-    if differing := [name for name in every[0] if any(other.get(name) != every[0].get(name) for other in every)]:
-        what = ", ".join(name.replace("_", " ") for name in differing)
-        raise InputError(f"the processes differ in {what}: give all of them the same files and options")
+    """Raise the same InputError on every rank if the ranks' settings (name -> value) differ."""
+    first, *others = all_gather(settings)
+    if differing := [name for name in first if any(other.get(name) != first[name] for other in others)]:
+        names = ", ".join(name.replace("_", " ") for name in differing)
+        raise InputError(f"the processes differ in {names}: give all of them the same files and options")
 
 
 def broadcast_from_rank0(choose: Callable[[], T]) -> T:
-    """What a function gives on rank 0, for all ranks; so with an InputError of it."""
+    """Call a function on rank 0 and return its result on all ranks, or raise its InputError on all of them."""
     if world_size() == 1:
         return choose()
-    made: list[Any] = [None]
+    result: list[Any] = [None]
     if rank() == 0:
         try:
-            made = [choose()]
+            result = [choose()]
         except InputError as error:
-            made = [error]
+            result = [error]
     with raise_rank_lost():
-        dist.broadcast_object_list(made)
-    if isinstance(made[0], InputError):
-        raise made[0]
-    return made[0]
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], InputError):
+        raise result[0]
+    return result[0]
 
 
 def all_reduce_sum(tensors: list[Tensor]) -> None:
-    """Replace tensors by their sums over all ranks, in one message."""
+    """Replace each tensor by its sum over all ranks, with a single all-reduce."""
     if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -135,7 +134,7 @@ def all_reduce_sum(tensors: list[Tensor]) -> None:
 
 @contextlib.contextmanager
 def raise_rank_lost() -> Iterator[None]:
-    """RankLost where a collective operation fails."""
+    """Raise RankLost if a collective operation in the block fails."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Files that are read with a clear complaint and written whole or not at all; folders for one process at a time."""
+"""Reading files with errors of one line, writing them completely or not at all, and locking folders."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from minprefix.system.errors import InputError, WriteError
 
 
 def read_text(path: str | Path) -> str:
-    """The UTF-8 text of a file (or of stdin, for "-"), a byte-order mark dropped, line ends kept as they are."""
+    """The UTF-8 text of a file (or of stdin, for "-"), without a byte-order mark, with its line ends unchanged."""
     name = "stdin" if path == "-" else path
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
@@ -25,7 +25,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """A JSON file's value."""
+    """The value of a JSON file; InputError if it cannot be read or is not valid JSON."""
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -34,12 +34,13 @@ def read_json(path: str | Path) -> Any:
 
 @contextlib.contextmanager
 def locked(folder: Path, new: bool = False, wait: str = "") -> Iterator[None]:
-    """Let one process at a time into the block for a folder, which is made if need be, and removed if it stays empty.
+    """Hold an exclusive lock on a folder while the block runs. A missing folder is created, and removed if left empty.
 
-    Where another process is in it: InputError, or print `wait` and wait. new: FileExistsError if the folder is there.
+    If another process holds the lock: InputError, or with `wait` print that message to stderr and wait. new: raise
+    FileExistsError if the folder exists already.
     """
-    path = Path(os.path.realpath(folder))  # what a link leads to need not be there
-    made = [part for part in (path, *path.parents) if not part.exists()]
+    path = Path(os.path.realpath(folder))  # the target of a symbolic link may not exist yet
+    created = [part for part in (path, *path.parents) if not part.exists()]
     try:
         path.mkdir(parents=True, exist_ok=not new)
     except OSError as error:
@@ -50,16 +51,16 @@ def locked(folder: Path, new: bool = False, wait: str = "") -> Iterator[None]:
         try:
             yield
         finally:
-            for part in made:
-                with contextlib.suppress(OSError):  # it is not empty
+            for part in created:
+                with contextlib.suppress(OSError):  # not empty
                     part.rmdir()
 
 
 @contextlib.contextmanager
 def lock_of_system(folder: Path, wait: str) -> Iterator[None]:
-    """flock on the folder itself: it leaves no file, and ends with its process, however that ends.
+    """Lock the folder itself with flock, which needs no lock file and is released however the process ends.
 
-    On Windows and on network disks without such locks nothing is locked.
+    On Windows, and on network disks without flock, nothing is locked.
     """
     try:
         import fcntl
@@ -87,68 +88,68 @@ def lock_of_system(folder: Path, wait: str) -> Iterator[None]:
 
 
 def umask() -> int:
-    """The permissions that new files shall not have; there is no way to ask for it but to set it."""
+    """The process's umask: the permission bits that new files do not get. It can be read only by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether it is there and neither file nor folder: a pipe, a terminal, /dev/null."""
+    """Whether the path exists and is neither a file nor a folder: a pipe, a terminal, /dev/null."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
+@contextlib.contextmanager
+def write_errors(path: str | Path) -> Iterator[None]:
+    """Raise WriteError for an OSError in the block; `path` is the file that is being written, for the message."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror}") from error
+
+
 def check_writable(path: Path) -> None:
-    """WriteError, before any work, unless `atomic_write` could write a file there. Makes no folder."""
+    """Raise WriteError if `atomic_write` could not write this file; called before any work. Creates no folder."""
     if os.path.isdir(path):
         raise WriteError(f"cannot write {path}: it is a folder")
     if not is_stream(path):
         target = Path(os.path.realpath(path))
         folder = next(parent for parent in target.parents if os.path.exists(parent))
-        try:
+        with write_errors(path):
             tempfile.NamedTemporaryFile(prefix=target.name + ".", suffix=".tmp", dir=folder).close()
-        except OSError as error:
-            raise WriteError(f"cannot write {path}: {error.strerror}") from error
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary neighbour of `path` for writing; rename it to `path` only if the block succeeds.
+    """Open a temporary file in the folder of `path` for writing; rename it to `path` only if the block succeeds.
 
-    A link is followed. What is no file, as a pipe or /dev/null, is written to as it is, for a rename would replace it.
+    A symbolic link is followed. A pipe or device such as /dev/null is written to directly: a rename would replace it.
     """
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    if is_stream(path):  # by this name: what /dev/stdout links to may have no other
-        try:
-            with open(path, mode, **text) as file:
-                yield file
-        except OSError as error:
-            raise WriteError(f"cannot write {path}: {error.strerror}") from error
+    if is_stream(path):  # opened by this name: the target of /dev/stdout may have no path
+        with write_errors(path), open(path, mode, **text) as file:
+            yield file
         return
-    target = Path(os.path.realpath(path))  # messages name `path`, as the user wrote it
-    try:
+    target = Path(os.path.realpath(path))  # error messages name `path`, as the user wrote it
+    with write_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=target.name + ".", suffix=".tmp", dir=target.parent)
-    except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~umask())
-        os.replace(temporary, target)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            error = error.__context__  # torch.save fails once more when it closes the file
-        if isinstance(error, OSError):
-            raise WriteError(f"cannot write {path}: {error.strerror}") from error
-        raise
+        try:
+            with os.fdopen(handle, mode, **text) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~umask())
+            os.replace(temporary, target)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+                raise error.__context__ from None  # torch.save fails a second time when it closes the file
+            raise
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Rows as a JSONL file, whole or not at all."""
+    """Write rows as a JSONL file, one JSON object per line, by `atomic_write`."""
     with atomic_write(path) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

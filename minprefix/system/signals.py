@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as an exception, which can be put off while something that must not be left half done runs."""
+"""Ctrl-C and SIGTERM as an exception, which can be deferred during work that must not be interrupted."""
 
 import contextlib
 import signal
@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """One of SIGNALS came; its number is the second argument."""
+    """One of SIGNALS was received; its number is the second argument."""
 
 
 def raise_stopped(number: int, frame: FrameType | None) -> NoReturn:
@@ -20,35 +20,35 @@ def raise_stopped(number: int, frame: FrameType | None) -> NoReturn:
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, FrameType | None], object], numbers: Iterable[int]) -> Iterator[None]:
-    """`handler` handles the signals of these numbers while the block runs."""
-    before = {number: signal.signal(number, handler) for number in numbers}
+    """Install `handler` for the signals with these numbers while the block runs."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, old_handler in previous.items():
+            signal.signal(number, old_handler)
 
 
 def signals_as_exceptions() -> contextlib.AbstractContextManager[None]:
-    """SIGNALS raise Stopped while the block runs, but for those that are ignored, as in a shell's background."""
+    """Raise Stopped for SIGNALS while the block runs, except for ignored ones, as in a shell's background jobs."""
     return handled(raise_stopped, [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN])
 
 
 def ignore() -> None:
-    """SIGNALS have no effect from here on, within `signals_as_exceptions`: the script ends already, and says why."""
+    """Ignore SIGNALS until the block of `signals_as_exceptions` ends: for a script that is about to exit anyway."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[None]:
-    """SIGNALS that arrive while the block runs take effect when it is done, or has failed."""
-    came, handlers = [], {}
-    if threading.current_thread() is threading.main_thread():  # no other gets signals, nor may it handle them
+    """Defer SIGNALS that arrive while the block runs until it has ended, normally or with an exception."""
+    received, handlers = [], {}
+    if threading.current_thread() is threading.main_thread():  # other threads cannot receive or handle signals
         handlers = {n: handler for n in SIGNALS if callable(handler := signal.getsignal(n))}
     try:
-        with handled(lambda *arguments: came.append(arguments), handlers):
+        with handled(lambda *arguments: received.append(arguments), handlers):
             yield
     finally:
-        for number, frame in came[:1]:
+        for number, frame in received[:1]:
             handlers[number](number, frame)

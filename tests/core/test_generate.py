@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minprefix.core.cache import Cache
-from minprefix.core.generate import generate, generate_ids, search_ids
+from minprefix.core.generate import CHECK_EVERY, generate, generate_ids, search_ids
 from minprefix.core.gpt2 import GPT2
 from minprefix.core.prefix_kv import KVInfix, KVPrefix
 from minprefix.formats.names import to_huggingface
@@ -121,6 +121,20 @@ def test_beam_search_is_the_naive_one(model, sources, kind):
         options = {"length_penalty": length_penalty, "forbidden": forbidden, "batch_size": 5}
         ours = generate_ids(model, sources, END, END, prefix, beams=beams, max_new_tokens=NEW, **options)
         assert ours == naive
+
+
+@pytest.mark.parametrize("every", [2, 5, 99])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_finished_texts_may_stay_for_some_steps(model, sources, monkeypatch, every, beams):
+    options = {"beams": beams, "max_new_tokens": NEW, "batch_size": 7, "no_repeat_ngram": 2}
+    expected = search_ids(model, sources, END, END, make_prefix("shared", 0), **options)
+    monkeypatch.setitem(CHECK_EVERY, "cpu", every)
+    found = search_ids(model, sources, END, END, make_prefix("shared", 0), **options)
+    assert [text for ((text, _),) in found] == [text for ((text, _),) in expected]
+    torch.testing.assert_close(
+        [score for ((_, score),) in found], [score for ((_, score),) in expected], rtol=1e-5, atol=1e-5
+    )
+    assert len({len(text) for ((text, _),) in expected}) > 3
 
 
 @pytest.mark.parametrize("position_offset", [P, 0])

@@ -5,7 +5,7 @@ import torch
 
 from minprefix import Prefix, load_model, load_tokenizer, stack_prefixes
 from minprefix.core import training
-from minprefix.core.attention import causal_mask, position_ids, visible_keys
+from minprefix.core.attention import causal_mask, check_positions, position_ids, visible_keys
 from minprefix.core.batches import collate
 from minprefix.core.kernels import packed_weights
 from minprefix.core.loss import target_loss
@@ -146,17 +146,17 @@ def test_mask_and_positions_by_hand():
     mask = causal_mask(5, torch.zeros(1, dtype=torch.bfloat16), segments)
     assert mask.shape == (2, 1, 5, 5) and mask.dtype == torch.bfloat16
     assert torch.equal(mask[:, 0] == 0, visible_keys(segments)) and bool(((mask == 0) | mask.isinf()).all())
-    assert position_ids(segments, 4, 99, segments=segments).tolist() == [[4, 5, 6, 7, 6], [4, 5, 5, 5, 6]]
+    assert position_ids(segments, 4, 99, segments).tolist() == [[4, 5, 6, 7, 6], [4, 5, 5, 5, 6]]
     starts = torch.tensor([4, 0])
-    assert position_ids(segments, starts, 99, segments=segments).tolist() == [[4, 5, 6, 7, 6], [0, 1, 1, 1, 2]]
+    assert position_ids(segments, starts, 99, segments).tolist() == [[4, 5, 6, 7, 6], [0, 1, 1, 1, 2]]
 
 
 def test_a_row_may_be_longer_than_the_positions_but_no_pair():
     segments = torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3], [0, 1, -1, -1, -1, -1, -1, -1]])
-    positions = position_ids(segments, 3, 7, segments=segments)  # padding's are cut to those that there are
+    positions = position_ids(segments, 3, 7, segments)  # padding's are cut to those that there are
     assert positions.tolist() == [[3, 4, 5, 6, 5, 6, 5, 6], [3, 4, 4, 5, 6, 6, 6, 6]]
     with pytest.raises(InputError, match="4 tokens from position 3 on do not fit the model's 6 positions"):
-        position_ids(segments, 3, 6, segments=segments)
+        check_positions(segments.size(1), 3, 6, segments)
 
 
 # ---- training ----
@@ -186,7 +186,7 @@ def test_a_step_averages_over_pairs(model, folder, monkeypatch):
         torch.manual_seed(1)
         prefix = Prefix(model, 3, mlp_width=0).double()
         optimizer = training.make_optimizer(prefix, 1e-2)
-        training.training_step(model, prefix, collate(groups, load_tokenizer(folder), model), optimizer)
+        training.training_step(model, prefix, [collate(groups, load_tokenizer(folder), model)], optimizer)
     for a, b in zip(gradients[: len(gradients) // 2], gradients[len(gradients) // 2 :], strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 

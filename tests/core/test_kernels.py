@@ -167,7 +167,7 @@ def test_where_compiling_fails_the_function_itself_is_used_and_that_is_said_once
     function = kernels.compiled.__wrapped__(double)
     large = torch.ones(kernels.WORTH_IT)
     assert torch.equal(function(large), 2 * large) and torch.equal(function(large), 2 * large)
-    assert capsys.readouterr().err == "torch.compile does not work here, so training is slower (no C++ compiler)\n"
+    assert capsys.readouterr().err == "torch.compile does not work here, so this is slower (no C++ compiler)\n"
 
 
 def test_small_tensors_are_not_worth_it(monkeypatch):

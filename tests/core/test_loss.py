@@ -29,7 +29,9 @@ def plain(model, batch, prefix):
     return F.cross_entropy(model.logits(states).float(), batch.labels, reduction="sum")
 
 
-@pytest.mark.parametrize("rows", [100, LOGIT_ROWS, 2 * LOGIT_ROWS + 7])  # the last is large enough to be compiled
+@pytest.mark.parametrize(
+    "rows", [100, LOGIT_ROWS["cpu"], 2 * LOGIT_ROWS["cpu"] + 7]
+)  # the last is large enough to be compiled
 def test_in_float32_and_in_bfloat16(folder, rows):
     torch.manual_seed(0)
     states, labels = torch.randn(rows, 32), torch.randint(4096, (rows,))

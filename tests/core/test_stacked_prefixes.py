@@ -271,7 +271,7 @@ def test_sample_takes_an_embedding_beside_a_prefix(tmp_path, capsys, monkeypatch
 )  # fmt: skip
 def test_requests_that_make_no_sense(world, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(world[0])
-    monkeypatch.setattr(requests, "generate", None)  # is not reached
+    monkeypatch.setattr(requests, "generate_scored", None)  # is not reached
     other = '{"source": "x", "prefix": "a"}\n{"source": "pub", "prefix": "b"}\n'  # of another task than the first
     (world[0] / "other.jsonl").write_text(other)
     (world[0] / "bare.jsonl").write_text('{"source": "x"}\n')

@@ -131,6 +131,29 @@ def test_gradient_of_an_encoder_decoder_is_of_the_token_mean(bart_folder, tmp_pa
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+def test_a_step_over_several_batches_is_one_over_the_larger_batch(kind, model_folder, bart_folder, tmp_path):
+    """In float64, with parts of unequal lengths, and a last batch of an epoch that has fewer pairs than parts."""
+    folder, pairs = {"gpt2": (model_folder, PAIRS), "bart": (bart_folder, BART_PAIRS)}[kind]
+    tokenizer, results = load_tokenizer(folder), []
+    for size, accumulate in ((8, 1), (2, 4), (4, 2), (1, 8)):
+        torch.manual_seed(1)
+        model = load_model(folder, dtype=torch.float64)
+        prefix = Prefix(model, 3, mlp_width=8).double()
+        out = tmp_path / f"{size}x{accumulate}"
+        log, _ = train(model, prefix, tokenizer, pairs, pairs[:4], out, steps=7, batch_size=size, lr=1e-2,
+                       eval_every=1, accumulate=accumulate)  # fmt: skip
+        numbers = [row[key] for row in log for key in ("dev_loss", "loss", "epoch") if key in row]
+        results.append((prefix.fold(), numbers))
+    for kv, numbers in results[1:]:
+        assert numbers == pytest.approx(results[0][1], rel=1e-6)
+        for site in kv.kv:
+            torch.testing.assert_close(kv[site], results[0][0][site], rtol=1e-6, atol=1e-9)
+    with pytest.raises(InputError, match="accumulate = 8, not 2"):
+        train(model, prefix, tokenizer, pairs, pairs[:4], out, steps=7, batch_size=1, lr=1e-2, eval_every=1,
+              accumulate=2, resume=True)  # fmt: skip
+
+
 def test_training_an_encoder_decoder(bart_folder, tmp_path):
     before = {name: p.clone() for name, p in load_model(bart_folder).state_dict().items()}
     model, _, (log, _) = run(bart_folder, tmp_path, steps=60, pairs=BART_PAIRS)

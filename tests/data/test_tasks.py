@@ -340,6 +340,8 @@ def test_e2e_in_the_lines_of_the_papers_authors(split, tmp_path):
     assert load_examples("e2e", split, tmp_path) == expected
     (tmp_path / name).write_text("name : A||B\nname : A | B\n")
     assert f"{name}:2: 'name : A | B' is not of the form mr||text" in complaint(load_examples, "e2e", split, tmp_path)
+    (tmp_path / name).write_text("")
+    assert f"{name} is empty" in complaint(load_examples, "e2e", split, tmp_path)
 
 
 def test_missing_jsonl(tmp_path):

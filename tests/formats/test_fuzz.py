@@ -15,6 +15,8 @@ from minprefix.system.errors import InputError
 from tests import fuzz
 from tests.tiny import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def test_mutated_files_are_read_or_refused():
     """In a process of its own, which may die, and whose memory is limited."""

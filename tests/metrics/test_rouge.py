@@ -12,7 +12,7 @@ import pytest
 
 from minprefix import metrics
 from minprefix.metrics import scores
-from minprefix.system.errors import InputError
+from minprefix.system.errors import InputError, print_once
 
 needs_rouge_score = pytest.mark.skipif(
     importlib.util.find_spec("rouge_score") is None,
@@ -193,7 +193,7 @@ def test_texts_that_rouge_cannot_see_are_told_once(capsys):
 
     texts = ["\u5929\u6c14\u5f88\u597d", "\u041f\u043e\u0433\u043e\u0434\u0430", "The weather in 2020", "..."]
     references = [[text] for text in texts]
-    scores.warn_of_unseen.cache_clear()
+    print_once.cache_clear()
     assert [metrics.rouge(texts, references)["ROUGE-1"] for _ in range(2)] == [[0, 0, 1, 0]] * 2
     expected = RougeScorer(["rouge1"], use_stemmer=True)
     assert [expected.score(text, text)["rouge1"].fmeasure for text in texts] == [0, 0, 1, 0]

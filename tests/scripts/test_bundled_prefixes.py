@@ -14,6 +14,8 @@ from minprefix.data.tasks import format_source
 from tests.helpers import call
 from tests.tiny import ROOT
 
+pytestmark = pytest.mark.slow
+
 FOLDER = ROOT / "weights" / "prefixes"
 FILES = sorted(FOLDER.glob("*.safetensors"))
 INPUTS = {

@@ -2,12 +2,16 @@
 
 import sys
 
+import pytest
+
 from minprefix.core.batches import Example
 from minprefix.system.errors import run_main
 from tests.tiny import ROOT, write_tiny_model
 
 sys.path.insert(0, str(ROOT / "weights"))
 import new_names  # noqa: E402
+
+pytestmark = pytest.mark.slow
 
 
 def test_only_the_names_are_replaced():

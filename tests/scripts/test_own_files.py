@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import pytest
+import torch
 
 import sample
 import train
@@ -15,7 +17,9 @@ from minprefix.core.training import dev_loss
 from minprefix.formats.peft import write_adapter
 from minprefix.methods.files import find_trained
 from tests.helpers import assert_one_clear_line, call
-from tests.tiny import write_tiny_bart, write_tiny_model
+from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
+
+pytestmark = pytest.mark.slow
 
 QUICK = ("--steps", 2, "--eval-every", 2, "--device", "cpu", "--dtype", "float32")
 TEXTS = ("--eval-inputs", 2, "--beams", 2)
@@ -189,3 +193,25 @@ def test_several_texts_and_their_scores_are_json_lines(trained, capsys, tmp_path
     assert [json.loads(line)["texts"] for line in out.splitlines()] == [row["texts"] for row in rows]
     arguments = [*map(str, one), "--input", "x", "--return", "6"]
     assert_one_clear_line(sample, arguments, "returned is 6: it must be at most the 5 beams", capsys, trained)
+
+
+def test_steps_over_several_batches(trained, capsys, tmp_path, monkeypatch):
+    """36 pairs in steps of two batches of 4: five steps in an epoch, to the same prefix as with batches of 8."""
+    monkeypatch.chdir(trained)
+    common = ("--model", "model", "--task", "start.jsonl", *QUICK[2:], "--eval-inputs", 0, "--epochs", 1)
+    for name, sizes in (("one", ("--batch-size", 8)), ("two", ("--batch-size", 4, "--accumulate", 2))):
+        code, out, err = call(train, capsys, *common, *sizes, "--out", tmp_path / name)
+        assert code == 0 and "36 training pairs, 5 steps of 8," in out, err
+    one, two = (load_prefix(tmp_path / name)["decoder"] for name in ("one", "two"))
+    assert torch.allclose(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_in_an_ascii_locale(world, tmp_path):
+    """Without Python's UTF-8 mode: torch.compile cannot read its own files then."""
+    rows = [{"source": f"caf\xe9 {i}", "target": "\u4e2d"} for i in range(20)]
+    options = ("--model", world / "model", "--task", write_rows(tmp_path / "rows.jsonl", rows), *QUICK, *TEXTS)
+    command = [sys.executable, ROOT / "train.py", *options, "--out", tmp_path / "run"]
+    locale = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([*map(str, command)], capture_output=True, env={**os.environ, **locale})
+    assert done.returncode == 0 and b"reference           \\u4e2d" in done.stdout, done.stderr
+    assert (tmp_path / "run" / "result.json").is_file()

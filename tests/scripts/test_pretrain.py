@@ -19,6 +19,8 @@ from tests.tiny import ROOT
 sys.path.insert(0, str(ROOT / "weights"))
 import pretrain  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TEXT = (
     "The Golden Lantern opened in 1901. It burnt down twice! Was it rebuilt? It was, at 3.5 times the size.\n"
     '"A fine house," they said. Dr. Smith lives there now'

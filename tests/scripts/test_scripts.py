@@ -26,9 +26,12 @@ from minprefix.data import tasks
 from minprefix.formats.safetensors import read_safetensors
 from minprefix.metrics import scores
 from minprefix.studies import experiments
+from minprefix.system.errors import print_once
 from minprefix.system.files import atomic_write, check_writable, locked
 from tests.helpers import ROWS, assert_one_clear_line, call, entry, write_xml
 from tests.tiny import write_tiny_model
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -586,7 +589,7 @@ def test_scoring_own_rows_says_which(prefix_file, world, capsys, tmp_path):
 
 
 def test_a_misspelt_slot_is_told(capsys):
-    tasks.tell_unknown_slot.cache_clear()
+    print_once.cache_clear()
     for text in ("eattype[pub], food[Thai]", "eattype[restaurant]", "Type[pub], customer rating[low]"):
         tasks.format_source("e2e", text)
     err = capsys.readouterr().err

@@ -15,6 +15,8 @@ from minprefix.formats.safetensors import read_safetensors
 from tests.helpers import assert_one_clear_line, call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
+pytestmark = pytest.mark.slow
+
 needs_rouge_score = pytest.mark.skipif(
     importlib.util.find_spec("rouge_score") is None, reason='needs rouge-score: pip install -e ".[eval]"'
 )

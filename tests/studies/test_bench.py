@@ -14,6 +14,8 @@ from minprefix.system.errors import InputError
 from tests.helpers import call, singles
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
+pytestmark = pytest.mark.slow
+
 MR = "name[The Golden Lantern], eatType[pub], food[Thai]"
 QUICK = ["--batch-size", "3", "--steps", "2", "--rounds", "1", "--hidden", "8", "--threads", "1", "--device", "cpu"]
 

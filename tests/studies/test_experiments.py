@@ -28,6 +28,8 @@ from minprefix.system.files import locked
 from tests.helpers import call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
+pytestmark = pytest.mark.slow
+
 MRS = [f"name[The Golden Lantern {i}], eatType[pub]" for i in range(20)]
 ENTRY = (
     '<entry category="{topic}" eid="1"><modifiedtripleset><mtriple>A | is | {topic}</mtriple></modifiedtripleset>'

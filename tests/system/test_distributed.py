@@ -19,6 +19,8 @@ from minprefix.system.distributed import distributed_main, use_own_gpu
 from minprefix.system.errors import InputError, run_main
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
 
+pytestmark = pytest.mark.slow
+
 # Batches of 4, 4, 4 and 1: no two shares have as many tokens, and one is empty.
 PAIRS = [([5 + i] * (1 + i % 3), [40 + i] * (1 + i % 5) + [4095]) for i in range(13)]
 BART_PAIRS = [([0, *source, 2], [0, *target[:-1], 2]) for source, target in PAIRS]
