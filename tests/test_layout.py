@@ -134,6 +134,7 @@ def test_the_core_needs_four_packages():
         assert imported <= {"torch", "numpy", "tiktoken", "tqdm", "minprefix", *sys.stdlib_module_names}, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path, text in READMES.items() if "```python" in text])
 def test_the_python_of_a_readme_runs(path, monkeypatch):
     monkeypatch.chdir(ROOT)  # it names a bundled prefix

@@ -43,7 +43,7 @@ class HeadLoss(torch.autograd.Function):
                 loss, gradient = compiled(loss_and_gradient)(model.logits(x), y)
                 gradients.append(gradient @ model.head.weight)
             else:
-                loss = F.cross_entropy(at_least_float32(model.logits(x)), y, reduction="sum")
+                loss = compiled(negative_log_likelihood)(model.logits(x), y)
             total = total + loss
         ctx.gradients = gradients
         return total
@@ -51,6 +51,12 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return torch.cat(ctx.gradients).mul_(gradient), None, None
+
+
+def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (N, V), labels (N,) -> their cross-entropy, summed."""
+    total = at_least_float32(logits).logsumexp(dim=-1, keepdim=True)
+    return (total - at_least_float32(logits.gather(1, labels[:, None]))).sum()
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ def test_each_tool_has_a_help_of_its_own(tool, capsys):
     assert end.value.code == 0 and f"usage: python -m minprefix {tool}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_tool_that_is_not_asked_for_is_not_imported():
     program = ("import sys\nfrom minprefix import __main__ as entry\nsys.argv = ['minprefix', 'show', '--help']\n"
                "try:\n    entry.main()\nexcept SystemExit:\n    pass\n"

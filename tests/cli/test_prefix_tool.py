@@ -190,6 +190,7 @@ def test_runs_of_other_methods_and_unfinished_ones_are_told(world, capsys, tmp_p
         load_trained(tmp_path / "finetuned" / "model", load_model("gpt2"))
 
 
+@pytest.mark.slow
 def test_the_package_is_the_command(world):
     command = [sys.executable, "-m", "minprefix", "show", "gpt2.safetensors"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -113,6 +113,7 @@ def test_without_locks_a_new_run_has_a_folder_of_its_own_too(tmp_path, monkeypat
         assert one != two and enter(two, True) == two
 
 
+@pytest.mark.slow
 def test_a_lock_ends_with_its_process(tmp_path):
     program = ("import sys, time; from pathlib import Path; from minprefix.system.files import locked\n"
                "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)")  # fmt: skip

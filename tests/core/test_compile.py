@@ -15,6 +15,8 @@ from minprefix.core.prefix_kv import KVInfix
 from minprefix.methods.baselines import Adapters
 from minprefix.system.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 V, B = 31, 3
 SIZES = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
          "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}  # fmt: skip

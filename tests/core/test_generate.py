@@ -14,7 +14,6 @@ from minprefix.formats.names import to_huggingface
 from minprefix.system.errors import InputError
 from tests.helpers import reference_infix
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 V, END, P, L, H, D = 100, 7, 3, 2, 2, 16
 CONFIG = {"vocab_size": V, "n_positions": 64, "n_embd": H * D, "n_layer": L, "n_head": H}
 NEW = 12  # tokens

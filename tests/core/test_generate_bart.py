@@ -19,7 +19,6 @@ from minprefix.formats.names import to_huggingface
 from minprefix.formats.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_alphabet
 from minprefix.system.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 V, L, H, D, ROOM = 30, 2, 2, 16, 64
 FIRST, PAD, END = 0, 1, 2
 NEW = 16  # tokens

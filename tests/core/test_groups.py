@@ -15,8 +15,6 @@ from minprefix.system.errors import InputError
 from tests.helpers import pairs_of, singles
 from tests.tiny import write_tiny_bart, write_tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Ragged: sources and targets of many lengths, groups of 1 to 4, an empty source for GPT-2.
 GROUPS = [
     ([5, 6, 7], [[40, 50, 2], [41, 2], [42, 52, 62, 72, 2]]),

@@ -20,7 +20,6 @@ from minprefix.system.errors import InputError
 from tests.helpers import call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 V, END = 60, 7
 SHAPES = {
     "gpt2": {"vocab_size": V, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2},

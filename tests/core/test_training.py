@@ -283,6 +283,7 @@ def test_interrupted_and_resumed_by_either_optimiser(hidden, optimizer, model_fo
     assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_prefix_bit_for_bit(model_folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     examples = [{"source": f"item {i} of a list", "target": f"it is number {i}."} for i in range(60)]

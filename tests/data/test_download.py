@@ -17,6 +17,8 @@ from minprefix.data.sample_e2e import sample_rows
 from minprefix.data.tasks import Example, linearise_e2e, load_examples
 from tests.helpers import E2E, needs_e2e
 
+pytestmark = pytest.mark.slow
+
 OFFICIAL_URL = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
 
 

@@ -9,6 +9,8 @@ import pytest
 from minprefix.data.sample_e2e import AREAS, NAMES, NEARS, VALUES, WORDINGS, sample_rows
 from tests.helpers import E2E
 
+pytestmark = pytest.mark.slow
+
 SPLITS = ("train", "dev", "test")
 ROWS = {split: sample_rows(split) for split in SPLITS}
 ALL_ROWS = [row for split in SPLITS for row in ROWS[split]]

@@ -73,6 +73,7 @@ def test_format_source():
 # ---- E2E files ----
 
 
+@pytest.mark.slow
 @needs_e2e
 @pytest.mark.parametrize("split", SIZES)
 def test_real_e2e(split):
@@ -327,6 +328,7 @@ def test_own_rows_may_be_csv(tmp_path):
     assert "is empty" in complaint(load_examples, task, "all")
 
 
+@pytest.mark.slow
 @needs_e2e
 @pytest.mark.parametrize("split", SIZES)
 def test_e2e_in_the_lines_of_the_papers_authors(split, tmp_path):

@@ -13,6 +13,8 @@ from minprefix.data.tasks import format_source, load_examples
 from tests.helpers import complaint, entry, write_xml
 from tests.tiny import ROOT
 
+pytestmark = pytest.mark.slow
+
 DATA = ROOT.parent / "shared" / "data"
 needs_webnlg = pytest.mark.skipif(not (DATA / "webnlg").is_dir(), reason="WebNLG is not at ../shared/data/webnlg")
 needs_dart = pytest.mark.skipif(not (DATA / "dart").is_dir(), reason="DART is not at ../shared/data/dart")

@@ -203,6 +203,7 @@ def test_other_forms_of_the_weights(fake, tiny, tmp_path, kind):
     assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in found)
 
 
+@pytest.mark.slow
 def test_several_processes_at_once(fake, weights, tiny):
     """Each set up by environment variables alone; huggingface_hub looks for its cache in the same place."""
     program = (

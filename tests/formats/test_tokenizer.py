@@ -14,6 +14,8 @@ from minprefix.formats.tokenizer import byte_alphabet
 from minprefix.system.errors import InputError
 from tests.tiny import ROOT
 
+pytestmark = pytest.mark.slow
+
 MINI = ROOT / "weights" / "gpt2-mini"
 DATA = ROOT.parent / "shared" / "data"
 FOLDERS = {"mini": MINI, "gpt2": DATA / "gpt2_tokenizer", "bart": DATA / "bart_tokenizer"}

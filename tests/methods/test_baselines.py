@@ -15,7 +15,7 @@ from minprefix.system.errors import InputError
 from tests.helpers import assert_one_clear_line, call
 from tests.tiny import write_tiny_bart, write_tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 
 def finetune(folder, capsys, *options, model="model", task="rows.jsonl"):

@@ -23,7 +23,7 @@ from minprefix.system.errors import InputError
 from tests.helpers import numpy_inputs, numpy_logits, pairs_of, reference_infix, singles
 from tests.tiny import write_tiny_bart, write_tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 P, START, END = 3, 4095, 4095
 PAIRS = [([5 + i, 6, 7 + i, 8][: 2 + i % 3], [*[40 + i, 50, 60][i % 2 :], END]) for i in range(12)]

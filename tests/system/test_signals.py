@@ -88,6 +88,7 @@ def test_a_device_without_room_is_named():
             file.write("text")
 
 
+@pytest.mark.slow
 @needs_dev_full
 @pytest.mark.parametrize("streams, said", [(">/dev/full", True), ("2>/dev/full", False), (">&- 2>&-", False)])
 def test_a_process_whose_output_cannot_be_written_ends_with_its_code(streams, said):
