@@ -17,6 +17,7 @@ from minprefix.system.errors import InputError
 
 pytestmark = pytest.mark.slow
 
+pytestmark = pytest.mark.slow
 V, B = 31, 3
 SIZES = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
          "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}  # fmt: skip
