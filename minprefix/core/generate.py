@@ -93,6 +93,8 @@ def generate_scored(
     if isinstance(sources, str):
         raise InputError("sources is a single text: give a list of texts")
     check_vocabulary(tokenizer, model)
+    if options.get("sample"):
+        options.setdefault("beams", 1)
     ends = end_ids(model, tokenizer, prefix)
     options.setdefault("forbidden", [i for i in tokenizer.newline_ids if i not in ends] if one_line else ())
     if model.encoder_decoder:
@@ -178,6 +180,8 @@ def search_ids(
                 tokens, scores = greedy_or_sample(model, cache, start, end, search, constrain, choose)
             for i, rows, values in zip(batch, tokens.tolist(), scores.tolist(), strict=True):
                 for row, value in zip(rows, values, strict=True):
+                    if value == float("-inf"):  # a beam that the constraints left nothing to write
+                        continue
                     length = next((n for n, token in enumerate(row) if token in ends), len(row))
                     targets[i].append((row[: length + keep_end], value))
             bar.update(len(batch))
@@ -316,18 +320,20 @@ def prefill(
         row[: len(sources[i])] = torch.tensor(sources[i], dtype=torch.long)
     if model.encoder_decoder and lengths[-1] == 0:
         raise InputError(f"source {batch[-1] + 1} of {len(sources)} has no token: BART's encoder needs at least one")
-    longest = f"source {batch[0] + 1} of {len(sources)}, the longest with {lengths[0]} tokens"
     part = select_rows(prefix, batch)
     try:
         cache = model.prefill(ids.to(device), torch.tensor(lengths), part)
     except InputError as error:
+        longest = f"source {batch[0] + 1} of {len(sources)}, the longest with {lengths[0]} tokens"
         raise InputError(f"{longest}: {error}") from error
     # The first new token's position; the last new token is never fed back and needs none.
     first = torch.as_tensor(first_position(part)) + (0 if model.encoder_decoder else torch.tensor(lengths))
-    need, room = int(first.max()) + max_new_tokens, model.n_positions
+    most = int(first.argmax())
+    need, room = int(first.flatten()[most]) + max_new_tokens, model.n_positions
     if need > room:
         raise InputError(
-            f"{longest}, needs {need} positions with its prefix and {max_new_tokens} new tokens, "
-            f"but the model has {room}: lower max_new_tokens, or shorten the source or the prefix"
+            f"source {batch[most] + 1} of {len(sources)}, with {lengths[most]} tokens, needs {need} positions with its "
+            f"prefix and {max_new_tokens} new tokens, but the model has {room}: lower max_new_tokens, or shorten the "
+            "source or the prefix"
         )
     return cache

@@ -87,15 +87,17 @@ def pack_weights(model: Any, training: bool = False) -> list[Tensor]:  # a GPT2 
 @contextmanager
 def packed_weights(model: Any, training: bool = False) -> Iterator[None]:
     """`pack_weights` within the context."""
-    weights = pack_weights(model, training)
+    before = {weight for weight in model.parameters() if hasattr(weight, "packed")}
     try:
+        pack_weights(model, training)
         yield
-    finally:
-        for weight in weights:
-            if hasattr(weight, "packed_transposed"):
-                weight.data = weight.packed.to_dense()
-                del weight.packed_transposed
-            del weight.packed
+    finally:  # also where packing itself was interrupted
+        for weight in model.parameters():
+            if hasattr(weight, "packed") and weight not in before:
+                if hasattr(weight, "packed_transposed"):
+                    weight.data = weight.packed.to_dense()
+                    del weight.packed_transposed
+                del weight.packed
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -73,7 +73,7 @@ class Prefix(nn.Module):
                 for site, shape in model.prefix_sites.items()
                 if site in sites
             }
-        )
+        ).to(next(model.parameters()).device)
 
     def forward(self) -> KVPrefix:
         return self.kind({site: part() for site, part in self.sites.items()}, self.position_offset)
@@ -92,7 +92,12 @@ class Prefix(nn.Module):
         self.init_from(KVPrefix(activations, self.position_offset))
 
     def init_from(self, prefix: KVPrefix) -> None:
-        """Start from given keys and values: exactly where they are trained directly, an MLP is trained towards them."""
+        """Start from the keys and values of a prefix of the same shape, with its position offset; an MLP is fitted."""
+        for site, part in self.sites.items():
+            if site not in prefix.kv or prefix[site].shape != part().shape:
+                given = {site: tuple(kv.shape) for site, kv in prefix.kv.items()}
+                raise InputError(f"the prefix to start from is {given}, for {site!r} {tuple(part().shape)} is needed")
+        self.position_offset = prefix.position_offset
         for site, part in self.sites.items():
             part.fit(prefix[site].float())
 

@@ -86,6 +86,8 @@ def tensors_of(prefix: AnyPrefix | None) -> dict[str, Tensor]:
     """site -> tensor, of whatever a model takes as its prefix."""
     if prefix is None:
         return {}
+    if not isinstance(prefix, (dict, KVPrefix, BatchedPrefix)):
+        raise InputError(f"the prefix is a {type(prefix).__name__}: give what calling it returns, or its fold()")
     return prefix if isinstance(prefix, dict) else prefix.kv
 
 
@@ -137,7 +139,7 @@ def row_count(prefix: AnyPrefix | None, kv: Tensor) -> int:
 def select_rows(prefix: AnyPrefix | None, rows: list[int]) -> AnyPrefix | None:
     """The prefix for these rows (B',) of a batch; what all rows share stays as it is."""
     if isinstance(prefix, BatchedPrefix):
-        return replace(prefix, rows=prefix.rows[rows])
+        return prefix if len(prefix.rows) == 1 else replace(prefix, rows=prefix.rows[rows])
     kv = {site: kv[:, :, rows] if row_count(prefix, kv) > 1 else kv for site, kv in tensors_of(prefix).items()}
     return replace(prefix, kv=kv) if isinstance(prefix, KVPrefix) else kv
 

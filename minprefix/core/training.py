@@ -217,7 +217,7 @@ class Run:
         row = {"step": self.step, "epoch": epoch, "dev_loss": loss}
         if self.step:
             row["loss"] = self.sums["loss"] / self.sums["tokens"]
-            row["lr"] = self.optimizer.param_groups[0]["lr"]
+            row["lr"] = self.lr * linear_schedule(self.step - 1, self.steps, self.settings["warmup"])
             row["examples_per_s"] = round(self.sums["examples"] / self.sums["seconds"], 1)
         return row
 

@@ -445,7 +445,7 @@ def test_a_source_that_just_fits(model):
     source = [9] * 50
     options = {"beams": 2, "max_new_tokens": NEW}
     assert len(generate_ids(model, [source[:-1], [9]], END, END, prefix, forbidden=[END], **options)[0]) == NEW
-    with pytest.raises(InputError, match="source 2 of 3, the longest with 50 tokens, needs 65 .* the model has 64"):
+    with pytest.raises(InputError, match="source 2 of 3, with 50 tokens, needs 65 .* the model has 64"):
         generate_ids(model, [[9], source, [9]], END, END, prefix, **options)
     with pytest.raises(InputError, match="source 1 of 1, the longest with 70 tokens: .*shorten"):
         generate_ids(model, [[9] * 70], END, END, None, beams=2, max_new_tokens=NEW)

@@ -437,3 +437,17 @@ def test_no_line_of_a_users_loses_the_position_offset(model):
     for line in (lambda: dict(prefix), lambda: {site: prefix[site] for site in prefix}, lambda: "decoder" in prefix):
         with pytest.raises(TypeError, match="KVPrefix' (object|is)"):
             line()
+
+
+def test_a_prefix_to_start_from_brings_its_offset_and_must_fit(model):
+    prefix, other = make_prefix(model, 0), make_prefix(model, 0, position_offset=0)
+    prefix.init_from(other.fold())
+    assert prefix.position_offset == 0 and torch.equal(prefix()["decoder"], other()["decoder"])
+    for kv in ({}, {"decoder": other()["decoder"][:, :, :, 1:]}):
+        with pytest.raises(InputError, match="the prefix to start from is .* for 'decoder' .* is needed"):
+            prefix.init_from(KVPrefix(kv, 0))
+
+
+def test_a_module_that_was_not_called_is_named(model):
+    with pytest.raises(InputError, match="the prefix is a Prefix: give what calling it returns"):
+        model(IDS, make_prefix(model, 0))

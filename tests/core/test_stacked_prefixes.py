@@ -278,3 +278,12 @@ def test_requests_that_make_no_sense(world, capsys, monkeypatch, arguments, mess
     save_trained(world[0] / "top" / "top2.safetensors", {}, [], {"method": "top2"})
     code, _, err = call(sample, capsys, *arguments.split())
     assert code == 2 and message in err and len(err.splitlines()) == 1, err
+
+
+def test_a_stack_of_one_row_is_for_all_sources(gpt2):
+    prefixes = [KVPrefix({"decoder": torch.randn(2, 2, 2, P, 16)}, P) for P in (2, 3)]
+    sources = [[5, 6, 7], [8], [9, 10]]
+    for beams in (1, 3):
+        texts = [generate_ids(gpt2, sources, 1, 2, stack_prefixes(prefixes, rows), beams=beams, max_new_tokens=4)
+                 for rows in ([1], [1, 1, 1])]  # fmt: skip
+        assert texts[0] == texts[1]
