@@ -85,7 +85,7 @@ def write_with_several(args: Namespace) -> None:
 
 
 def load(args: Namespace) -> tuple[Model, Tokenizer, KVPrefix | None, dict[str, str]]:
-    """The model, its tokenizer, the prefix if there is one, and what training noted: the task, max_source."""
+    """The model, its tokenizer, the prefix if there is one, and the metadata saved by training: task, max_source."""
     trained = find_trained(args.prefix) if args.prefix else None
     if trained and not (trained / "config.json").is_file():  # a prefix, or a file of another method
         info = read_trained(trained)[1]

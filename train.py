@@ -23,7 +23,7 @@ from minprefix.cli.curve import plot_curve, text_curve
 from minprefix.cli.evaluation import NAMES, compare, load_before_after
 from minprefix.cli.runs import disk_size, has_checkpoint, resumable, run_folder, sample_command
 from minprefix.cli.search import recipe
-from minprefix.cli.train_args import MAY_CHANGE, parse_args
+from minprefix.cli.train_args import NOT_IN_SETTINGS, parse_args
 from minprefix.core.batches import batches_per_epoch, check_vocabulary, sequence_form
 from minprefix.core.generate import Search
 from minprefix.core.prefix import Prefix, count_parameters, fingerprint
@@ -88,13 +88,13 @@ def run(args: Namespace) -> None:
     print(f"{args.method}{sites}: trains {trained:,} numbers ({trained / total:.2%} of the model's {total:,}), "
           f"saves {saved:,} ({saved / total:.2%})")  # fmt: skip
 
-    # Train. Autocast without its cache, for the weights change.
+    # Train. Autocast without its cache: cached casts would be stale.
     with torch.autocast(device, dtype, enabled=finetune and dtype != torch.float32, cache_enabled=False):
         log, best_step = train(
             model, trainable, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
             lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, group=args.group,
             accumulate=args.accumulate, resume=args.resume,
-            settings={key: value for key, value in vars(args).items() if key not in MAY_CHANGE},
+            settings={key: value for key, value in vars(args).items() if key not in NOT_IN_SETTINGS},
         )  # fmt: skip
     if distributed.rank() > 0:  # the rest is one process's work
         return

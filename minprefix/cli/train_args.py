@@ -13,8 +13,8 @@ from minprefix.formats.prefix_file import load_prefix
 from minprefix.methods.files import find_trained
 from minprefix.system.errors import InputError
 
-# Options that may change when a run is resumed. train() itself compares the data, the model, its dtype, the steps, ...
-MAY_CHANGE = {
+# Options not compared on resume: they may change, or train() compares what they lead to (weights, data, dtype, steps).
+NOT_IN_SETTINGS = {
     "model", "task", "data", "skip_long", "epochs", "steps", "accumulate", "eval_inputs", "beams", "dtype", "device",
     "out", "resume",
 }  # fmt: skip

@@ -1,1 +1,1 @@
-"""The reference: the model, the prefix, the loss, the loop and the search."""
+"""The readable core: the model, the prefix, the loss, the loop and the search."""

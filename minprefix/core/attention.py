@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from minprefix.system.errors import InputError
 
-FEW_QUERIES = 16  # tokens: with fewer, as in decoding, keys are never copied
-SHORT_PREFIX = 64  # virtual tokens: up to so many, copying them before the tokens' keys is faster on CPU
+FEW_QUERIES = 16  # below 16 queries, as in decoding, the prefix is not concatenated
+SHORT_PREFIX = 64  # up to 64 virtual tokens, concatenating is faster on CPU
 
 
 class KV(NamedTuple):
@@ -27,7 +27,7 @@ class KV(NamedTuple):
     mask: Tensor | None = None
 
     def select(self, rows: Tensor) -> "KV":
-        """The keys and values of these rows (B',); what all rows share stays as it is."""
+        """The keys and values of these rows (B',); those that all rows share are not indexed."""
         k, v, mask = (x if x is None or len(x) == 1 else x[rows] for x in self)
         assert k is not None and v is not None
         return KV(k, v, mask)
@@ -124,24 +124,25 @@ def position_ids(ids: Tensor, start: int | Tensor, n_positions: int, segments: T
     """
     positions = torch.arange(ids.size(1), device=ids.device)
     if segments is not None:
-        positions = visible_keys(segments).sum(dim=-1) - 1  # as many as the tokens that it sees before itself
+        positions = visible_keys(segments).sum(dim=-1) - 1  # position = number of earlier visible tokens
     positions = positions + (start.to(ids.device)[:, None] if isinstance(start, Tensor) else start)
-    return positions.clamp(max=n_positions - 1)  # that of padding alone
+    return positions.clamp(max=n_positions - 1)  # only padding can exceed it
 
 
 def check_positions(
     lengths: int | Tensor, start: int | Tensor, n_positions: int, segments: Tensor | None = None
 ) -> None:
-    """InputError if rows of `lengths` tokens, the first at `start`, do not fit; each a number, or (B,).
+    """InputError if rows of `lengths` tokens, the first at `start`, exceed n_positions; each an int, or (B,).
 
-    segments (B, T): see `visible_keys`; `lengths` tokens are then more than a target needs with its source.
-    A captured graph can only check numbers.
+    segments (B, T): see `visible_keys`; with them, `lengths` is an upper bound.
+    Under torch.compile only ints without segments are checked.
     """
     if isinstance(lengths, Tensor) or isinstance(start, Tensor) or segments is not None:
         if torch.compiler.is_compiling():
             return
         lengths, start = torch.broadcast_tensors(torch.as_tensor(lengths).cpu(), torch.as_tensor(start).cpu())
-        if segments is not None and int((lengths + start).max()) > n_positions:  # else a GPU need not be waited for
+        # The exact count waits for the GPU: only if the bound fails.
+        if segments is not None and int((lengths + start).max()) > n_positions:
             lengths = (visible_keys(segments).sum(dim=-1) * (segments >= 0)).amax(dim=1).cpu()
             lengths, start = torch.broadcast_tensors(lengths, start)
         row = (lengths + start).argmax()

@@ -25,7 +25,7 @@ from minprefix.core.config import check_bart
 from minprefix.core.kernels import Linear, linear
 from minprefix.core.prefix_kv import AnyPrefix, check_prefix, first_position, layer_prefixes
 
-POSITION_OFFSET = 2  # position p is row p + 2 of the table: fairseq counted positions from its padding id on
+TABLE_OFFSET = 2  # position p is row p + 2 of the table: fairseq counts positions from its padding id
 
 
 class Attention(nn.Module):
@@ -136,7 +136,7 @@ def add_embeddings(module: Encoder | Decoder, config: dict[str, Any]) -> None:
     C = config["d_model"]
     if not config["tie_word_embeddings"]:
         module.embed_tokens = nn.Embedding(config["vocab_size"], C)
-    module.embed_positions = nn.Embedding(config["max_position_embeddings"] + POSITION_OFFSET, C)
+    module.embed_positions = nn.Embedding(config["max_position_embeddings"] + TABLE_OFFSET, C)
     module.layernorm_embedding = nn.LayerNorm(C)
 
 
@@ -144,7 +144,7 @@ class BART(nn.Module):
     """config: the dict of a HuggingFace BART `config.json`. Parameter names are HuggingFace's."""
 
     encoder_decoder: Literal[True] = True
-    folder: Path | None = None  # that the weights are from
+    folder: Path | None = None  # folder the weights were loaded from
     final_logits_bias: Tensor
 
     def __init__(self, config: dict[str, Any]):
@@ -227,7 +227,7 @@ class BART(nn.Module):
         no_keys = source[0].k[:, :, :0]
         layers = [LayerCache(no_keys, no_keys) for _ in self.decoder.layers]
         mask = no_keys.new_zeros(len(lengths), 1, 0)
-        cross = self._layer_prefixes(prefix, "cross")  # copied before the source's keys once, not at each step
+        cross = self._layer_prefixes(prefix, "cross")  # concatenated with the source's keys here, not at each step
         source = [concat(p, kv, len(lengths), 1) if p else kv for p, kv in zip(cross, source, strict=True)]
         return Cache(layers, mask, position, self._layer_prefixes(prefix, "decoder"), source)
 
@@ -261,7 +261,7 @@ class BART(nn.Module):
     def _embed(self, side: Encoder | Decoder, ids: Tensor, positions: Tensor) -> Tensor:
         """ids (B, T), positions (T,) or (B, T) -> (B, T, C)."""
         words = self.shared if self.config["tie_word_embeddings"] else side.embed_tokens
-        return side.layernorm_embedding(words(ids) * self.scale + side.embed_positions(positions + POSITION_OFFSET))
+        return side.layernorm_embedding(words(ids) * self.scale + side.embed_positions(positions + TABLE_OFFSET))
 
     def _layer_prefixes(self, prefix: AnyPrefix | None, site: str) -> list[KV | None]:
         return layer_prefixes(prefix, site, self.prefix_sites[site][0], self.head.weight)

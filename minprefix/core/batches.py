@@ -24,7 +24,7 @@ from minprefix.system.errors import InputError
 
 Pair = tuple[list[int], list[int]]  # the ids of a source, those of a target
 Group = tuple[list[int], list[list[int]]]  # the ids of a source, those of some of its targets: a row of a batch
-EVAL_GROUP = 8  # targets that a row of a dev loss holds at most
+EVAL_GROUP = 8  # max targets per row in dev loss
 MAX_SOURCE = 512  # tokens of a source that an encoder reads (the paper's XSum articles are cut there, too)
 
 
@@ -64,10 +64,10 @@ def start_id(model: Model, tokenizer: Tokenizer) -> int:
 
 
 def end_ids(model: Model, tokenizer: Tokenizer, prefix: AnyPrefix | None = None) -> list[int]:
-    """The tokens that end a text: those that the model's config.json names, if it is to write without a prefix.
+    """The tokens that end a text.
 
-    A prefix was trained on targets that end with the tokeniser's end token; so a model ends, too, whose config.json
-    names no token of its vocabulary.
+    Without a prefix: config.json's eos ids that are in the vocabulary. With one, or if there are none: the tokeniser's
+    end token.
     """
     named = model.config.get("eos_token_id") if prefix is None else None
     ids = [i for i in (named if isinstance(named, list) else [named]) if i is not None]
@@ -80,7 +80,7 @@ def encode_sources(
     """The source ids of each text, cut to max_source tokens; one line on stderr says how many were cut.
 
     max_source: by default 512 for BART, and never more than the encoder has positions for; GPT-2's sources are cut only
-    if it is given. what: what that line calls the sources, None for no line.
+    if it is given. what: the noun in that message, None for no message.
     """
     if model.encoder_decoder and "<s>" not in tokenizer.special:
         raise InputError("the tokeniser lacks <s>: it is not BART's")
@@ -137,7 +137,7 @@ class Batch:
     target_positions: Tensor  # (N,) int64, b * T + t where the next token is in the target
     labels: Tensor  # (N,) int64, those next tokens
     source_lengths: Tensor  # (B,) int64
-    pairs: int  # of a source and a target that its rows hold
+    pairs: int  # number of (source, target) pairs
     segments: Tensor | None = None  # (B, T) int64, see `attention.visible_keys`; None where each row has one target
 
     def to(self, device: str | torch.device) -> "Batch":
@@ -148,13 +148,13 @@ class Batch:
 
 
 def copy_to(x: Tensor, device: str | torch.device) -> Tensor:
-    """x on a device. A GPU copies it when it has finished what it is at, for which the CPU does not wait."""
+    """x on a device. From CPU to GPU: an asynchronous copy from pinned memory."""
     to_gpu = torch.device(device).type == "cuda" and x.device.type == "cpu"
     return x.pin_memory().to(device, non_blocking=True) if to_gpu else x.to(device)
 
 
 def collate(groups: list[Group], tokenizer: Tokenizer, model: Model) -> Batch:
-    """B groups -> Batch, rows padded on the right: GPT-2's hold the source and its targets, a BART decoder's these."""
+    """B groups -> Batch, right-padded: GPT-2 rows hold source and targets, BART decoder rows the targets only."""
     start, pad_id = start_id(model, tokenizer), tokenizer.pad_id
     rows, segments, labels = [], [], []
     for source, targets in groups:
@@ -190,9 +190,9 @@ def batches_per_epoch(pairs: Sequence[Any], batch_size: int) -> int:
 
 
 def group_sizes(batch_size: int, group: int) -> list[int]:
-    """How many targets a row may hold, the most first: what divides a batch of so many pairs, and is at most `group`.
+    """How many targets a group may hold: the divisors of batch_size up to `group`, the largest first.
 
-    So a batch is made of rows that hold equally many, and need little padding.
+    So all groups of a batch can hold equally many, and need little padding.
     """
     return [size for size in range(min(group, batch_size), 0, -1) if batch_size % size == 0]
 
@@ -219,7 +219,7 @@ def cut_groups(by_source: list[list[Pair]], sizes: list[int], seed: int, epoch: 
 
 
 def group_lengths(groups: list[Group], encoder_decoder: bool) -> np.ndarray:
-    """(N,), the tokens of each row; for a BART, which pads sources and targets apart, (N, 2), the tokens of both."""
+    """(N,), the tokens of each group; for BART, which pads sources and targets separately, (N, 2), those of both."""
     lengths = np.array([(len(source), sum(map(len, targets))) for source, targets in groups]).reshape(-1, 2)
     return lengths if encoder_decoder else lengths.sum(axis=1)
 
@@ -250,12 +250,12 @@ def epoch_batches(
 
 
 def length_buckets(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Batches of row numbers: each once, rows of like lengths together, all batches full but the last.
+    """Batches of group indices: each once, groups of like lengths together, all batches full but the last.
 
-    lengths: (N,), those of the rows; or (N, 2), those of both parts of each row, where the parts are padded apart.
-    The rows are shuffled, cut into windows of up to 50 batches, and sorted by length inside each. There are at least
-    four windows if there are enough rows: with a single one, sorted as a whole, the same rows would nearly always share
-    a batch.
+    lengths: those of the groups, see `group_lengths`. batch_size: groups in a batch.
+    The groups are shuffled, cut into windows of up to 50 batches, and sorted by length inside each. There are at least
+    four windows if there are enough groups: with a single one, sorted as a whole, the same groups would nearly always
+    share a batch.
     """
     order = rng.permutation(len(lengths))
     window = batch_size * min(max(len(lengths) // batch_size // 4, 1), 50)
@@ -268,11 +268,11 @@ def length_buckets(lengths: np.ndarray, batch_size: int, rng: np.random.Generato
 
 
 def by_length(lengths: np.ndarray, batch_size: int) -> np.ndarray:
-    """The order (N,) in which neighbouring rows have like lengths. lengths: as in `length_buckets`."""
+    """The order (N,) in which neighbouring groups have like lengths. lengths: as in `length_buckets`."""
     if lengths.ndim == 1:
         return np.argsort(lengths, kind="stable")
     order = np.argsort(lengths[:, 0], kind="stable")
-    group = batch_size * max(1, round(math.sqrt(len(order) / batch_size)))  # rows alike in the first part
+    group = batch_size * max(1, round(math.sqrt(len(order) / batch_size)))  # alike in the first length
     groups = [order[i : i + group] for i in range(0, len(order), group)]
     return np.concatenate([rows[np.argsort(lengths[rows, 1], kind="stable")] for rows in groups])
 
@@ -292,9 +292,9 @@ def fill_batches(groups: list[Group], batch_size: int) -> list[list[Group]]:
 
 
 def eval_batches(pairs: list[Pair], batch_size: int) -> list[list[Group]]:
-    """Batches for evaluation: each pair once, a source's targets together, and the longest rows first.
+    """Batches for evaluation: each pair once, a source's targets together, and the longest groups first.
 
-    So too little memory shows at once. A batch has at most batch_size pairs, or a single row.
+    So too little memory shows at once. A batch has at most batch_size pairs, or a single group.
     """
     groups = [
         (same[0][0], [target for _, target in same[i : i + EVAL_GROUP]])

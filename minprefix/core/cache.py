@@ -51,8 +51,8 @@ class Cache:
     mask are, and no keys are copied.
 
     layers: self-attention. mask: (B, K, M), 0, or -inf at padding, other beams' tokens and empty slots.
-    position: (R,) position ids of the next tokens. prefix: of each layer; it stays out of the slots, once for all rows
-    that share it. source: what each layer's cross-attention sees (BART), a cross prefix first.
+    position: (R,) position ids of the next tokens. prefix: each layer's, stored apart from the text's keys,
+    once for all rows that share it. source: what each layer's cross-attention sees (BART), a cross prefix first.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Cache:
         return position, self.mask[:, None]
 
     def reorder(self, rows: Tensor) -> None:
-        """Continue from these rows (R',), equally many of each example: the surviving beams, in their new order."""
+        """Continue from these rows (R',), the same number per example: the surviving beams, in their new order."""
         self.mask = self.mask.flatten(0, 1)[rows].unflatten(0, (len(self.mask), -1))
         self.position = self.position[rows]
 

@@ -19,8 +19,8 @@ from minprefix.core.model import Model, Tokenizer
 from minprefix.core.prefix_kv import AnyPrefix, first_position, prefix_like, row_count, select_rows, tensors_of
 from minprefix.system.errors import InputError
 
-COMPACT_BELOW = 0.75  # finished texts leave a batch as soon as no more than this share of it is unfinished
-CHECK_EVERY = {"cuda": 8}  # tokens, else 1: after so many it is asked which texts are finished, and a GPU waited for
+COMPACT_BELOW = 0.75  # drop finished texts once at most 75% are still running
+CHECK_EVERY = {"cuda": 8}  # on CUDA look for finished texts, which waits for the GPU, every 8 tokens; else at each
 Constrain = Callable[[Tensor, Tensor], None]  # scores (R, V), past (R, t): sets what may not follow to -inf
 
 
@@ -132,7 +132,8 @@ def search_ids(
     text; it is in the result only with keep_end.
     prefix: as the model takes it; a tensor with a row dimension has one row for each source (or one for all).
     options: those of `Search`, which says what they mean.
-    generator: for `sample`, a torch.Generator on the model's device. Only a draw depends on batch_size.
+    generator: for `sample`, a torch.Generator on the model's device. Draws depend on batch_size; other
+    texts only by rounding, which differs with a batch's shape: in bfloat16 it can change them.
     forbidden: ids that are never generated. forced_first: the id of the first token; forced_last: that of the token
     number max_new_tokens, if a text gets so long. progress: show a bar.
     InputError: an option makes no sense, or a source is too long for the model.
@@ -192,7 +193,7 @@ def greedy_or_sample(
     model: Model, cache: Cache, ids: Tensor, ends: Tensor, search: Search, constrain: Constrain,
     choose: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """After the start tokens ids (B,), at each step the token that `choose` picks -> its text and score for each row.
+    """After the start tokens ids (B,), at each step the token that `choose` picks -> a text and score per example.
 
     Texts (B, 1, N), filled up with ends[0]; scores (B, 1). ends: (E,), the tokens of which any ends a text.
     """
@@ -200,7 +201,7 @@ def greedy_or_sample(
     tokens = ends[0].repeat(len(ids), max_new_tokens)
     sums = torch.zeros(len(ids), device=ids.device)  # of log-probabilities
     lengths = torch.zeros_like(sums) if search.scored else torch.ones_like(sums)
-    place = torch.arange(len(ids), device=ids.device)  # of the rows that have not left the batch, in `tokens`
+    place = torch.arange(len(ids), device=ids.device)  # of the examples still in the batch, in `tokens`
     unfinished, every = torch.ones_like(ids, dtype=torch.bool), CHECK_EVERY.get(ids.device.type, 1)
     for t in range(max_new_tokens):
         logits = model.logits(model.step(ids, cache)).float()
@@ -212,7 +213,9 @@ def greedy_or_sample(
             lengths[place] += unfinished
         ids = tokens[place, t] = ids.where(unfinished, ends[0])
         unfinished = ~is_one_of(ids, ends)
-        running = unfinished.nonzero()[:, 0] if (t + 1) % every == 0 else place
+        if (t + 1) % every:
+            continue
+        running = unfinished.nonzero()[:, 0]
         if len(running) == 0:
             break
         if len(running) <= COMPACT_BELOW * len(ids):
@@ -253,9 +256,9 @@ def is_one_of(ids: Tensor, few: Tensor) -> Tensor:
 def beam_search(
     model: Model, cache: Cache, ids: Tensor, ends: Tensor, search: Search, constrain: Constrain
 ) -> tuple[Tensor, Tensor]:
-    """After the start tokens ids (B,), the best sequences of each example, and their scores, for search.returned = M.
+    """After the start tokens ids (B,), the best sequences of each example, and their scores, for search.returned = J.
 
-    Sequences (B, M, N), filled up with ends[0]; scores (B, M), best first.
+    Sequences (B, J, N), filled up with ends[0]; scores (B, J), best first.
     The search of HuggingFace's generate with early_stopping=False. ends: (E,), the tokens of which any ends a text. At
     each step the (1 + E) K best continuations of all beams are looked at: no more than E K of them end. The K best of
     those that do not end are the running beams of the next step; those that end, if they are among the K best of all,
@@ -266,7 +269,7 @@ def beam_search(
     result = ends[0].repeat(B, search.returned, max_new_tokens)
     result_scores = torch.zeros((B, search.returned), device=ids.device)
     place = torch.arange(B, device=ids.device)  # of the examples that are not over, in `result`
-    scores = torch.zeros((B, 1), device=ids.device)  # log-probabilities of the running beams, of which one is there
+    scores = torch.zeros((B, 1), device=ids.device)  # sums of log-probabilities; all beams start equal, so one suffices
     tokens = result[:, :1]  # (B, 1, N): what they have written, nothing yet
     finished_scores = scores.new_full((B, K), -inf)  # best first
     finished = tokens.repeat(1, K, 1)
@@ -292,17 +295,19 @@ def beam_search(
         scores, best = candidate_scores.masked_fill(over, -inf).topk(K)
         tokens = candidates[example, best]
         improvable &= scores[:, 0] / length > finished_scores[:, -1]
-        running = improvable.nonzero()[:, 0] if (t + 1) % every == 0 else place
-        if len(running) == 0:  # so it is after the last step: nothing runs on
-            break
         cache.reorder((example * rows_each + parent.gather(1, best)).flatten())
-        if len(running) <= COMPACT_BELOW * len(scores):
-            result[place], result_scores[place] = finished[:, : search.returned], finished_scores[:, : search.returned]
-            place = place[running]
-            cache.keep(running)
-            scores, tokens, finished_scores, finished, improvable = (
-                x[running] for x in (scores, tokens, finished_scores, finished, improvable)
-            )
+        if (t + 1) % every == 0:
+            running = improvable.nonzero()[:, 0]
+            if len(running) == 0:  # always so after the last step: there `over` is all true
+                break
+            if len(running) <= COMPACT_BELOW * len(scores):
+                result[place] = finished[:, : search.returned]
+                result_scores[place] = finished_scores[:, : search.returned]
+                place = place[running]
+                cache.keep(running)
+                scores, tokens, finished_scores, finished, improvable = (
+                    x[running] for x in (scores, tokens, finished_scores, finished, improvable)
+                )
         ids = tokens[:, :, t].flatten()
     result[place], result_scores[place] = finished[:, : search.returned], finished_scores[:, : search.returned]
     return result, result_scores

@@ -70,7 +70,7 @@ class GPT2(nn.Module):
     """config: the dict of a HuggingFace GPT-2 `config.json`. Parameter names are HuggingFace's."""
 
     encoder_decoder: Literal[False] = False
-    folder: Path | None = None  # that the weights are from
+    folder: Path | None = None  # folder the weights were loaded from
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -119,7 +119,7 @@ class GPT2(nn.Module):
         return self._run(ids, prefix, start, segments=segments)
 
     def prefill(self, ids: Tensor, lengths: Tensor, prefix: AnyPrefix | None = None) -> Cache:
-        """Read sources (B, S), right-padded, of `lengths` (B,), best on the CPU, into a Cache for `step`."""
+        """Read right-padded sources (B, S) into a Cache for `step`. Pass `lengths` (B,) on the CPU, else a GPU sync."""
         start = first_position(prefix)
         check_positions(lengths, start, self.n_positions)
         lengths = lengths.to(ids.device)
@@ -154,7 +154,7 @@ class GPT2(nn.Module):
         prefixes = self._layer_prefixes(prefix)
         if isinstance(prefix, KVInfix) and prefix.source_lengths is not None:
             source = length_mask(prefix.source_lengths, ids.size(1))
-            positions = positions - start * source  # the source does not know of the infix
+            positions = positions - start * source  # source tokens keep positions 0, 1, ...
             hidden_from_source = padding_mask(~source, self.wte.weight).mT  # (B, 1, T, 1)
             prefixes = [kv and KV(kv.k, kv.v, hidden_from_source) for kv in prefixes]
         x = self.wte(ids) + self.wpe(positions)

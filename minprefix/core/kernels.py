@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from minprefix.system.errors import InputError, out_of_memory
 
-WORTH_IT = 2**19  # elements, of a function's first argument: on fewer, compiling gains nothing
-PROGRAMS = 16  # of a function, at most; training makes up to 9: with gradients or not, few tokens, a single row
+MIN_ELEMENTS_TO_COMPILE = 2**19  # of a function's first argument; below, compiling gains nothing
+MAX_RECOMPILES = 16  # per function; training needs up to 9: with gradients or not, few tokens, a single row
 T = TypeVar("T")
 POST_OPS = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
 
@@ -42,7 +42,7 @@ def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, N: int, activ
     """x (..., C) times a packed matrix (N, C), likewise -> (..., N)."""
     post_op, algorithm = POST_OPS[activation]
     C, rows = x.size(-1), x.reshape(-1, x.size(-1))
-    # Measured: with more rows than these, a product that does not widen takes oneDNN twice as long for each.
+    # Measured: with more rows than these, and N <= C, oneDNN takes twice as long per row.
     most = len(rows) if N > C else 300 if N == C else 448
     if len(rows) <= most:
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, post_op, [], algorithm)
@@ -70,9 +70,9 @@ class FrozenProduct(torch.autograd.Function):
 def pack_weights(model: Any, training: bool = False) -> list[Tensor]:  # a GPT2 or BART, which import this file
     """From now on the model's products go through its frozen weights in packed form, which must not change.
 
-    training: with gradients for what is multiplied, too; to save memory the weights themselves are then empty (but for
-    the head's, which may be the embeddings). In bfloat16 on a CPU that multiplies it; for any other model nothing
-    changes. -> the weights that were not packed before.
+    training: with gradients for the inputs, too; to save memory the weights themselves are then empty (but for the
+    head's, which may be the embeddings). Only bfloat16 weights are packed, on a CPU that supports it. -> the weights
+    that were not packed before.
     """
     weights = {model.head.weight, *(layer.weight for layer in model.modules() if isinstance(layer, Linear))}
     weights = [w for w in weights if can_pack(w) and not hasattr(w, "packed")]
@@ -129,7 +129,7 @@ def gelu_by_sigmoid(x: Tensor) -> Tensor:
 
 
 def gelu_gradient(x: Tensor, gradient: Tensor) -> Tensor:
-    """Of the loss by x, from that by gelu_new(x)."""
+    """dLoss/dx from `gradient`, dLoss/dgelu_new(x)."""
     s = torch.sigmoid(RATE * x * (1 + CUBIC * x * x))
     return gradient * (s + x * s * (1 - s) * RATE * (1 + 3 * CUBIC * x * x))
 
@@ -163,12 +163,12 @@ def compiled(function: Callable[..., T]) -> Callable[..., T]:
 
     def call(*args: Any) -> T:
         nonlocal fast, works
-        if not works or (isinstance(args[0], Tensor) and args[0].numel() < WORTH_IT):
+        if not works or (isinstance(args[0], Tensor) and args[0].numel() < MIN_ELEMENTS_TO_COMPILE):
             return function(*args)
         try:
             if fast is None:  # torch.compile reads files: it fails in an ASCII locale
                 fast = torch.compile(function, dynamic=True)
-                torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
+                torch._dynamo.config.recompile_limit = max(MAX_RECOMPILES, torch._dynamo.config.recompile_limit)
             return fast(*args)
         except Exception as error:  # of nearly any kind: no compiler, a broken one, a folder that cannot be written
             if out_of_memory(error) or isinstance(error, InputError):

@@ -14,7 +14,7 @@ from minprefix.core.kernels import compiled
 from minprefix.core.model import Model
 from minprefix.core.prefix_kv import AnyPrefix, KVInfix
 
-LOGIT_ROWS = {"cpu": 320, "cuda": 2048}  # that the head computes at a time, at most: a CPU's cache holds few
+LOGIT_ROWS = {"cpu": 320, "cuda": 2048}  # max target tokens per chunk; few fit into a CPU's cache
 
 
 def target_loss(model: Model, batch: Batch, prefix: AnyPrefix | None) -> Tensor:
@@ -29,9 +29,9 @@ def target_loss(model: Model, batch: Batch, prefix: AnyPrefix | None) -> Tensor:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy of a frozen head's logits, summed, its gradient taken on the way, some rows at a time.
+    """Summed cross-entropy of a frozen head's logits.
 
-    So the logits of a batch, far larger than all else with a vocabulary of 50,000, never stand in memory together.
+    Computes loss and gradient chunk by chunk, so the full logits, by far the largest tensor, never exist.
     """
 
     @staticmethod

@@ -28,9 +28,9 @@ class KVPrefix:
     position_offset: int
     info: dict[str, str] = field(default_factory=dict)
 
-    method = "prefix"  # of train.py, as its files say
+    method = "prefix"  # the --method in the file's metadata
 
-    __iter__ = None  # a dict made by going through it would lose the offset: use `map`
+    __iter__ = None  # iterating would drop the offset: use `map`
 
     def __getitem__(self, site: str) -> Tensor:
         return self.kv[site]
@@ -46,7 +46,7 @@ class KVPrefix:
 
 @dataclass
 class KVInfix(KVPrefix):
-    """A prefix between source and target: only the target's tokens see it, and their positions follow its own.
+    """A prefix between source and target: only target tokens see it; their positions start after source + infix.
 
     source_lengths: (B,), the tokens of each row that stand before it. `generate` sets them; for a model's `forward`
     and `hidden_states` call `with_source_lengths`.
@@ -79,7 +79,7 @@ class BatchedPrefix:
         return replace(self, kv={site: kv.to(*args, **kwargs) for site, kv in self.kv.items()})
 
 
-AnyPrefix = KVPrefix | BatchedPrefix | dict[str, Tensor]  # a dict as in KVPrefix.kv; its tokens begin right behind it
+AnyPrefix = KVPrefix | BatchedPrefix | dict[str, Tensor]  # a dict as in KVPrefix.kv; its text starts at position P
 
 
 def tensors_of(prefix: AnyPrefix | None) -> dict[str, Tensor]:
@@ -153,7 +153,7 @@ def prefix_length(prefix: AnyPrefix | None, site: str) -> int:
 def first_position(prefix: AnyPrefix | None) -> int | Tensor:
     """Position id of the (decoder's) first token: what the prefix was trained with, by default its length.
 
-    Of a stack of prefixes (B,), one for each row, on the CPU.
+    For a stack: (B,), on the CPU.
     """
     if isinstance(prefix, BatchedPrefix):
         return prefix.position_offsets[prefix.rows]

@@ -39,7 +39,7 @@ from minprefix.system.errors import InputError, out_of_memory
 from minprefix.system.files import write_jsonl
 
 Method = Any  # a Prefix, or another module of methods/ whose call gives the prefix that the model takes
-DIVERGED = "the loss became"  # by which experiments.py knows a run whose learning rate was too large
+DIVERGED = "the loss became"  # experiments.py searches for this text
 NO_SUMS: dict[str, float] = {"loss": 0.0, "tokens": 0, "examples": 0, "seconds": 0.0}
 
 
@@ -53,10 +53,10 @@ def make_optimizer(trainable: Method, lr: float) -> Optimizer:
 def training_step(
     model: Model, trainable: Method, batches: list[Batch], optimizer: Optimizer, shares: Sequence[float] = (1.0,)
 ) -> Tensor:
-    """One step of the optimiser on a batch, which is read in parts -> its `target_loss`, without a gradient.
+    """One optimiser step -> the `target_loss` of the global batch, detached.
 
-    batches: the parts. shares: how much of the whole batch each part is (of its sentences, or for BART of its tokens);
-    the rest is that of other ranks. The loss returned is the whole batch's.
+    batches: this rank's micro-batches. shares: each one's fraction of the global batch (of its pairs, or for BART of
+    its target tokens).
     """
     losses = []
     for batch, share in zip(batches, shares, strict=True):
@@ -115,7 +115,7 @@ def batch_stream(
 class Run:
     """A run of `train`: what it trains on what, how far it has come, what it writes to OUT.
 
-    settings: what a resumed run must share. With `resume` it starts where OUT/checkpoint.pt has it.
+    settings: must be equal on resume. With `resume` it starts where OUT/checkpoint.pt has it.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Run:
                         disable=distributed.rank() > 0)  # fmt: skip
 
     def eval_due(self) -> bool:
-        """Whether the present step is one with a dev loss that is not taken yet."""
+        """Whether a dev loss is due and not yet evaluated."""
         due = self.step % self.settings["eval_every"] == 0 or self.step == self.steps
         return due and (not self.log or self.log[-1]["step"] < self.step)
 
@@ -153,12 +153,12 @@ class Run:
         return batch_stream(self.train_pairs, self.step_size, seed, start, self.model.encoder_decoder, group)
 
     def train_step(self, groups: list[Group]) -> None:
-        """One step on a batch, of whose rows this rank takes its share."""
+        """One step on a global batch, of whose groups this rank takes its share."""
         mine, device = distributed.shard(groups), next(self.model.parameters()).device
         parts = [part for part in (mine[i :: self.accumulate] for i in range(self.accumulate)) if part]
         count = target_tokens if self.model.encoder_decoder else pair_count
         shares = [count(part) / count(groups) for part in parts]
-        # A rank without a share takes one row, of weight 0: `all_reduce_sum` needs a gradient of every rank.
+        # A rank without a share takes one group, of weight 0: `all_reduce_sum` needs a gradient of every rank.
         parts, shares = (parts, shares) if parts else ([groups[:1]], [0.0])
         batches = [collate(part, self.tokenizer, self.model).to(device) for part in parts]
         with signals.defer_signals():  # a step is made whole or not at all
@@ -255,7 +255,7 @@ class Run:
         numbers = [self.step, self.best["step"], self.best["dev_loss"], *(self.sums[key] for key in NO_SUMS)]
         numbers += [number for row in self.log for number in (row["step"], row["dev_loss"], *row.values())]
         if not self.log or not all(type(n) in (int, float) and abs(n) < 2**53 for n in numbers):
-            raise ValueError("a number is missing, or is none")
+            raise ValueError("a number is missing, or not a number")
         if not 0 <= self.step == self.schedule.last_epoch <= self.steps:
             raise ValueError(f"step {self.step} is not one of the run's")
         names = {"momentum"} if isinstance(self.optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
@@ -288,7 +288,7 @@ def train(
     on from there, on the same CPU bit for bit as if it had not stopped.
     Rows of the log: step, epoch, dev_loss (nats per target token); after the start also loss (likewise, over the steps
     since the last row), lr, examples_per_s.
-    settings: what else a resumed run must share, name -> value. Of several ranks, rank 0 writes; all must see OUT.
+    settings: what else must be equal on resume, name -> value. Of several ranks, rank 0 writes; all must see OUT.
     InputError if a loss is not finite, or the run in OUT is of other settings. KeyboardInterrupt, RankLost and OSError
     pass through, the present step being saved first.
     """
@@ -302,7 +302,7 @@ def train(
         "training data": digest(train_pairs), "dev data": digest(dev_pairs),
         **({"accumulate": accumulate} if accumulate > 1 else {}),
     }  # fmt: skip
-    distributed.check_same_on_ranks(settings)  # one rank may have fallen back to the bundled sample
+    distributed.check_same_on_ranks(settings)  # one rank may lack the data
     run = Run(model, trainable, tokenizer, train_pairs, dev_pairs, Path(out), settings, resume)
     # Rank 0 acts on signals, the others end when it does.
     others = signals.defer_signals() if distributed.rank() else contextlib.nullcontext()
@@ -315,8 +315,8 @@ def train(
                 if run.step == steps:
                     break
                 run.train_step(next(batches))
-        except (KeyboardInterrupt, distributed.RankLost, OSError):  # the last: the output finds no room
-            with contextlib.suppress(KeyboardInterrupt), signals.defer_signals():  # one is enough
+        except (KeyboardInterrupt, distributed.RankLost, OSError):  # OSError: disk full
+            with contextlib.suppress(KeyboardInterrupt), signals.defer_signals():  # ignore a second Ctrl-C
                 run.save_present_step()
             raise
     trainable.load_state_dict(run.best["weights"])

@@ -165,7 +165,7 @@ def test_where_compiling_fails_the_function_itself_is_used_and_that_is_said_once
 
     monkeypatch.setattr(torch, "compile", broken)
     function = kernels.compiled.__wrapped__(double)
-    large = torch.ones(kernels.WORTH_IT)
+    large = torch.ones(kernels.MIN_ELEMENTS_TO_COMPILE)
     assert torch.equal(function(large), 2 * large) and torch.equal(function(large), 2 * large)
     assert capsys.readouterr().err == "torch.compile does not work here, so this is slower (no C++ compiler)\n"
 
@@ -184,4 +184,4 @@ def test_want_of_memory_is_not_mistaken_for_a_broken_compiler(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_)
     with pytest.raises(torch.OutOfMemoryError):
-        kernels.compiled.__wrapped__(double)(torch.ones(kernels.WORTH_IT))
+        kernels.compiled.__wrapped__(double)(torch.ones(kernels.MIN_ELEMENTS_TO_COMPILE))
