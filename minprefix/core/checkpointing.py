@@ -24,7 +24,7 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
             if damaged := file.testzip():
                 raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = {"group": 1, **state["settings"]}  # the default where a checkpoint lacks it
+        saved, settings = ({"group": 1, **x} for x in (state["settings"], settings))  # where a checkpoint lacks it
         differing = [key for key in {**settings, **saved} if saved.get(key) != settings.get(key)]
     except Exception as error:  # torch.load documents no closed list of errors for a damaged file
         if out_of_memory(error):

@@ -203,7 +203,7 @@ def test_copying_loss_is_of_the_second_copy():
     class Copier:  # sees nothing coming in the first copy, knows all of the second
         config, n_positions = {"vocab_size": 11}, 64
 
-        def hidden(self, ids, start):
+        def hidden_states(self, ids, start):
             sure = 60.0 * F.one_hot(ids, 11)
             return torch.cat([torch.zeros(len(ids), 31, 11), sure[:, : ids.size(1) - 31]], dim=1)
 
@@ -212,5 +212,5 @@ def test_copying_loss_is_of_the_second_copy():
 
     ids = np.arange(500, dtype=np.uint16) % 10
     assert max(pretrain.copying_loss(Copier(), ids, "cpu").values()) < 1e-6
-    Copier.hidden = lambda self, ids, start: torch.zeros(*ids.shape, 11)
+    Copier.hidden_states = lambda self, ids, start: torch.zeros(*ids.shape, 11)
     assert pretrain.copying_loss(Copier(), ids, "cpu") == pytest.approx({"text": math.log(11), "random": math.log(11)})
