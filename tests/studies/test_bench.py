@@ -10,7 +10,7 @@ import torch
 
 from minprefix import load_model, load_tokenizer
 from minprefix.core.kernels import can_pack_bfloat16
-from minprefix.studies import bench, bench_report
+from minprefix.studies import bench, bench_report, contenders
 from minprefix.system.errors import InputError
 from tests.helpers import call, singles
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
@@ -71,8 +71,10 @@ def test_texts_are_timed_with_packed_weights(world, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench", "generate", "--model", str(world / "gpt2"), "--data", str(world), *QUICK,
                                       "--dtype", "bfloat16"])  # fmt: skip
     seen = []
-    monkeypatch.setattr(bench, "generate_ids", lambda model, *args, **options: seen.append(model.head.weight.packed))
-    write, _ = bench.ours(bench.parse_args())
+    monkeypatch.setattr(
+        contenders, "generate_ids", lambda model, *args, **options: seen.append(model.head.weight.packed)
+    )
+    write, _ = contenders.ours(bench.parse_args())
     write(0)
     assert len(seen) == 1
 
@@ -89,7 +91,7 @@ def test_useful_operations_are_those_of_rows_alone(world):
         # Backward: each score product twice; nothing flows into the first layer's input, so not through its c_attn.
         total += layers * (2 * weights + 3 * scores) - 2 * T * 3 * C * C + 2 * 2 * N * V * C
         total -= 2 * 2 * T * T * C + 2 * T * P * C  # in the first layer: no gradient of its keys, values and queries
-    assert bench.useful_flop(model, tokenizer, singles(pairs), P, ["decoder"]) == pytest.approx(total, rel=0.02)
+    assert contenders.useful_flop(model, tokenizer, singles(pairs), P, ["decoder"]) == pytest.approx(total, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -155,5 +157,5 @@ def test_a_measurement_ends_at_its_deadline(world, monkeypatch):
 
 def test_the_bandwidth_counts_what_a_step_reads(world):
     gpt2, bart = (load_model(world / kind, dtype=torch.bfloat16) for kind in ("gpt2", "bart"))
-    assert bench.bytes_of_a_step(gpt2) == 2 * (2 * 12 * 32 * 32 + 4096 * 32)
-    assert bench.bytes_of_a_step(bart) == 2 * (8 * 32 * 32 + 2 * 32 * 48 + 4100 * 32)
+    assert contenders.bytes_of_a_step(gpt2) == 2 * (2 * 12 * 32 * 32 + 4096 * 32)
+    assert contenders.bytes_of_a_step(bart) == 2 * (8 * 32 * 32 + 2 * 32 * 48 + 4100 * 32)
