@@ -52,7 +52,7 @@ def parse_args(description: str = "") -> Namespace:
     duration("--steps", type=int, metavar="N", help="steps, instead of --epochs (by model)")
     add("--batch-size", type=int, metavar="N", help="pairs in a batch (by model)")
     add("--accumulate", type=int, metavar="N", default=1, help="batches in a step, as if they were one (%(default)s)")
-    add("--group", type=int, metavar="N", help="at most N references share one reading of their source (by model)")
+    add("--group", type=int, metavar="N", help="at most N references share one reading of their source (1)")
     add("--lr", type=float, metavar="X", help="learning rate, decays to 0 (by model and method)")
     add("--warmup", type=int, metavar="N", default=0, help="steps in which it rises first (%(default)s)")
     add("--seed", type=int, metavar="N", default=101, help="seed of the initial values and the order (%(default)s)")

@@ -97,19 +97,29 @@ def linear_schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def batch_stream(
-    pairs: list[Pair], batch_size: int, seed: int, start: int, encoder_decoder: bool = False, group: int = 1
-) -> Iterator[list[Group]]:
+    pairs: list[Pair], batch_size: int, seed: int, start: int, encoder_decoder: bool = False, group: int = 1,
+    parts: int = 1,
+) -> Iterator[list[Group]]:  # fmt: skip
     """Batches of batch_size pairs from step `start` on, epoch after epoch, the same for the same seed.
 
     encoder_decoder: whether they are for a BART, which pads sources and targets apart. group: how many of a source's
-    targets may share a row, see `group_sizes`; which of them do changes from epoch to epoch.
+    targets may share a row, see `group_sizes`; which of them do changes from epoch to epoch. parts: how many batches
+    a step's batch is split into afterwards, which no row may exceed.
     """
-    sizes, per_epoch = group_sizes(batch_size, group), batches_per_epoch(pairs, batch_size)
+    sizes, per_epoch = group_sizes(batch_size // parts, group), batches_per_epoch(pairs, batch_size)
     by_source = [[pair] for pair in pairs] if sizes == [1] else pairs_by_source(pairs)
     for epoch in itertools.count(start // per_epoch):
         groups = cut_groups(by_source, sizes, seed, epoch)
         yield from epoch_batches(groups, batch_size, seed, epoch, encoder_decoder)[start % per_epoch :]
         start = 0
+
+
+def split_groups(groups: list[Group], parts: int) -> list[list[Group]]:
+    """Groups in so many parts of about equally many pairs."""
+    split: list[list[Group]] = [[] for _ in range(parts)]
+    for group in sorted(groups, key=lambda group: -len(group[1])):
+        min(split, key=pair_count).append(group)
+    return split
 
 
 class Run:
@@ -150,12 +160,13 @@ class Run:
     def batches(self, start: int) -> Iterator[list[Group]]:
         """The batches from step `start` on."""
         seed, group = self.settings["seed"], self.settings["group"]
-        return batch_stream(self.train_pairs, self.step_size, seed, start, self.model.encoder_decoder, group)
+        apart = self.model.encoder_decoder
+        return batch_stream(self.train_pairs, self.step_size, seed, start, apart, group, self.accumulate)
 
     def train_step(self, groups: list[Group]) -> None:
         """One step on a global batch, of whose groups this rank takes its share."""
         mine, device = distributed.shard(groups), next(self.model.parameters()).device
-        parts = [part for part in (mine[i :: self.accumulate] for i in range(self.accumulate)) if part]
+        parts = [part for part in split_groups(mine, self.accumulate) if part]
         count = target_tokens if self.model.encoder_decoder else pair_count
         shares = [count(part) / count(groups) for part in parts]
         # A rank without a share takes one group, of weight 0: `all_reduce_sum` needs a gradient of every rank.

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import random
@@ -325,3 +326,15 @@ def test_a_run_is_not_resumed_with_another_start(tmp_path):
     with pytest.raises(InputError, match="another training data: resume with the same"):
         run(pairs[:1], settings={"init": "words"}, resume=True)
     run(pairs, settings={"init": "words"}, resume=True)
+
+
+def test_a_step_is_split_by_pairs_not_by_groups():
+    """No part of a step with --accumulate holds more pairs than a batch, however many targets its groups have."""
+    pairs = [([1, source], [2, target]) for source in range(6) for target in range(7)]
+    for batch_size, accumulate, group in ((4, 2, 8), (8, 3, 4), (1, 4, 8)):
+        stream = training.batch_stream(pairs, batch_size * accumulate, 0, 0, False, group, accumulate)
+        for groups in itertools.islice(stream, 3):
+            parts = training.split_groups(groups, accumulate)
+            assert sorted(g for part in parts for g in part) == sorted(groups)
+            assert max(map(training.pair_count, parts)) <= batch_size
+    assert training.split_groups([("a", [1]), ("b", [1]), ("c", [1])], 2) == [[("a", [1]), ("c", [1])], [("b", [1])]]
