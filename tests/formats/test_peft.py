@@ -13,7 +13,7 @@ from minprefix.core.generate import generate_ids
 from minprefix.core.prefix_kv import KVPrefix
 from minprefix.formats.prefix_file import save_prefix
 from minprefix.formats.safetensors import read_safetensors, write_safetensors
-from minprefix.studies.bench import peer_generate
+from minprefix.studies.contenders import peer_generate
 from minprefix.system.errors import InputError
 from tests.helpers import call
 from tests.tiny import ROOT, write_tiny_bart, write_tiny_model
