@@ -111,10 +111,11 @@ def format_source(task: str, text: str, where: str = "the input") -> str:
     """
     text = check_text(text, where)
     if task == "e2e" and ("[" in text or " : " not in text):
+        linearised = linearise_e2e(text, where)  # first: in a text that is no mr, findall takes quadratic time
         for slot in [slot.strip() for slot, _ in re.findall(PAIR, text)]:
             if slot not in (*SLOTS, *SLOT_NAMES.values()):
                 print_once(f"{slot!r:.80} is no slot of E2E's: it has {', '.join(SLOTS)}")
-        return linearise_e2e(text, where)
+        return linearised
     if task in TRIPLES:
         return linearise_triples(split_triples(text, where))
     return collapse_whitespace(text) if task in SUMMARISATION else text
