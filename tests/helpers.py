@@ -35,6 +35,15 @@ def assert_one_clear_line(script, arguments, message, capsys, world):
     assert not list(world.rglob("*.tmp"))
 
 
+def failing_compile(error):
+    """In the place of torch.compile: what it compiles raises the error when it is called."""
+
+    def fail(*args):
+        raise error
+
+    return lambda function, dynamic: fail
+
+
 def singles(pairs):
     """(source, target) pairs as groups of one target each, of which `collate` makes a row each."""
     return [(source, [target]) for source, target in pairs]

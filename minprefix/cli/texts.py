@@ -3,6 +3,7 @@
 import json
 import sys
 from argparse import Namespace
+from typing import Any
 
 from minprefix.cli.requests import prefix_name
 from minprefix.core.batches import Example
@@ -26,11 +27,8 @@ def read_rows(args: Namespace, rows: str, trained_task: str) -> list[Example]:
     examples = load_on_topics(rows, args.split, args.data, args.topics, args.topic_field if args.task else "prefix")
     if not rows.endswith(OWN):
         return examples
-    if (
-        args.file
-        and args.prefix
-        and (others := [e.topic for e in examples if e.topic not in (None, prefix_name(args.prefix))])
-    ):
+    name = prefix_name(args.prefix) if args.file and args.prefix else None
+    if others := [e.topic for e in examples if name and e.topic not in (None, name)]:
         raise InputError(f'{rows}: a row has "prefix": {others[0]!r:.80}: give that --prefix, too')
     for number, example in enumerate(examples, 1):
         example.source = format_source(trained_task, example.source, f"{rows}, row {number}")
@@ -65,10 +63,12 @@ def write_texts(sources: list[str], found: list[list[tuple[str, float]]], args: 
     output = lines if args.output or len(best) > 1 else best
     if args.returned or args.scores:
         escape = not args.output and sys.stdout.encoding.lower() != "utf-8"
-        rows = [{"source": source, "texts": [text for text, _ in texts], "scores": [score for _, score in texts]}
-                for source, texts in zip(sources, found, strict=True)]  # fmt: skip
-        output = [json.dumps({k: v for k, v in row.items() if k != "scores" or args.scores}, ensure_ascii=escape)
-                  for row in rows]  # fmt: skip
+        output = []
+        for source, texts in zip(sources, found, strict=True):
+            row: dict[str, Any] = {"source": source, "texts": [text for text, _ in texts]}
+            if args.scores:
+                row["scores"] = [score for _, score in texts]
+            output.append(json.dumps(row, ensure_ascii=escape))
     if args.output:
         with atomic_write(args.output) as file:
             file.writelines(line + "\n" for line in output)

@@ -97,12 +97,11 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
+    layers: nn.ModuleList
+
     def __init__(self, config: dict[str, Any]):
         super().__init__()
-        add_embeddings(self, config)
-        C, H, inner = config["d_model"], config["encoder_attention_heads"], config["encoder_ffn_dim"]
-        activation = config["activation_function"]
-        self.layers = nn.ModuleList(EncoderLayer(C, H, inner, activation) for _ in range(config["encoder_layers"]))
+        add_modules(self, config, "encoder", EncoderLayer)
 
     def forward(
         self, x: Tensor, mask: Tensor | None, prefixes: list[KV | None], caches: list[LayerCache] | None = None
@@ -114,12 +113,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    layers: nn.ModuleList
+
     def __init__(self, config: dict[str, Any]):
         super().__init__()
-        add_embeddings(self, config)
-        C, H, inner = config["d_model"], config["decoder_attention_heads"], config["decoder_ffn_dim"]
-        activation = config["activation_function"]
-        self.layers = nn.ModuleList(DecoderLayer(C, H, inner, activation) for _ in range(config["decoder_layers"]))
+        add_modules(self, config, "decoder", DecoderLayer)
 
     def forward(
         self, x: Tensor, mask: Tensor, source: list[KV], prefixes: list[KV | None], cross_prefixes: list[KV | None],
@@ -131,13 +129,17 @@ class Decoder(nn.Module):
         return x
 
 
-def add_embeddings(module: Encoder | Decoder, config: dict[str, Any]) -> None:
-    """The position table and its layer norm; word embeddings, too, where encoder and decoder do not share them."""
-    C = config["d_model"]
+def add_modules(
+    module: Encoder | Decoder, config: dict[str, Any], side: str, layer: type[EncoderLayer] | type[DecoderLayer]
+) -> None:
+    """Position table, layer norm and layers of a side; word embeddings, too, where the sides do not share them."""
+    C, activation = config["d_model"], config["activation_function"]
+    H, inner = config[f"{side}_attention_heads"], config[f"{side}_ffn_dim"]
     if not config["tie_word_embeddings"]:
         module.embed_tokens = nn.Embedding(config["vocab_size"], C)
     module.embed_positions = nn.Embedding(config["max_position_embeddings"] + TABLE_OFFSET, C)
     module.layernorm_embedding = nn.LayerNorm(C)
+    module.layers = nn.ModuleList(layer(C, H, inner, activation) for _ in range(config[f"{side}_layers"]))
 
 
 class BART(nn.Module):

@@ -142,9 +142,9 @@ class Batch:
 
     def to(self, device: str | torch.device) -> "Batch":
         inputs = tuple(copy_to(x, device) for x in self.inputs)
-        index, labels, lengths = (copy_to(x, device) for x in (self.target_positions, self.labels, self.source_lengths))
+        positions, labels = copy_to(self.target_positions, device), copy_to(self.labels, device)
         segments = None if self.segments is None else copy_to(self.segments, device)
-        return Batch(inputs, index, labels, lengths, self.pairs, segments)
+        return Batch(inputs, positions, labels, copy_to(self.source_lengths, device), self.pairs, segments)
 
 
 def copy_to(x: Tensor, device: str | torch.device) -> Tensor:
@@ -173,9 +173,17 @@ def collate(groups: list[Group], tokenizer: Tokenizer, model: Model) -> Batch:
         inputs = (source_ids, *inputs, length_mask(lengths, source_ids.size(1)))
     padded = pad(segments, -1)
     target_positions = (padded > 0).flatten().nonzero()[:, 0]
-    pairs = sum(len(targets) for _, targets in groups)
+    pairs = pair_count(groups)
     several = padded if pairs > len(groups) else None
     return Batch(inputs, target_positions, torch.tensor(labels), lengths, pairs, several)
+
+
+def pair_count(groups: list[Group]) -> int:
+    return sum(len(targets) for _, targets in groups)
+
+
+def target_tokens(groups: list[Group]) -> int:
+    return sum(len(target) for _, targets in groups for target in targets)
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
@@ -289,6 +297,14 @@ def fill_batches(groups: list[Group], batch_size: int) -> list[list[Group]]:
             batches[-1].append((source, targets[:room]))
             targets, room = targets[room:], max(0, room - len(targets))
     return batches
+
+
+def split_groups(groups: list[Group], parts: int) -> list[list[Group]]:
+    """Groups in so many parts of about equally many pairs."""
+    split: list[list[Group]] = [[] for _ in range(parts)]
+    for group in sorted(groups, key=lambda group: -len(group[1])):
+        min(split, key=pair_count).append(group)
+    return split
 
 
 def eval_batches(pairs: list[Pair], batch_size: int) -> list[list[Group]]:

@@ -9,6 +9,7 @@ import torch
 from minprefix.system.errors import InputError, OutOfMemory, out_of_memory
 from minprefix.system.files import atomic_write
 
+NEW_SETTINGS = {"group": 1, "accumulate": 1}  # that earlier checkpoints lack, with the values that they had
 Log = list[dict[str, float]]  # rows: see `training.train`
 
 
@@ -24,7 +25,7 @@ def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
             if damaged := file.testzip():
                 raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, settings = ({"group": 1, **x} for x in (state["settings"], settings))  # where a checkpoint lacks it
+        saved, settings = ({**NEW_SETTINGS, **x} for x in (state["settings"], settings))
         differing = [key for key in {**settings, **saved} if saved.get(key) != settings.get(key)]
     except Exception as error:  # torch.load documents no closed list of errors for a damaged file
         if out_of_memory(error):

@@ -181,7 +181,7 @@ def search_ids(
                 tokens, scores = greedy_or_sample(model, cache, start, end, search, constrain, choose)
             for i, rows, values in zip(batch, tokens.tolist(), scores.tolist(), strict=True):
                 for row, value in zip(rows, values, strict=True):
-                    if value == float("-inf"):  # a beam that the constraints left nothing to write
+                    if targets[i] and value == float("-inf"):  # a beam that the constraints left nothing to write
                         continue
                     length = next((n for n, token in enumerate(row) if token in ends), len(row))
                     targets[i].append((row[: length + keep_end], value))

@@ -67,21 +67,18 @@ class FrozenProduct(torch.autograd.Function):
         return packed_product(gradient, transposed, None, ctx.weight.size(1)), None, None
 
 
-def pack_weights(model: Any, training: bool = False) -> list[Tensor]:  # a GPT2 or BART, which import this file
+def pack_weights(model: Any, training: bool = False) -> None:  # a GPT2 or BART, which import this file
     """From now on the model's products go through its frozen weights in packed form, which must not change.
 
     training: with gradients for the inputs, too; to save memory the weights themselves are then empty (but for the
-    head's, which may be the embeddings). Only bfloat16 weights are packed, on a CPU that supports it. -> the weights
-    that were not packed before.
+    head's, which may be the embeddings). Only bfloat16 weights are packed, on a CPU that supports it.
     """
     weights = {model.head.weight, *(layer.weight for layer in model.modules() if isinstance(layer, Linear))}
-    weights = [w for w in weights if can_pack(w) and not hasattr(w, "packed")]
-    for weight in weights:
+    for weight in (w for w in weights if can_pack(w) and not hasattr(w, "packed")):
         weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
         if training and weight is not model.head.weight:
             weight.packed_transposed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().T.contiguous())
             weight.data = weight.new_full((), torch.nan).expand(weight.shape)  # one number, in the weight's shape
-    return weights
 
 
 @contextmanager

@@ -26,7 +26,10 @@ from minprefix.core.batches import (
     epoch_batches,
     eval_batches,
     group_sizes,
+    pair_count,
     pairs_by_source,
+    split_groups,
+    target_tokens,
 )
 from minprefix.core.checkpointing import Log, read_checkpoint, save_checkpoint, too_little_memory
 from minprefix.core.kernels import compiled_layers, packed_weights
@@ -83,14 +86,6 @@ def dev_loss(model: Model, trainable: Method, pairs: list[Pair], tokenizer: Toke
     return float(total) / sum(len(target) for _, target in pairs)
 
 
-def pair_count(groups: list[Group]) -> int:
-    return sum(len(targets) for _, targets in groups)
-
-
-def target_tokens(groups: list[Group]) -> int:
-    return sum(len(target) for _, targets in groups for target in targets)
-
-
 def linear_schedule(step: int, steps: int, warmup: int) -> float:
     """The share of the learning rate for a step: linear warm-up, then linear decay to zero."""
     return min((step + 1) / (warmup + 1), (steps - step) / max(1, steps - warmup))
@@ -114,14 +109,6 @@ def batch_stream(
         start = 0
 
 
-def split_groups(groups: list[Group], parts: int) -> list[list[Group]]:
-    """Groups in so many parts of about equally many pairs."""
-    split: list[list[Group]] = [[] for _ in range(parts)]
-    for group in sorted(groups, key=lambda group: -len(group[1])):
-        min(split, key=pair_count).append(group)
-    return split
-
-
 class Run:
     """A run of `train`: what it trains on what, how far it has come, what it writes to OUT.
 
@@ -135,7 +122,7 @@ class Run:
         self.model, self.trainable, self.tokenizer, self.out, self.settings = model, trainable, tokenizer, out, settings
         self.train_pairs, self.dev_pairs = train_pairs, dev_pairs
         self.steps, self.batch_size, self.lr = (settings[key] for key in ("steps", "batch_size", "lr"))
-        self.accumulate = settings.get("accumulate", 1)
+        self.accumulate = settings["accumulate"]
         self.step_size = self.batch_size * self.accumulate  # pairs
         self.optimizer = make_optimizer(trainable, self.lr)
         self.schedule = LambdaLR(
@@ -309,9 +296,8 @@ def train(
         **(settings or {}),
         "dtype": str(dtype_of_products(model)), "model": fingerprint(model), "trained": type(trainable).__name__,
         "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "eval_every": eval_every, "seed": seed,
-        "group": group, "position_offset": trainable.position_offset,
+        "group": group, "accumulate": accumulate, "position_offset": trainable.position_offset,
         "training data": digest(train_pairs), "dev data": digest(dev_pairs),
-        **({"accumulate": accumulate} if accumulate > 1 else {}),
     }  # fmt: skip
     distributed.check_same_on_ranks(settings)  # one rank may lack the data
     run = Run(model, trainable, tokenizer, train_pairs, dev_pairs, Path(out), settings, resume)

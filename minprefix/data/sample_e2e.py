@@ -190,7 +190,7 @@ def word(slot: str, slots: dict[str, str], kind: int, rng: random.Random) -> str
     return pick(WORDINGS.get((slot, slots[slot]), WHERE)[kind], rng).format(slots[slot])
 
 
-def joined(parts: list[str], texts: list[str], slots: dict[str, str], comma: str = "") -> str:
+def join_phrases(parts: list[str], texts: list[str], slots: dict[str, str], comma: str = "") -> str:
     """ "a", "a and b" or "a, b and c"; "but" between two slots of opposite sign."""
     signs = [WORDINGS.get((slot, slots[slot]), WHERE)[0] for slot in parts]
     last = f"{comma} but" if len(texts) == 2 and signs[0] * signs[1] < 0 else " and"
@@ -231,7 +231,7 @@ def describe(slots: dict[str, str], plan: tuple[str, str], rng: random.Random) -
     called = "called" in template  # the name follows the noun: not "pub serving Thai food called Corello"
     noun = slots.get("eatType") or pick("place|spot|venue", rng)
     used = [slot for slot in left if slot != "food" and word(slot, slots, ADJECTIVE, rng) and rng.random() < 0.4][:2]
-    words = [joined(used, [word(slot, slots, ADJECTIVE, rng) for slot in used], slots)] if used else []
+    words = [join_phrases(used, [word(slot, slots, ADJECTIVE, rng) for slot in used], slots)] if used else []
     if "food" in left and (called or rng.random() < 0.5):
         used, words = used + ["food"], words + [slots["food"]]
     left = [slot for slot in left if slot not in used]
@@ -258,7 +258,7 @@ def follow_up(left: list[str], slots: dict[str, str], rng: random.Random) -> str
             if kind == VERB and len(set(first)) == 1:  # "is cheap and is ..." -> "is cheap and ..."
                 texts = texts[:1] + [t.split(" ", 1)[1] for t in texts[1:]]
             subject = pick(["it", "the " + slots.get("eatType", "place")], rng) + " " if kind == VERB else ""
-            text += " " + capital(subject + joined(part, texts, slots, "," if kind == CLAUSE else "")) + "."
+            text += " " + capital(subject + join_phrases(part, texts, slots, "," if kind == CLAUSE else "")) + "."
         kind = VERB + CLAUSE - kind
     return text
 

@@ -29,11 +29,11 @@ from minprefix.cli.options import Parser, check_above_zero, check_not_negative
 from minprefix.cli.runs import check_out
 from minprefix.cli.search import recipe
 from minprefix.cli.settings import STUDY_STEPS, default_settings
-from minprefix.core.batches import batches_per_epoch, collate, encode_pairs
+from minprefix.core.batches import batches_per_epoch, collate, encode_pairs, pair_count
 from minprefix.core.generate import generate
 from minprefix.core.kernels import packed_weights
 from minprefix.core.prefix import Prefix
-from minprefix.core.training import DIVERGED, batch_stream, make_optimizer, pair_count, training_step
+from minprefix.core.training import DIVERGED, batch_stream, make_optimizer, training_step
 from minprefix.data.rows import json_rows
 from minprefix.data.tasks import TASKS, find_e2e, load_examples, load_on_topics
 from minprefix.formats.hub import model_name, resolve_model

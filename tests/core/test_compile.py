@@ -14,6 +14,7 @@ from minprefix.core.prefix import Prefix, stack_prefixes
 from minprefix.core.prefix_kv import KVInfix
 from minprefix.methods.baselines import Adapters
 from minprefix.system.errors import InputError
+from tests.helpers import failing_compile
 
 pytestmark = pytest.mark.slow
 
@@ -164,13 +165,7 @@ def test_layers_are_compiled_only_where_it_pays(as_on_cuda, monkeypatch):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), InputError("a text is too long")])
 def test_an_error_of_another_kind_is_not_taken_for_a_broken_compiler(error, monkeypatch, capsys):
-    def compile_(function, dynamic):
-        def fail(*args):
-            raise error
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch, "compile", failing_compile(error))
     monkeypatch.setattr(kernels, "has_compiled_layers", lambda model: True)
     kernels.compiled.cache_clear()
     model = make_model("gpt2")
@@ -181,13 +176,7 @@ def test_an_error_of_another_kind_is_not_taken_for_a_broken_compiler(error, monk
 
 
 def test_layers_run_as_they_are_where_compiling_fails(monkeypatch, capsys):
-    def compile_(function, dynamic):
-        def fail(*args):
-            raise RuntimeError("no Triton")
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch, "compile", failing_compile(RuntimeError("no Triton")))
     monkeypatch.setattr(kernels, "has_compiled_layers", lambda model: True)
     kernels.compiled.cache_clear()
     model, ids = make_model("gpt2"), torch.ones(1, 3, dtype=torch.long)

@@ -488,3 +488,11 @@ def test_finished_texts_leave_the_batch(model, sources, monkeypatch):
         running = sum(len(text) > t for text in texts)
         size = running if running <= 0.75 * size else size
     assert rows == expected and len(set(rows)) > 2
+
+
+def test_where_nothing_may_be_written_there_is_still_one_text(model):
+    """All beams of the last step are barred: each of the tokens that are allowed has been written."""
+    allowed = [5, 6, 7, 8, END]
+    options = {"forbidden": [i for i in range(model.config["vocab_size"]) if i not in allowed], "no_repeat_ngram": 1,
+               "beams": 2, "min_new_tokens": 6, "max_new_tokens": 6}  # fmt: skip
+    assert len(generate_ids(model, [[3, 4]], END, END, None, **options)) == 1

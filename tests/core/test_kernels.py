@@ -6,6 +6,7 @@ import torch
 from minprefix import generate, load_model, load_tokenizer
 from minprefix.core import kernels
 from minprefix.core.kernels import ACTIVATIONS, Linear, can_pack_bfloat16, gelu_new, linear, packed_weights
+from tests.helpers import failing_compile
 from tests.tiny import write_tiny_bart, write_tiny_model
 
 needs_onednn = pytest.mark.skipif(not can_pack_bfloat16(), reason="oneDNN makes no bfloat16 products on this CPU")
@@ -157,13 +158,7 @@ def double(x):
 
 
 def test_where_compiling_fails_the_function_itself_is_used_and_that_is_said_once(monkeypatch, capsys):
-    def broken(function, dynamic):
-        def fail(*args):
-            raise RuntimeError("no C++\ncompiler")
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", failing_compile(RuntimeError("no C++\ncompiler")))
     function = kernels.compiled.__wrapped__(double)
     large = torch.ones(kernels.MIN_ELEMENTS_TO_COMPILE)
     assert torch.equal(function(large), 2 * large) and torch.equal(function(large), 2 * large)
@@ -176,12 +171,8 @@ def test_small_tensors_are_not_worth_it(monkeypatch):
 
 
 def test_want_of_memory_is_not_mistaken_for_a_broken_compiler(monkeypatch):
-    def compile_(function, dynamic):
-        def fail(*args):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(
+        torch, "compile", failing_compile(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    )
     with pytest.raises(torch.OutOfMemoryError):
         kernels.compiled.__wrapped__(double)(torch.ones(kernels.MIN_ELEMENTS_TO_COMPILE))
