@@ -93,7 +93,7 @@ def run(args: Namespace) -> None:
         log, best_step = train(
             model, trainable, tokenizer, train_pairs, dev_pairs, args.out, steps=steps, batch_size=args.batch_size,
             lr=args.lr, warmup=args.warmup, eval_every=args.eval_every, seed=args.seed, group=args.group,
-            accumulate=args.accumulate, resume=args.resume,
+            accumulate=args.accumulate, resume=args.resume, compile=args.compile,
             settings={key: value for key, value in vars(args).items() if key not in NOT_IN_SETTINGS},
         )  # fmt: skip
     if distributed.rank() > 0:  # the rest is one process's work

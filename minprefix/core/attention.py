@@ -41,7 +41,7 @@ def attend(q: Tensor, kv: KV, prefix: KV | None = None) -> Tensor:
     T, gpu = q.size(2), q.is_cuda
     if prefix is not None and T >= FEW_QUERIES and (gpu or prefix.k.size(2) <= SHORT_PREFIX):
         kv, prefix = concat(prefix, kv, len(q), T), None
-    return fused_attend(q, kv) if gpu and T >= FEW_QUERIES else plain_attend(q, kv, prefix)
+    return fused_attend(q, kv) if gpu and prefix is None else plain_attend(q, kv, prefix)
 
 
 def plain_attend(q: Tensor, kv: KV, prefix: KV | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from minprefix.core.attention import length_mask
 from minprefix.core.model import Model, Tokenizer
@@ -24,6 +25,7 @@ from minprefix.system.errors import InputError
 
 Pair = tuple[list[int], list[int]]  # the ids of a source, those of a target
 Group = tuple[list[int], list[list[int]]]  # the ids of a source, those of some of its targets: a row of a batch
+IGNORE = -100  # a label that is not in the loss: padding
 EVAL_GROUP = 8  # max targets per row in dev loss
 MAX_SOURCE = 512  # tokens of a source that an encoder reads (the paper's XSum articles are cut there, too)
 
@@ -135,16 +137,21 @@ def pair_lengths(pairs: list[Pair]) -> list[int]:
 class Batch:
     inputs: tuple[Any, ...]  # of model.hidden_states: GPT-2's (ids,), BART's (source_ids, target_ids, source_mask)
     target_positions: Tensor  # (N,) int64, b * T + t where the next token is in the target
-    labels: Tensor  # (N,) int64, those next tokens
+    labels: Tensor  # (N,) int64, those next tokens, or IGNORE
     source_lengths: Tensor  # (B,) int64
-    pairs: int  # number of (source, target) pairs
     segments: Tensor | None = None  # (B, T) int64, see `attention.visible_keys`; None where each row has one target
 
+    def tensors(self) -> list[Tensor]:
+        tensors: list[Tensor] = [*self.inputs, self.target_positions, self.labels, self.source_lengths]
+        return tensors if self.segments is None else [*tensors, self.segments]
+
     def to(self, device: str | torch.device) -> "Batch":
-        inputs = tuple(copy_to(x, device) for x in self.inputs)
-        positions, labels = copy_to(self.target_positions, device), copy_to(self.labels, device)
-        segments = None if self.segments is None else copy_to(self.segments, device)
-        return Batch(inputs, positions, labels, copy_to(self.source_lengths, device), self.pairs, segments)
+        return self.with_tensors([copy_to(x, device) for x in self.tensors()])
+
+    def with_tensors(self, tensors: list[Tensor]) -> "Batch":
+        """A batch of such `tensors()`."""
+        n = len(self.inputs)
+        return Batch(tuple(tensors[:n]), *tensors[n:])
 
 
 def copy_to(x: Tensor, device: str | torch.device) -> Tensor:
@@ -153,8 +160,11 @@ def copy_to(x: Tensor, device: str | torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if to_gpu else x.to(device)
 
 
-def collate(groups: list[Group], tokenizer: Tokenizer, model: Model) -> Batch:
-    """B groups -> Batch, right-padded: GPT-2 rows hold source and targets, BART decoder rows the targets only."""
+def collate(groups: list[Group], tokenizer: Tokenizer, model: Model, pad_to: int = 1) -> Batch:
+    """B groups -> Batch, right-padded: GPT-2 rows hold source and targets, BART decoder rows the targets only.
+
+    pad_to: S and T are padded to a multiple of it, N to one of B times it, so that few shapes occur.
+    """
     start, pad_id = start_id(model, tokenizer), tokenizer.pad_id
     rows, segments, labels = [], [], []
     for source, targets in groups:
@@ -166,16 +176,19 @@ def collate(groups: list[Group], tokenizer: Tokenizer, model: Model) -> Batch:
             labels += target
         rows.append(row)
         segments.append(segment)
-    inputs: tuple[Tensor, ...] = (pad(rows, pad_id),)
+    inputs: tuple[Tensor, ...] = (pad(rows, pad_id, pad_to),)
     lengths = torch.tensor([len(source) for source, _ in groups])
     if model.encoder_decoder:
-        source_ids = pad([source for source, _ in groups], pad_id)
+        source_ids = pad([source for source, _ in groups], pad_id, pad_to)
         inputs = (source_ids, *inputs, length_mask(lengths, source_ids.size(1)))
-    padded = pad(segments, -1)
+    padded = pad(segments, -1, pad_to)
     target_positions = (padded > 0).flatten().nonzero()[:, 0]
-    pairs = pair_count(groups)
-    several = padded if pairs > len(groups) else None
-    return Batch(inputs, target_positions, torch.tensor(labels), lengths, pairs, several)
+    if pad_to > 1:
+        more = -len(labels) % (len(groups) * pad_to)
+        labels += [IGNORE] * more
+        target_positions = F.pad(target_positions, (0, more))
+    several = padded if pair_count(groups) > len(groups) else None
+    return Batch(inputs, target_positions, torch.tensor(labels), lengths, several)
 
 
 def pair_count(groups: list[Group]) -> int:
@@ -186,9 +199,15 @@ def target_tokens(groups: list[Group]) -> int:
     return sum(len(target) for _, targets in groups for target in targets)
 
 
-def pad(rows: list[list[int]], value: int) -> Tensor:
-    """Lists of ids -> (B, T) int64, filled up on the right."""
-    T = max(len(row) for row in rows)
+def loss_scale(model: Model, groups: list[Group]) -> float:
+    """What a batch's summed loss is multiplied by in training: 1 / its pairs, or for BART 1 / its target tokens."""
+    return 1 / (target_tokens(groups) if model.encoder_decoder else pair_count(groups))
+
+
+def pad(rows: list[list[int]], value: int, multiple: int = 1) -> Tensor:
+    """Lists of ids -> (B, T) int64, filled up on the right; T is a multiple of `multiple`."""
+    longest = max(len(row) for row in rows)
+    T = longest + -longest % multiple
     return torch.tensor([[*row, *[value] * (T - len(row))] for row in rows])
 
 

@@ -4,6 +4,8 @@ Shapes: B examples, K beams of each (1 without beam search), R = B * K rows, H h
 D head dimension.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ class Cache:
     """
 
     def __init__(
-        self, layers: list[LayerCache], mask: Tensor, position: Tensor, prefix: list[KV | None],
+        self, layers: Sequence[LayerCache], mask: Tensor, position: Tensor, prefix: list[KV | None],
         source: list[KV] | None = None,
     ):  # fmt: skip
         self.layers, self.mask, self.position, self.prefix = layers, mask, position, prefix
@@ -88,3 +90,92 @@ class Cache:
         self.source = [kv.select(examples) for kv in self.source]
         self.position = self.position.unflatten(0, (len(self.mask), -1))[examples].flatten()
         self.mask = self.mask[examples]
+
+
+class FixedLayer(LayerCache):
+    """Keys and values of one layer in a `FixedCache`; those of new tokens go to the slots (K,)."""
+
+    k: Tensor
+    v: Tensor
+
+    def __init__(self, k: Tensor, v: Tensor, slots: Tensor):
+        super().__init__(k, v)
+        self.slots = slots
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k.index_copy_(2, self.slots, k), self.v.index_copy_(2, self.slots, v)
+
+
+class FixedCache(Cache):
+    """A cache whose tensors keep their sizes and places, as a CUDA graph needs it, with the prefix before the source.
+
+    slots: (K,), where the keys of the last tokens are.
+    """
+
+    layers: list[FixedLayer]
+
+    def __init__(self, cache: Cache, K: int, room: int):
+        """For caches no larger than `cache`, of one row for each example; with slots for `room` tokens of K beams."""
+        B, mask = len(cache.mask), cache.mask
+        self.prefix_length, self.filled = prefix_length(cache), cache.layers[0].filled
+        self.slots = torch.arange(K, device=mask.device)
+        M = round_up(self.prefix_length + self.filled + room * K)
+        layers, source = [], []
+        for layer in cache.layers:
+            assert layer.k is not None
+            B, H, _, D = layer.k.shape
+            k, v = layer.k.new_zeros(2, B, H, M, D)
+            layers.append(FixedLayer(k, v, self.slots))
+        for kv in cache.source:
+            B, H, S, D = kv.k.shape
+            k, v = kv.k.new_zeros(2, B, H, round_up(S), D)
+            source.append(KV(k, v, mask.new_zeros(B, 1, 1, round_up(S))))
+        mask = mask.new_zeros(B, K, M)
+        super().__init__(layers, mask, cache.position.new_zeros(B * K), [None] * len(layers), source)
+
+    def fits(self, cache: Cache, K: int) -> bool:
+        """Whether that cache, for K beams, can be taken over."""
+        same = len(self.mask) == len(cache.mask) and len(self.slots) == K and self.prefix_length == prefix_length(cache)
+        source = not self.source or cache.source[0].k.size(2) <= self.source[0].k.size(2)
+        return same and source and cache.layers[0].filled <= self.filled
+
+    def load(self, cache: Cache) -> None:
+        """Take over the contents of a cache; all beams begin as copies."""
+        P, K, S = self.prefix_length, len(self.slots), cache.layers[0].filled
+        self.mask.fill_(float("-inf"))[:, :, P : P + S] = cache.mask[:, :, :S]
+        for mine, layer, prefix in zip(self.layers, cache.layers, cache.prefix, strict=True):
+            assert layer.k is not None and layer.v is not None
+            mine.k[:, :, P : P + S], mine.v[:, :, P : P + S] = layer.k[:, :, :S], layer.v[:, :, :S]
+            if prefix is not None:
+                mine.k[:, :, :P], mine.v[:, :, :P] = prefix.k, prefix.v
+                self.mask[:, :, :P] = 0.0 if prefix.mask is None else prefix.mask[:, 0]
+        for own, kv in zip(self.source, cache.source, strict=True):
+            S = kv.k.size(2)
+            assert own.mask is not None and kv.mask is not None
+            own.k[:, :, :S], own.v[:, :, :S] = kv.k, kv.v
+            own.mask.fill_(float("-inf"))[..., :S] = kv.mask
+        self.position.copy_(cache.position.repeat_interleave(K))
+        torch.arange(P + self.filled - K, P + self.filled, out=self.slots)
+
+    def next_step(self) -> tuple[Tensor, Tensor]:
+        K = len(self.slots)
+        seen = torch.full_like(self.mask[:, :, :K], float("-inf"))
+        seen.masked_fill_(torch.eye(K, dtype=torch.bool, device=seen.device), 0.0)
+        self.mask.index_copy_(2, self.slots.add_(K), seen)
+        position = self.position.clone()
+        self.position.add_(1)
+        return position, self.mask[:, None]
+
+    def reorder(self, rows: Tensor) -> None:
+        self.mask.copy_(self.mask.flatten(0, 1)[rows].view_as(self.mask))
+        self.position.copy_(self.position[rows])
+
+
+def prefix_length(cache: Cache) -> int:
+    """The length of the prefix that stands apart in a cache."""
+    return cache.prefix[0].k.size(2) if cache.prefix[0] else 0
+
+
+def round_up(length: int) -> int:
+    """The next multiple of 8, as fused attention wants its masks."""
+    return length + -length % 8

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from minprefix.core.batches import check_vocabulary, encode_sources, end_ids, start_id
 from minprefix.core.cache import Cache
+from minprefix.core.cuda_graphs import DecodingGraphs, decoding_graphs
 from minprefix.core.kernels import packed_weights
 from minprefix.core.model import Model, Tokenizer
 from minprefix.core.prefix_kv import AnyPrefix, first_position, prefix_like, row_count, select_rows, tensors_of
@@ -167,6 +168,7 @@ def search_ids(
     def choose(logits: Tensor) -> Tensor:
         return sample_next(logits, search, generator) if search.sample else logits.argmax(dim=-1)
 
+    graphs = decoding_graphs(model, search.beams, search.max_new_tokens)
     # The longest first: batches of like lengths, and what does not fit (model or memory) fails at once.
     draws = search.returned if search.sample else 1
     order = sorted(list(range(len(sources))) * draws, key=lambda i: -len(sources[i]))
@@ -176,9 +178,9 @@ def search_ids(
             cache = prefill(model, sources, batch, prefix, search.max_new_tokens, device)
             start = torch.full((len(batch),), first_id, device=device)
             if search.beams > 1:
-                tokens, scores = beam_search(model, cache, start, end, search, constrain)
+                tokens, scores = beam_search(model, cache, start, end, search, constrain, graphs)
             else:
-                tokens, scores = greedy_or_sample(model, cache, start, end, search, constrain, choose)
+                tokens, scores = greedy_or_sample(model, cache, start, end, search, constrain, graphs, choose)
             for i, rows, values in zip(batch, tokens.tolist(), scores.tolist(), strict=True):
                 for row, value in zip(rows, values, strict=True):
                     if targets[i] and value == float("-inf"):  # a beam that the constraints left nothing to write
@@ -191,7 +193,7 @@ def search_ids(
 
 def greedy_or_sample(
     model: Model, cache: Cache, ids: Tensor, ends: Tensor, search: Search, constrain: Constrain,
-    choose: Callable[[Tensor], Tensor],
+    graphs: DecodingGraphs | None, choose: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """After the start tokens ids (B,), at each step the token that `choose` picks -> a text and score per example.
 
@@ -203,8 +205,9 @@ def greedy_or_sample(
     lengths = torch.zeros_like(sums) if search.scored else torch.ones_like(sums)
     place = torch.arange(len(ids), device=ids.device)  # of the examples still in the batch, in `tokens`
     unfinished, every = torch.ones_like(ids, dtype=torch.bool), CHECK_EVERY.get(ids.device.type, 1)
+    graph = graphs.load(cache) if graphs else None
     for t in range(max_new_tokens):
-        logits = model.logits(model.step(ids, cache)).float()
+        logits = (graph.step(ids) if graph else model.logits(model.step(ids, cache))).float()
         constrain(logits, tokens[place, :t])
         ids = choose(logits)
         if search.scored:
@@ -212,13 +215,13 @@ def greedy_or_sample(
             sums[place] += log_probs.where(unfinished, 0.0)
             lengths[place] += unfinished
         ids = tokens[place, t] = ids.where(unfinished, ends[0])
-        unfinished = ~is_one_of(ids, ends)
+        unfinished = ~torch.isin(ids, ends)
         if (t + 1) % every:
             continue
         running = unfinished.nonzero()[:, 0]
         if len(running) == 0:
             break
-        if len(running) <= COMPACT_BELOW * len(ids):
+        if not graph and len(running) <= COMPACT_BELOW * len(ids):
             ids, place, unfinished = ids[running], place[running], unfinished[running]
             cache.keep(running)
     return tokens[:, None], (sums / lengths**search.length_penalty)[:, None]
@@ -248,14 +251,10 @@ def sample_next(logits: Tensor, search: Search, generator: torch.Generator | Non
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-def is_one_of(ids: Tensor, few: Tensor) -> Tensor:
-    """Whether each of the ids (...) is among those of `few` (E,) -> bool (...)."""
-    return (ids[..., None] == few).any(dim=-1)
-
-
 def beam_search(
-    model: Model, cache: Cache, ids: Tensor, ends: Tensor, search: Search, constrain: Constrain
-) -> tuple[Tensor, Tensor]:
+    model: Model, cache: Cache, ids: Tensor, ends: Tensor, search: Search, constrain: Constrain,
+    graphs: DecodingGraphs | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """After the start tokens ids (B,), the best sequences of each example, and their scores, for search.returned = J.
 
     Sequences (B, J, N), filled up with ends[0]; scores (B, J), best first.
@@ -269,22 +268,28 @@ def beam_search(
     result = ends[0].repeat(B, search.returned, max_new_tokens)
     result_scores = torch.zeros((B, search.returned), device=ids.device)
     place = torch.arange(B, device=ids.device)  # of the examples that are not over, in `result`
-    scores = torch.zeros((B, 1), device=ids.device)  # sums of log-probabilities; all beams start equal, so one suffices
-    tokens = result[:, :1]  # (B, 1, N): what they have written, nothing yet
+    graph, first = None, 1  # all beams start equal, so one suffices
+    if graphs:
+        graph, first = graphs.load(cache), K
+        cache, ids = graph.cache, ids.repeat_interleave(K)
+    scores = torch.zeros((B, first), device=ids.device)  # sums of log-probabilities
+    scores[:, 1:] = -inf
+    tokens = result[:, :1].repeat(1, first, 1)  # (B, K, N): what the beams have written, nothing yet
     finished_scores = scores.new_full((B, K), -inf)  # best first
-    finished = tokens.repeat(1, K, 1)
-    improvable, every = torch.ones_like(ids, dtype=torch.bool), CHECK_EVERY.get(ids.device.type, 1)
+    finished = result[:, :1].repeat(1, K, 1)
+    improvable, every = torch.ones_like(place, dtype=torch.bool), CHECK_EVERY.get(ids.device.type, 1)
     for t in range(max_new_tokens):
-        log_probs = model.logits(model.step(ids, cache)).float().log_softmax(dim=-1)  # (R, V)
+        logits = graph.step(ids) if graph else model.logits(model.step(ids, cache))
+        log_probs = logits.float().log_softmax(dim=-1)  # (R, V)
         constrain(log_probs, tokens[:, :, :t].flatten(0, 1))
         log_probs += scores.view(-1, 1)
-        V, rows_each = log_probs.size(-1), scores.size(1)  # rows_each: 1 at the first step, then K
+        V, rows_each = log_probs.size(-1), scores.size(1)  # rows_each: `first`, then K
         candidate_scores, index = log_probs.view(-1, rows_each * V).topk((1 + len(ends)) * K)  # (B, (1 + E) K)
         parent, token = index // V, index % V
         example = torch.arange(len(scores), device=ids.device)[:, None]  # (B, 1), indexes what is (B, K, ...)
         candidates = tokens[example, parent]
         candidates[:, :, t] = token
-        over = is_one_of(token, ends) if t + 1 < max_new_tokens else torch.ones_like(token, dtype=torch.bool)
+        over = torch.isin(token, ends) if t + 1 < max_new_tokens else torch.ones_like(token, dtype=torch.bool)
 
         length = (t + 1) ** search.length_penalty  # of the new tokens, the end token among them
         barred = ~(over & improvable[:, None])
@@ -300,7 +305,7 @@ def beam_search(
             running = improvable.nonzero()[:, 0]
             if len(running) == 0:  # always so after the last step: there `over` is all true
                 break
-            if len(running) <= COMPACT_BELOW * len(scores):
+            if not graph and len(running) <= COMPACT_BELOW * len(scores):
                 result[place] = finished[:, : search.returned]
                 result_scores[place] = finished_scores[:, : search.returned]
                 place = place[running]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minprefix.core.batches import Batch
+from minprefix.core.batches import IGNORE, Batch
 from minprefix.core.kernels import compiled
 from minprefix.core.model import Model
 from minprefix.core.prefix_kv import AnyPrefix, KVInfix
@@ -28,6 +28,16 @@ def target_loss(model: Model, batch: Batch, prefix: AnyPrefix | None) -> Tensor:
     return HeadLoss.apply(states, model, batch.labels)
 
 
+def add_gradients(model: Model, trainable: Any, batch: Batch, scale: float) -> Tensor:
+    """Add those of scale * loss to the `grad` of each trainable parameter -> the `target_loss`, detached.
+
+    trainable: a module whose call gives the model's prefix.
+    """
+    loss = target_loss(model, batch, trainable())
+    (loss * scale).backward()
+    return loss.detach()
+
+
 class HeadLoss(torch.autograd.Function):
     """Summed cross-entropy of a frozen head's logits.
 
@@ -36,14 +46,15 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, model: Model, labels: Tensor) -> Tensor:
-        rows = LOGIT_ROWS.get(states.device.type, 320)
+        rows, padded = LOGIT_ROWS.get(states.device.type, 320), getattr(model.head.weight, "padded", None)
         total, gradients, parts = torch.zeros((), device=states.device), [], -(-len(labels) // rows)
         for x, y in zip(states.chunk(parts), labels.chunk(parts), strict=True):
+            logits = F.linear(x, *padded) if padded else model.logits(x)
             if ctx.needs_input_grad[0]:
-                loss, gradient = compiled(loss_and_gradient)(model.logits(x), y)
-                gradients.append(gradient @ model.head.weight)
+                loss, gradient = compiled(loss_and_gradient)(logits, y)
+                gradients.append(gradient @ (padded[0] if padded else model.head.weight))
             else:
-                loss = compiled(negative_log_likelihood)(model.logits(x), y)
+                loss = compiled(negative_log_likelihood)(logits, y)
             total = total + loss
         ctx.gradients = gradients
         return total
@@ -55,17 +66,19 @@ class HeadLoss(torch.autograd.Function):
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits (N, V), labels (N,) -> their cross-entropy, summed."""
+    real, labels = labels[:, None] != IGNORE, labels.clamp(min=0)[:, None]
     total = at_least_float32(logits).logsumexp(dim=-1, keepdim=True)
-    return (total - at_least_float32(logits.gather(1, labels[:, None]))).sum()
+    return (total - at_least_float32(logits.gather(1, labels))).where(real, 0.0).sum()
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (N, V), labels (N,) -> their cross-entropy, summed, and its gradient (N, V) by the logits."""
+    real, labels = labels[:, None] != IGNORE, labels.clamp(min=0)[:, None]
     total = at_least_float32(logits).logsumexp(dim=-1, keepdim=True)
-    target = at_least_float32(logits.gather(1, labels[:, None])) - total
-    gradient = (at_least_float32(logits) - total).exp().to(logits.dtype)
-    at_label = target.expm1().to(logits.dtype)  # p - 1, exact where p is near 1
-    return -target.sum(), gradient.scatter_(1, labels[:, None], at_label)
+    target = (at_least_float32(logits.gather(1, labels)) - total).where(real, 0.0)
+    gradient = (at_least_float32(logits) - total).exp().where(real, 0.0).to(logits.dtype)
+    at_label = target.expm1().to(logits.dtype)  # p - 1, exact where p is near 1; 0 where there is no label
+    return -target.sum(), gradient.scatter_(1, labels, at_label)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

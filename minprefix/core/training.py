@@ -1,12 +1,13 @@
 """The optimisation loop: steps, dev loss, checkpoints that a killed run resumes from, a log."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,16 @@ from minprefix.core.batches import (
     epoch_batches,
     eval_batches,
     group_sizes,
+    loss_scale,
     pair_count,
     pairs_by_source,
     split_groups,
     target_tokens,
 )
 from minprefix.core.checkpointing import Log, read_checkpoint, save_checkpoint, too_little_memory
+from minprefix.core.cuda_graphs import TrainingGraphs, training_graphs
 from minprefix.core.kernels import compiled_layers, packed_weights
-from minprefix.core.loss import target_loss
+from minprefix.core.loss import add_gradients, target_loss
 from minprefix.core.model import Model, Tokenizer
 from minprefix.core.muon import Muon
 from minprefix.core.prefix import Prefix, fingerprint
@@ -43,6 +46,7 @@ from minprefix.system.files import write_jsonl
 
 Method = Any  # a Prefix, or another module of methods/ whose call gives the prefix that the model takes
 DIVERGED = "the loss became"  # experiments.py searches for this text
+EVAL_PAIRS = {"cuda": 64}  # pairs in a batch of the dev loss, if training has fewer: small ones leave a GPU idle
 NO_SUMS: dict[str, float] = {"loss": 0.0, "tokens": 0, "examples": 0, "seconds": 0.0}
 
 
@@ -53,20 +57,23 @@ def make_optimizer(trainable: Method, lr: float) -> Optimizer:
     return torch.optim.AdamW(trainable.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
+def make_batch(groups: list[Group], tokenizer: Tokenizer, model: Model, graphs: TrainingGraphs | None) -> Batch:
+    """A batch for `training_step`, on the model's device."""
+    pad_to = graphs.pad_to(groups) if graphs else 1
+    return collate(groups, tokenizer, model, pad_to).to(model.head.weight.device)
+
+
 def training_step(
-    model: Model, trainable: Method, batches: list[Batch], optimizer: Optimizer, shares: Sequence[float] = (1.0,)
-) -> Tensor:
+    model: Model, trainable: Method, batches: list[Batch], optimizer: Optimizer, scale: float,
+    graphs: TrainingGraphs | None = None,
+) -> Tensor:  # fmt: skip
     """One optimiser step -> the `target_loss` of the global batch, detached.
 
-    batches: this rank's micro-batches. shares: each one's fraction of the global batch (of its pairs, or for BART of
-    its target tokens).
+    batches: this rank's micro-batches. scale: `loss_scale` of the global batch; 0 for a rank that has no share of it.
     """
-    losses = []
-    for batch, share in zip(batches, shares, strict=True):
-        loss = target_loss(model, batch, trainable())
-        (loss / (len(batch.labels) if model.encoder_decoder else batch.pairs) * share).backward()
-        losses.append(loss.detach() if share else torch.zeros_like(loss))
-    loss = torch.stack(losses).sum()
+    add = graphs.add_gradients if graphs else functools.partial(add_gradients, model, trainable)
+    loss = torch.stack([add(batch, scale) for batch in batches]).sum()
+    loss = loss if scale else torch.zeros_like(loss)
     distributed.all_reduce_sum([*(p.grad for p in trainable.parameters() if p.grad is not None), loss])
     torch.nn.utils.clip_grad_norm_(trainable.parameters(), 1.0)
     optimizer.step()
@@ -79,6 +86,7 @@ def dev_loss(model: Model, trainable: Method, pairs: list[Pair], tokenizer: Toke
     """Nats per target token over (source, target) pairs; the model reads a source once for several targets."""
     device = next(model.parameters()).device
     prefix, total = trainable(), torch.zeros((), device=device)
+    batch_size = max(batch_size, EVAL_PAIRS.get(device.type, 1))
     for groups in distributed.shard(eval_batches(pairs, batch_size)):
         batch = collate(groups, tokenizer, model).to(device)
         total = total + target_loss(model, batch, prefix)
@@ -128,6 +136,7 @@ class Run:
         self.schedule = LambdaLR(
             self.optimizer, lambda step: linear_schedule(step, settings["steps"], settings["warmup"])
         )
+        self.graphs = training_graphs(model, trainable)
         self.step = 0
         self.log: Log = []
         self.best: Any = None  # dev_loss, step and weights
@@ -152,15 +161,14 @@ class Run:
 
     def train_step(self, groups: list[Group]) -> None:
         """One step on a global batch, of whose groups this rank takes its share."""
-        mine, device = distributed.shard(groups), next(self.model.parameters()).device
+        mine = distributed.shard(groups)
         parts = [part for part in split_groups(mine, self.accumulate) if part]
-        count = target_tokens if self.model.encoder_decoder else pair_count
-        shares = [count(part) / count(groups) for part in parts]
         # A rank without a share takes one group, of weight 0: `all_reduce_sum` needs a gradient of every rank.
-        parts, shares = (parts, shares) if parts else ([groups[:1]], [0.0])
-        batches = [collate(part, self.tokenizer, self.model).to(device) for part in parts]
+        parts, scale = (parts, loss_scale(self.model, groups)) if parts else ([groups[:1]], 0.0)
+        batches = [make_batch(part, self.tokenizer, self.model, self.graphs) for part in parts]
         with signals.defer_signals():  # a step is made whole or not at all
-            self.losses.append(training_step(self.model, self.trainable, batches, self.optimizer, shares))
+            loss = training_step(self.model, self.trainable, batches, self.optimizer, scale, self.graphs)
+            self.losses.append(loss)
             self.schedule.step()
             self.step += 1
             self.sums["tokens"] += target_tokens(groups)
@@ -272,6 +280,7 @@ def train(
     model: Model, trainable: Method, tokenizer: Tokenizer, train_pairs: list[Pair], dev_pairs: list[Pair],
     out: str | Path, *, steps: int, batch_size: int, lr: float, warmup: int = 0, eval_every: int = 100,
     seed: int = 101, group: int = 1, accumulate: int = 1, settings: dict[str, Any] | None = None, resume: bool = False,
+    compile: bool = False,
 ) -> tuple[Log, int]:  # fmt: skip
     """Train for `steps` steps; leave the weights with the best dev loss in `trainable` -> (log, best step).
 
@@ -286,6 +295,7 @@ def train(
     on from there, on the same CPU bit for bit as if it had not stopped.
     Rows of the log: step, epoch, dev_loss (nats per target token); after the start also loss (likewise, over the steps
     since the last row), lr, examples_per_s.
+    compile: run the layers through torch.compile, on CUDA.
     settings: what else must be equal on resume, name -> value. Of several ranks, rank 0 writes; all must see OUT.
     InputError if a loss is not finite, or the run in OUT is of other settings. KeyboardInterrupt, RankLost and OSError
     pass through, the present step being saved first.
@@ -304,7 +314,8 @@ def train(
     # Rank 0 acts on signals, the others end when it does.
     others = signals.defer_signals() if distributed.rank() else contextlib.nullcontext()
     batches = run.batches(run.step)
-    with run.bar, others, packed_weights(model, training=True), compiled_layers(model):
+    compiling = compiled_layers(model) if compile else contextlib.nullcontext()
+    with run.bar, others, packed_weights(model, training=True), compiling:
         try:
             while True:
                 if run.eval_due():

@@ -6,7 +6,8 @@
     python -m minprefix bench report   --minutes 8 --peer    all of it, on models of random weights (report --help)
 
 Each contender has a process of its own, so that its peak memory is its own; they take turns, round by round, and the
-other waits. A round is --steps batches, the same in each round; a first round to warm up does not count. Reported are
+other waits. A round is --steps batches, the same in each round; a first round to warm up does not count. Texts are
+written by one call a round, so that its batches have the same mean time. Reported are
 the median of a batch, and speeds in the median round; compile_s is what torch.compile took in all, recompiles are the
 programs that it made after the first round.
 
@@ -50,7 +51,7 @@ def make_parser() -> Parser:
     add("--model", default="gpt2-mini", help="a HuggingFace folder or a model's name (%(default)s)")
     add("--data", metavar="FOLDER", help="of E2E's files (as train.py)")
     add("--batch-size", type=int, metavar="N", default=10, help="pairs or inputs at a time (%(default)s)")
-    add("--group", type=int, metavar="N", default=8, help="references that may share a row in training (%(default)s)")
+    add("--group", type=int, metavar="N", default=1, help="references that may share a row in training (%(default)s)")
     add("--prefix-length", type=int, metavar="N", default=5, help="virtual tokens (%(default)s)")
     add("--hidden", type=int, metavar="N", default=512, help="width of the MLP in training, 0: none (%(default)s)")
     add("--source-length", type=int, metavar="N", help="random sources of N tokens (E2E's own)")
@@ -60,8 +61,7 @@ def make_parser() -> Parser:
     add("--rounds", type=int, metavar="N", default=3, help="rounds after the first (%(default)s)")
     add("--threads", type=int, metavar="N", help="of the CPU (torch's default)")
     add_device_options(parser)
-    add("--compile", choices=("auto", "on", "off"), metavar="WHEN", default="auto",
-        help="on CUDA, compile minprefix's layers: on, off, or in training (%(default)s)")  # fmt: skip
+    add("--compile", action="store_true", help="on CUDA, compile minprefix's layers")
     add("--peer", action="store_true", help="transformers + PEFT as well (pip install -e '.[parity]')")
     add("--sweep", nargs="+", metavar=("OPTION", "N"), help="measure for each value of an option: beams 1 5 10")
     add("--json", action="store_true", help="print JSON lines only, minprefix's own the last")
@@ -169,7 +169,10 @@ def work(pipe: Connection, contender: Callable[[Namespace], Work], args: Namespa
         pipe.send(True)
         programs = []  # that torch.compile has made, after each round
         while pipe.recv() == "round":
-            pipe.send([seconds_of(args.device, do_batch, i) for i in range(args.steps)])
+            if args.what == "train":
+                pipe.send([seconds_of(args.device, do_batch, i) for i in range(args.steps)])
+            else:  # the batches are one call's
+                pipe.send([seconds_of(args.device, do_batch, 0) / args.steps] * args.steps)
             programs.append(counters["frames"]["ok"])
     except InputError as error:
         pipe.send(str(error))

@@ -44,8 +44,7 @@ BART_WORK: list[Work] = [
     ("generate", {"batch_size": 16, "source_length": 512, "prefix_length": 200}),
 ]  # fmt: skip
 CUDA_WORK: list[Work] = [
-    ("train", {"batch_size": 10, "compile": "off"}),
-    ("generate", {"batch_size": 16, "compile": "on"}),
+    ("train", {"batch_size": 128, "compile": True}),
 ]
 COLUMNS = ("model", "work", "examples/s", "peer", "ratio", "peak GiB", "peer", "share of the matrix product's rate",
            "first batch, s")  # fmt: skip
@@ -111,7 +110,7 @@ def settings_of(args: Namespace, what: str, options: dict[str, Any]) -> Namespac
     settings = bench.make_parser().parse_args([what])
     common = ("data", "steps", "rounds", "new_tokens", "threads", "device", "dtype", "peer")
     vars(settings).update({key: getattr(args, key) for key in common}, **options)
-    settings.peer = args.peer and "compile" not in options
+    settings.peer = args.peer and not settings.compile
     bench.check(settings)
     return settings
 
@@ -160,7 +159,7 @@ def work_of(settings: Namespace) -> str:
     work = f"{settings.what}, batch {settings.batch_size}, prefix {settings.prefix_length}"
     work += f", sources of {settings.source_length}" if settings.source_length else ""
     work += f", {settings.beams} beams" if settings.what == "generate" else ""
-    return work + {"auto": "", "on": ", layers compiled", "off": ", layers not compiled"}[settings.compile]
+    return work + ", layers compiled" * settings.compile
 
 
 def figures(measured: list[dict[str, Any]]) -> list[str]:

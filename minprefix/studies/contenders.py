@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from minprefix.core.batches import Group, collate, encode_pairs, pad, start_id
+from minprefix.core.batches import Group, collate, encode_pairs, loss_scale, pad, start_id
+from minprefix.core.cuda_graphs import training_graphs
 from minprefix.core.generate import generate_ids
 from minprefix.core.kernels import Linear, compile_layers, pack_weights
 from minprefix.core.loss import target_loss
 from minprefix.core.model import Model
 from minprefix.core.prefix import Prefix
-from minprefix.core.training import batch_stream, make_optimizer, training_step
+from minprefix.core.training import batch_stream, make_batch, make_optimizer, training_step
 from minprefix.data.tasks import Example, load_examples
 from minprefix.formats.hub import resolve_model
 from minprefix.formats.load import load_model
@@ -28,7 +29,7 @@ from minprefix.formats.tokenizer import Tokenizer, load_tokenizer
 from minprefix.system.device import keep_freed_memory, pick_dtype
 from minprefix.system.errors import InputError
 
-Work = tuple[Callable[[int], None], dict[str, Any]]  # what does batch i, and facts for `row`
+Work = tuple[Callable[[int], None], dict[str, Any]]  # what does batch i (or writes all texts), and facts for `row`
 
 
 def ours(args: Namespace) -> Work:
@@ -39,16 +40,18 @@ def ours(args: Namespace) -> Work:
     prefix = Prefix(model, args.prefix_length, args.hidden).to(args.device)
     optimizer, folded = make_optimizer(prefix, lr=8e-5), prefix.fold()
     pack_weights(model, training=args.what == "train")  # for good: the scripts, too, do this once for all of their work
-    if args.compile == "on" or (args.compile == "auto" and args.what == "train"):
+    if args.compile:
         compile_layers(model)
     start, count = start_id(model, tokenizer), args.new_tokens
 
-    def train(i: int) -> None:
-        batch = collate(batches[i], tokenizer, model).to(args.device)
-        training_step(model, prefix, [batch], optimizer)
+    graphs = training_graphs(model, prefix)
 
-    def write(i: int) -> None:
-        sources = [source for source, _ in batches[i]]
+    def train(i: int) -> None:
+        batch = make_batch(batches[i], tokenizer, model, graphs)
+        training_step(model, prefix, [batch], optimizer, loss_scale(model, batches[i]), graphs)
+
+    def write(_: int) -> None:
+        sources = [source for batch in batches for source, _ in batch]
         generate_ids(model, sources, start, tokenizer.end_id, folded, beams=args.beams, max_new_tokens=count,
                      min_new_tokens=count, batch_size=args.batch_size)  # fmt: skip
 
@@ -99,14 +102,15 @@ def peer(args: Namespace) -> Work:
         optimizer.zero_grad()
 
     @torch.no_grad()
-    def write(i: int) -> None:
-        sources = [source + [tokenizer.end_id] * decoder_only for source, _ in batches[i]]
-        peer_generate(
-            trainable, tensors(sources, tokenizer.pad_id, left=decoder_only),
-            tensors([[1] * len(source) for source in sources], 0, left=decoder_only), num_beams=args.beams,
-            min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens, pad_token_id=tokenizer.pad_id,
-            no_repeat_ngram_size=0, early_stopping=False, length_penalty=1.0,  # whatever the folder's config.json says
-        )  # fmt: skip
+    def write(_: int) -> None:
+        for batch in batches:
+            sources = [source + [tokenizer.end_id] * decoder_only for source, _ in batch]
+            peer_generate(
+                trainable, tensors(sources, tokenizer.pad_id, left=decoder_only),
+                tensors([[1] * len(source) for source in sources], 0, left=decoder_only), num_beams=args.beams,
+                min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens, pad_token_id=tokenizer.pad_id,
+                no_repeat_ngram_size=0, early_stopping=False, length_penalty=1.0,  # whatever config.json says
+            )  # fmt: skip
 
     if args.what == "generate":
         trainable.eval()

@@ -29,11 +29,11 @@ from minprefix.cli.options import Parser, check_above_zero, check_not_negative
 from minprefix.cli.runs import check_out
 from minprefix.cli.search import recipe
 from minprefix.cli.settings import STUDY_STEPS, default_settings
-from minprefix.core.batches import batches_per_epoch, collate, encode_pairs, pair_count
+from minprefix.core.batches import batches_per_epoch, encode_pairs, loss_scale, pair_count
 from minprefix.core.generate import generate
 from minprefix.core.kernels import packed_weights
 from minprefix.core.prefix import Prefix
-from minprefix.core.training import DIVERGED, batch_stream, make_optimizer, training_step
+from minprefix.core.training import DIVERGED, batch_stream, make_batch, make_optimizer, training_step
 from minprefix.data.rows import json_rows
 from minprefix.data.tasks import TASKS, find_e2e, load_examples, load_on_topics
 from minprefix.formats.hub import model_name, resolve_model
@@ -186,7 +186,8 @@ def measure(args: Namespace) -> dict[str, float]:
     with packed_weights(model, training=True):
         for groups in [*batches, *batches]:
             started = time.perf_counter()
-            training_step(model, prefix, [collate(groups, tokenizer, model).to(args.device)], optimizer).item()
+            batch = make_batch(groups, tokenizer, model, None)
+            training_step(model, prefix, [batch], optimizer, loss_scale(model, groups)).item()
             seconds.append((time.perf_counter() - started) / pair_count(groups))
     seconds = seconds[len(batches) :]  # the first time includes compiling
     sources, started = [example.source for example in examples[:16]], time.perf_counter()

@@ -461,7 +461,7 @@ def test_exact_ids_of_a_group():
     assert batch.segments.tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 1, 1, -1, -1, -1, -1]]
     assert batch.target_positions.tolist() == [2, 3, 4, 5, 6, 8, 9]
     assert batch.labels.tolist() == [3, 50, 4, 5, 50, 7, 50]
-    assert batch.source_lengths.tolist() == [2, 1] and batch.pairs == 3
+    assert batch.source_lengths.tolist() == [2, 1]
 
     batch = collate(groups, SPECIAL, bart(start=9))
     source_ids, target_ids, mask = batch.inputs

@@ -6,7 +6,7 @@ import torch
 from minprefix import Prefix, load_model, load_tokenizer, stack_prefixes
 from minprefix.core import training
 from minprefix.core.attention import causal_mask, check_positions, position_ids, visible_keys
-from minprefix.core.batches import collate
+from minprefix.core.batches import collate, loss_scale
 from minprefix.core.kernels import packed_weights
 from minprefix.core.loss import target_loss
 from minprefix.core.training import batch_stream, dev_loss, train
@@ -118,7 +118,7 @@ def test_infix(tmp_path):
 def test_one_target_a_row_is_computed_as_before(model, folder):
     """The mask and the positions are those of the batch's shape alone, not of its rows."""
     batch = collate(singles(pairs_of(GROUPS)), load_tokenizer(folder), model)
-    assert batch.segments is None and batch.pairs == 8
+    assert batch.segments is None
     segments = torch.zeros_like(batch.inputs[0]) if not model.encoder_decoder else torch.ones_like(batch.inputs[1])
     kv = Prefix(model, 3, 0).double()()
     states = model.hidden_states(*batch.inputs, prefix=kv)
@@ -184,7 +184,8 @@ def test_a_step_averages_over_pairs(model, folder, monkeypatch):
         torch.manual_seed(1)
         prefix = Prefix(model, 3, mlp_width=0).double()
         optimizer = training.make_optimizer(prefix, 1e-2)
-        training.training_step(model, prefix, [collate(groups, load_tokenizer(folder), model)], optimizer)
+        batch = collate(groups, load_tokenizer(folder), model)
+        training.training_step(model, prefix, [batch], optimizer, loss_scale(model, groups))
     for a, b in zip(gradients[: len(gradients) // 2], gradients[len(gradients) // 2 :], strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 

@@ -19,7 +19,7 @@ def loss_and_gradient(model, states, labels, loss):
     """The loss of the given states, as if a model had made them for a batch."""
     leaf = states.clone().requires_grad_()
     model.hidden_states = lambda *inputs, prefix, segments: leaf[None]
-    value = loss(model, Batch((), torch.arange(len(labels)), labels, torch.tensor([1]), pairs=1), None)
+    value = loss(model, Batch((), torch.arange(len(labels)), labels, torch.tensor([1])), None)
     (3 * value).backward()
     return value.detach().double(), leaf.grad.double()
 

@@ -496,6 +496,7 @@ WITHOUT_EFFECT = {
     "a field of no topics": (train, "--topic-field topic", "--topic-field does nothing without --topics"),
     "beams of no texts": (train, "--beams 2 --eval-inputs 0", "--beams does nothing without --eval-inputs"),
     "another method's option": (train, "--method top2 --prefix-length 5", "--prefix-length has no effect with"),
+    "compiling layers on a CPU": (train, "--compile --device cpu", "--compile has no effect without a GPU"),
     "epochs and steps": (train, "--epochs 1 --steps 9", "--steps: not allowed with argument --epochs"),
     "two draws": (train, "--limit 1 --low-data 9", "--low-data: not allowed with argument --limit"),
     "a cold search": (sample, "--input x --temperature 1.0", "--temperature does nothing without --sample"),
