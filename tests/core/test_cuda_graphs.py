@@ -10,7 +10,9 @@ import torch
 from minprefix import Prefix, load_model, load_tokenizer, stack_prefixes
 from minprefix.core import cuda_graphs, kernels
 from minprefix.core import generate as generate_module
+from minprefix.core.attention import KV
 from minprefix.core.batches import collate, loss_scale
+from minprefix.core.cache import FixedCache
 from minprefix.core.cuda_graphs import DecodingGraphs, TrainingGraphs
 from minprefix.core.generate import generate_ids, search_ids
 from minprefix.core.loss import add_gradients, target_loss
@@ -22,6 +24,10 @@ from tests.tiny import write_tiny_bart, write_tiny_model
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 SOURCES = [[*range(5, 5 + n)] for n in (4, 11, 3, 8, 9)]
 GROUPS = [(source, [[*range(20, 20 + i), 2], [7, 2]][: 1 + i % 2]) for i, source in enumerate(SOURCES, 2)]
+METHODS = pytest.mark.parametrize("kind, method", [
+    *(("gpt2", method) for method in ("prefix", "infix", "finetune", "adapter")),
+    *(("bart", method) for method in ("prefix", "finetune", "adapter")),
+])  # fmt: skip
 BOTH = pytest.mark.parametrize("kind", ["gpt2", "bart"])
 
 
@@ -41,11 +47,8 @@ def gradients(trainable):
     return found
 
 
-@pytest.mark.parametrize("method", ["prefix", "infix", "finetune", "adapter"])
-@BOTH
+@METHODS
 def test_padded_batches_have_the_same_loss_and_gradients(folders, kind, method):
-    if (kind, method) == ("bart", "infix"):
-        pytest.skip("BART has no infix")
     model, tokenizer = load(folders[kind])
     trainable = make_method(method, model, length=3, adapter_width=2).double()
     graphs = TrainingGraphs(model, trainable)
@@ -195,3 +198,35 @@ def test_few_tokens_are_not_recorded(folders, monkeypatch):
 def test_the_step_averages_as_the_authors_do(folders):
     assert loss_scale(load(folders["gpt2"])[0], GROUPS) == 1 / 7
     assert loss_scale(load(folders["bart"])[0], GROUPS) == 1 / sum(len(t) for _, ts in GROUPS for t in ts)
+
+
+@METHODS
+def test_a_step_reads_no_number_and_stays_on_its_device(folders, kind, method):
+    """A graph can record neither; on the meta device, which holds no numbers, both are errors."""
+    model, tokenizer = load(folders[kind])
+    trainable = make_method(method, model, length=3, adapter_width=2)
+    batch = collate(GROUPS, tokenizer, model, 8).to("meta")
+    add_gradients(model.to("meta"), trainable.to("meta"), batch, 0.5)
+    assert all(p.grad.is_meta for p in trainable.parameters())
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["none", "shared", "a row each"])
+def test_a_decoding_step_reads_no_number_and_stays_on_its_device(folders, kind, name):
+    model, _ = load(folders[kind])
+    prefix, ids = prefixes(model)[name], torch.zeros(5, 11, dtype=torch.long)
+    cache = model.prefill(ids, torch.tensor([len(source) for source in SOURCES]), prefix)
+    fixed = FixedCache(cache, 3, 6)
+    move(fixed, "meta")
+    model.to("meta")
+    for _ in range(2):
+        states = model.step(torch.zeros(15, dtype=torch.long, device="meta"), fixed)
+        fixed.reorder(torch.zeros(15, dtype=torch.long, device="meta"))
+    assert states.is_meta and fixed.mask.is_meta
+
+
+def move(cache, device):
+    cache.slots, cache.mask, cache.position = (x.to(device) for x in (cache.slots, cache.mask, cache.position))
+    cache.source = [KV(*(x.to(device) for x in kv)) for kv in cache.source]
+    for layer in cache.layers:
+        layer.k, layer.v, layer.slots = layer.k.to(device), layer.v.to(device), cache.slots
