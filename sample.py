@@ -30,7 +30,7 @@ from minprefix.cli.texts import read_examples, write_texts
 from minprefix.core.batches import check_vocabulary
 from minprefix.core.model import Model
 from minprefix.core.prefix_kv import KVPrefix
-from minprefix.data.tasks import OWN
+from minprefix.data.tasks import ROW_SUFFIXES
 from minprefix.formats.load import pick_writing_dtype
 from minprefix.formats.tokenizer import Tokenizer
 from minprefix.methods.files import (
@@ -61,7 +61,7 @@ def write_with_one(args: Namespace) -> None:
     model, tokenizer, prefix, info = load(args)
     trained_task = info.get("task", "")
     # The task decides how texts are searched for and scored; FILE.jsonl is only where the inputs come from.
-    task = args.task if args.task and not args.task.endswith(OWN) else trained_task
+    task = args.task if args.task and not args.task.endswith(ROW_SUFFIXES) else trained_task
     examples = read_examples(args, trained_task)
     if args.evaluate:
         check_scorable(task, examples)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minprefix.cli import options
 from minprefix.cli.runs import is_run, texts_file
-from minprefix.data.tasks import OWN, WEBNLG_SPLITS, check_place
+from minprefix.data.tasks import ROW_SUFFIXES, WEBNLG_SPLITS, check_task_files
 from minprefix.system.errors import InputError
 from minprefix.system.files import check_writable
 
@@ -62,7 +62,7 @@ def parse_args(description: str = "") -> Namespace:
 
     args = parser.parse_args()
     check(args)
-    own_rows = args.task and args.task.endswith(OWN)
+    own_rows = args.task and args.task.endswith(ROW_SUFFIXES)
     if args.evaluate and own_rows and not args.split and Path(args.task).stem != "test":
         print(f"scoring all of {args.task}: if it was trained on, --split test is what was held out", file=sys.stderr)
     defaults = {"split": "all" if own_rows or not args.task else "test", "topic_field": "topic"}
@@ -83,10 +83,10 @@ def check(args: Namespace) -> None:
     options.check_requires(args, {"split": "task", "data": "task", "topics": "task", "topic_field": "topics"})
     if args.length_penalty is not None and (args.sample or args.beams == 1) and not args.scores:
         raise InputError("--length-penalty does nothing without a search by several --beams: leave it out")
-    if len(args.prefixes) > 1 and (args.evaluate or not str(args.file).endswith(OWN)):
+    if len(args.prefixes) > 1 and (args.evaluate or not str(args.file).endswith(ROW_SUFFIXES)):
         raise InputError('several --prefix need --file FILE.jsonl with rows {"source": ..., "prefix": name}, unscored')
     if args.task:
-        check_place(args.task, args.data)
+        check_task_files(args.task, args.data)
 
 
 def check_outputs(args: Namespace) -> None:

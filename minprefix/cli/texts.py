@@ -7,8 +7,8 @@ from typing import Any
 
 from minprefix.cli.requests import prefix_name
 from minprefix.core.batches import Example
-from minprefix.data.rows import group_own, read_lines
-from minprefix.data.tasks import OWN, format_source, load_on_topics
+from minprefix.data.rows import group_rows, read_lines
+from minprefix.data.tasks import ROW_SUFFIXES, format_source, load_on_topics
 from minprefix.system import distributed
 from minprefix.system.errors import InputError
 from minprefix.system.files import atomic_write
@@ -17,7 +17,7 @@ from minprefix.system.files import atomic_write
 def read_examples(args: Namespace, trained_task: str) -> list[Example]:
     """The inputs that the command line names, at most --limit, in the form that the prefix was trained on."""
     rows = args.task or args.file or ""
-    if args.task or rows.endswith(OWN):
+    if args.task or rows.endswith(ROW_SUFFIXES):
         return read_rows(args, rows, trained_task)[: args.limit]
     return read_texts(args, trained_task)[: args.limit]
 
@@ -25,14 +25,14 @@ def read_examples(args: Namespace, trained_task: str) -> list[Example]:
 def read_rows(args: Namespace, rows: str, trained_task: str) -> list[Example]:
     """The Examples of a task, or of a user's file. Where they are scored, rows with the same source are one."""
     examples = load_on_topics(rows, args.split, args.data, args.topics, args.topic_field if args.task else "prefix")
-    if not rows.endswith(OWN):
+    if not rows.endswith(ROW_SUFFIXES):
         return examples
     name = prefix_name(args.prefix) if args.file and args.prefix else None
     if others := [e.topic for e in examples if name and e.topic not in (None, name)]:
         raise InputError(f'{rows}: a row has "prefix": {others[0]!r:.80}: give that --prefix, too')
     for number, example in enumerate(examples, 1):
         example.source = format_source(trained_task, example.source, f"{rows}, row {number}")
-    return group_own(examples, rows) if args.evaluate else examples
+    return group_rows(examples, rows) if args.evaluate else examples
 
 
 def read_texts(args: Namespace, trained_task: str) -> list[Example]:

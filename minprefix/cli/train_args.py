@@ -7,7 +7,7 @@ from pathlib import Path
 from minprefix.cli.options import Parser, add_device_options, check_above_zero, check_not_negative, check_requires, flag
 from minprefix.cli.settings import OPTIONS, fill_settings, other_options, settings_table
 from minprefix.core.prefix_kv import KVInfix
-from minprefix.data.tasks import check_place
+from minprefix.data.tasks import check_task_files
 from minprefix.formats.hub import resolve_model
 from minprefix.formats.prefix_file import load_prefix
 from minprefix.methods.files import find_trained
@@ -82,7 +82,7 @@ def parse_args(description: str = "") -> Namespace:
             raise InputError(f"{flag(key)} has no effect with --method {args.method}: leave it out")
     if args.init is not None:
         resolve_init(args)
-    check_place(args.task, args.data)  # before resolve_model, which may download
+    check_task_files(args.task, args.data)  # before resolve_model, which may download
     args.model = resolve_model(args.model)
     fill_settings(args)
     return args

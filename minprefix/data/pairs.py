@@ -35,7 +35,7 @@ def load_pairs(
         examples = sample_pairs(examples, count, seed, where)
     pairs = encode_pairs(examples[:limit], tokenizer, model, max_source, f"{split} sources")[:limit]
     texts = [(example.source, y) for example in examples for y in example.references]
-    return [pairs[i] for i in that_fit(pairs, texts, model, start, where, skip_long)]
+    return [pairs[i] for i in fitting_indices(pairs, texts, model, start, where, skip_long)]
 
 
 def load_inputs(
@@ -54,10 +54,10 @@ def load_inputs(
     longest = [(source, [0] * new_tokens) for source in sources]
     texts = [(example.source, f"{new_tokens} new tokens") for example in examples]
     where = f"{task}, {split} split, texts to be written"
-    return [examples[i] for i in that_fit(longest, texts, model, start, where, skip_long)]
+    return [examples[i] for i in fitting_indices(longest, texts, model, start, where, skip_long)]
 
 
-def that_fit(
+def fitting_indices(
     pairs: list[Pair], texts: list[tuple[str, str]], model: Model, start: int, where: str, skip_long: bool
 ) -> list[int]:
     """The indices of the pairs whose tokens fit into the model's positions.

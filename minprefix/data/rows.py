@@ -13,18 +13,18 @@ from minprefix.system.errors import InputError, print_once
 from minprefix.system.files import read_text
 
 
-def load_own(path: Path, split: str, topic_field: str) -> list[Example]:
+def load_rows(path: Path, split: str, topic_field: str) -> list[Example]:
     """The Examples of a split of a user's file; the splits are described at `load_examples`."""
     if split == "all":
         return read_rows(path, topic_field)
     dev, test = path.with_stem("dev"), path.with_stem("test")
     has_dev, has_test = (path.stem == "train" and file.is_file() for file in (dev, test))
     if split == "test" and (has_test or path == test):
-        return group_own(read_rows(test, topic_field, labelled=True), test)
+        return group_rows(read_rows(test, topic_field, labelled=True), test)
     if split != "train" and has_dev:
-        return group_own(read_rows(dev, topic_field, labelled=True), dev)
+        return group_rows(read_rows(dev, topic_field, labelled=True), dev)
     rows = read_rows(path, topic_field, labelled=True)
-    examples = group_by_source(rows) if split == "train" else group_own(rows, path)
+    examples = group_by_source(rows) if split == "train" else group_rows(rows, path)
     if has_dev:
         return examples
     sources = list(dict.fromkeys(example.source for example in examples))  # one may occur with several topics
@@ -34,7 +34,7 @@ def load_own(path: Path, split: str, topic_field: str) -> list[Example]:
     return [example for example in examples if (example.source in dev_sources) == (split != "train")]
 
 
-def group_own(examples: list[Example], path: object) -> list[Example]:
+def group_rows(examples: list[Example], path: object) -> list[Example]:
     """Merge a user's rows with the same source and topic into one Example; a message on stderr counts them."""
     grouped = group_by_source(examples)
     if len(grouped) < len(examples):  # printed once, though a file is read for several splits

@@ -9,7 +9,7 @@ from typing import Any
 from minprefix.core.batches import Example
 from minprefix.data.download import GET_E2E, find_e2e
 from minprefix.data.examples import EmptyText, check_text, collapse_whitespace, filter_topics, group_by_source
-from minprefix.data.rows import csv_rows, json_rows, load_own, parse_row, read_lines, read_rows
+from minprefix.data.rows import csv_rows, json_rows, load_rows, parse_row, read_lines, read_rows
 from minprefix.data.sample_e2e import sample_rows
 from minprefix.data.triples import DART_LAYOUT, WEBNLG_LAYOUT, linearise_triples, load_dart, load_webnlg, split_triples
 from minprefix.system.errors import InputError, print_once
@@ -23,7 +23,7 @@ WEBNLG_SPLITS = (*SPLITS, "test_seen", "test_unseen")
 TRIPLES = ("webnlg", "dart")
 SUMMARISATION = ("xsum", "scitldr")  # decoded and scored differently from table-to-text
 TASKS = ("e2e", *TRIPLES, *SUMMARISATION)
-OWN = (".jsonl", ".csv")  # file name extensions of a user's data
+ROW_SUFFIXES = (".jsonl", ".csv")  # file name extensions of a user's data
 XSUM_NAMES = {"train": ["train"], "dev": ["val", "validation", "dev"], "test": ["test"]}  # file names of each split
 XSUM_LAYOUT = (
     "expected {train,val,test}.source with {train,val,test}.target, a document and its summary a line, or "
@@ -64,7 +64,7 @@ def load_examples(task: str, split: str, data: str | Path | None = None, topic_f
     splits = WEBNLG_SPLITS if task == "webnlg" else SPLITS if task in TASKS else (*SPLITS, "all")
     if split not in splits:
         raise InputError(f"there is no split {split!r} of {task}: known are {', '.join(splits)}")
-    check_place(task, data)
+    check_task_files(task, data)
     if task == "e2e":
         return load_e2e(split, find_e2e(data))
     folder = Path(data or "")
@@ -76,13 +76,13 @@ def load_examples(task: str, split: str, data: str | Path | None = None, topic_f
         return load_xsum(split, folder, topic_field)
     if task == "scitldr":
         return load_scitldr(split, folder, topic_field)
-    return load_own(folder / task, split, topic_field)
+    return load_rows(folder / task, split, topic_field)
 
 
-def check_place(task: str, data: str | Path | None) -> None:
+def check_task_files(task: str, data: str | Path | None) -> None:
     """Raise InputError if the task is unknown or its files cannot exist; called before anything is read or loaded."""
     if task not in TASKS:
-        if not task.endswith(OWN):
+        if not task.endswith(ROW_SUFFIXES):
             known = f"{', '.join(TASKS)}, and FILE.jsonl or FILE.csv with your own rows"
             raise InputError(f"there is no task {task!r}: known are {known}")
         path = Path(data or "", task)

@@ -88,10 +88,10 @@ def slots_told(source: str, text: str) -> list[tuple[str, bool]]:
     rest = text
     for name in [value for slot, value in pairs if slot in NAMES]:
         rest = rest.replace(name, "_")  # otherwise the name Café Rouge would count as a coffee shop
-    return [(slot, value in text if slot in NAMES else tells(slot, value, rest.lower())) for slot, value in pairs]
+    return [(slot, value in text if slot in NAMES else mentions(slot, value, rest.lower())) for slot, value in pairs]
 
 
-def tells(slot: str, value: str, text: str) -> bool:
+def mentions(slot: str, value: str, text: str) -> bool:
     """Whether a lower-cased text without names states a slot's value."""
     if slot == "family friendly":
         negated = re.search(NOT_FOR_FAMILIES, text) is not None

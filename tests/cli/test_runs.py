@@ -31,7 +31,7 @@ def test_what_to_try_first(task, data, test, expected, monkeypatch):
     command = sample_command(Path("runs/a b/prefix.safetensors"), task, data, test)
     assert command.startswith(f"python sample.py --prefix 'runs/a b/prefix.safetensors' {expected}")
     monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
-    monkeypatch.setattr(sample_args, "check_place", lambda task, data: None)  # the data are not there
+    monkeypatch.setattr(sample_args, "check_task_files", lambda task, data: None)  # the data are not there
     args = sample.parse_args()
     assert (args.task or args.input) and args.data == (data if args.task else None)
 

@@ -134,7 +134,7 @@ def test_texts_that_differ_have_names_that_differ(arguments, name, prefix_file, 
     monkeypatch.chdir(world)
     (world / "unfinished").mkdir(exist_ok=True)
     (world / "unfinished" / "log.jsonl").touch()
-    monkeypatch.setattr(sample_args, "check_place", lambda task, data: None)  # the data are not there
+    monkeypatch.setattr(sample_args, "check_task_files", lambda task, data: None)  # the data are not there
     monkeypatch.setattr(sys, "argv", ["sample.py", *arguments.split(), "--evaluate"])
     assert str(sample.parse_args().output) == f"{name}.txt"
 
