@@ -167,6 +167,14 @@ def test_bad_input_is_one_clear_line(arguments, message, tmp_path, monkeypatch, 
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
 
 
+@pytest.fixture
+def without_compiling():
+    """It would take nearly two minutes."""
+    with torch._dynamo.config.patch(disable=True):
+        yield
+
+
+@pytest.mark.usefixtures("without_compiling")
 @pytest.mark.parametrize("what", ["gpt2", "bart"])
 def test_a_small_run_learns_resumes_and_exports_what_loads(tmp_path, monkeypatch, what):
     corpus, out = write_corpus(tmp_path / "corpus"), tmp_path / "model"
