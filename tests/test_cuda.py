@@ -53,13 +53,13 @@ def make_prefixes(model):
     return {"none": None, "shared": one, "a row each": stack_prefixes([one, other], rows)}
 
 
-def make_batch(model, tokenizer, several=True):
+def make_batch(model, tokenizer, several=True, pad_to=1):
     """Rows of one or two targets."""
     pairs = encode_pairs(EXAMPLES, tokenizer, model)
     groups = singles(pairs[:9])
     if several:
         groups = [(pairs[i][0], [pairs[i][1], pairs[i + 1][1]]) for i in range(0, 18, 2)]
-    return collate(groups, tokenizer, model)
+    return collate(groups, tokenizer, model, pad_to)
 
 
 @BOTH
@@ -77,17 +77,17 @@ def test_logits(folders, kind, several):
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients(folders, kind, dtype):
-    """In float32 as on the CPU; in bfloat16 they point the same way. Recorded as a CUDA graph, and not."""
+    """In float32 as on the CPU; in bfloat16 they point the same way. As a CUDA graph, and not."""
     tokenizer, gradients = load_tokenizer(folders[kind]), []
-    for device, recorded in (("cpu", False), (DEVICE, False), (DEVICE, True)):
+    for device, captured in (("cpu", False), (DEVICE, False), (DEVICE, True)):
         model = load_model(folders[kind], device, torch.float32 if device == "cpu" else dtype)
         torch.manual_seed(1)
         prefix = Prefix(model, 5, mlp_width=8).to(device)
-        batch, graphs = make_batch(model, tokenizer).to(device), TrainingGraphs(model, prefix)
-        add = graphs.add_gradients if recorded else functools.partial(add_gradients, model, prefix)
+        batch, graphs = make_batch(model, tokenizer, pad_to=8).to(device), TrainingGraphs(model, prefix)
+        add = graphs.add_gradients if captured else functools.partial(add_gradients, model, prefix)
         with packed_weights(model, training=True):
             add(batch, 0.1)
-            if recorded:  # the second time it is replayed
+            if captured:  # the second time it is only replayed
                 prefix.zero_grad(set_to_none=True)
                 add(batch, 0.1)
         gradients.append(torch.cat([p.grad.flatten().cpu() for p in prefix.parameters()]))
@@ -198,7 +198,7 @@ def test_gradients_of_compiled_layers(folders, capsys):
         model = load_model(folders["gpt2"], device)
         torch.manual_seed(1)
         prefix = Prefix(model, 5, mlp_width=8).to(device)
-        batch = make_batch(model, tokenizer).to(device)
+        batch = make_batch(model, tokenizer, pad_to=8).to(device)
         with compiled_layers(model):
             TrainingGraphs(model, prefix).add_gradients(batch, 0.1)
         gradients.append(torch.cat([p.grad.flatten().cpu() for p in prefix.parameters()]))

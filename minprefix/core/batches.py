@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from minprefix.core.attention import length_mask
 from minprefix.core.model import Model, Tokenizer
@@ -140,6 +139,7 @@ class Batch:
     labels: Tensor  # (N,) int64, those next tokens, or IGNORE
     source_lengths: Tensor  # (B,) int64
     segments: Tensor | None = None  # (B, T) int64, see `attention.visible_keys`; None where each row has one target
+    padded: bool = False  # to one of few shapes, see `collate`
 
     def tensors(self) -> list[Tensor]:
         tensors: list[Tensor] = [*self.inputs, self.target_positions, self.labels, self.source_lengths]
@@ -151,7 +151,8 @@ class Batch:
     def with_tensors(self, tensors: list[Tensor]) -> "Batch":
         """A batch of such `tensors()`."""
         n = len(self.inputs)
-        return Batch(tuple(tensors[:n]), *tensors[n:])
+        positions, labels, lengths, *segments = tensors[n:]
+        return Batch(tuple(tensors[:n]), positions, labels, lengths, segments[0] if segments else None, self.padded)
 
 
 def copy_to(x: Tensor, device: str | torch.device) -> Tensor:
@@ -186,9 +187,9 @@ def collate(groups: list[Group], tokenizer: Tokenizer, model: Model, pad_to: int
     if pad_to > 1:
         more = -len(labels) % (len(groups) * pad_to)
         labels += [IGNORE] * more
-        target_positions = F.pad(target_positions, (0, more))
+        target_positions = torch.cat([target_positions, torch.arange(more)])  # any will do; equal ones would be slower
     several = padded if pair_count(groups) > len(groups) else None
-    return Batch(inputs, target_positions, torch.tensor(labels), lengths, several)
+    return Batch(inputs, target_positions, torch.tensor(labels), lengths, several, padded=pad_to > 1)
 
 
 def pair_count(groups: list[Group]) -> int:

@@ -92,8 +92,8 @@ class Cache:
         self.mask = self.mask[examples]
 
 
-class FixedLayer(LayerCache):
-    """Keys and values of one layer in a `FixedCache`; those of new tokens go to the slots (K,)."""
+class StaticLayer(LayerCache):
+    """Keys and values of one layer in a `StaticCache`; those of new tokens go to the slots (K,)."""
 
     k: Tensor
     v: Tensor
@@ -106,41 +106,41 @@ class FixedLayer(LayerCache):
         return self.k.index_copy_(2, self.slots, k), self.v.index_copy_(2, self.slots, v)
 
 
-class FixedCache(Cache):
-    """A cache whose tensors keep their sizes and places, as a CUDA graph needs it, with the prefix before the source.
+class StaticCache(Cache):
+    """A cache whose tensors keep their sizes and places, as a CUDA graph needs. The prefix stands before the source.
 
     slots: (K,), where the keys of the last tokens are.
     """
 
-    layers: list[FixedLayer]
+    layers: list[StaticLayer]
 
-    def __init__(self, cache: Cache, K: int, room: int):
-        """For caches no larger than `cache`, of one row for each example; with slots for `room` tokens of K beams."""
-        B, mask = len(cache.mask), cache.mask
+    def __init__(self, cache: Cache, K: int, max_new_tokens: int):
+        """For what `prefill` returned, and later for shorter sources, in as many rows; K beams write so many tokens."""
+        mask = cache.mask
         self.prefix_length, self.filled = prefix_length(cache), cache.layers[0].filled
         self.slots = torch.arange(K, device=mask.device)
-        M = round_up(self.prefix_length + self.filled + room * K)
+        M = round_up(self.prefix_length + self.filled + max_new_tokens * K)
         layers, source = [], []
         for layer in cache.layers:
             assert layer.k is not None
             B, H, _, D = layer.k.shape
             k, v = layer.k.new_zeros(2, B, H, M, D)
-            layers.append(FixedLayer(k, v, self.slots))
+            layers.append(StaticLayer(k, v, self.slots))
         for kv in cache.source:
             B, H, S, D = kv.k.shape
             k, v = kv.k.new_zeros(2, B, H, round_up(S), D)
             source.append(KV(k, v, mask.new_zeros(B, 1, 1, round_up(S))))
-        mask = mask.new_zeros(B, K, M)
-        super().__init__(layers, mask, cache.position.new_zeros(B * K), [None] * len(layers), source)
+        mask = mask.new_zeros(len(mask), K, M)
+        super().__init__(layers, mask, cache.position.new_zeros(len(mask) * K), [None] * len(layers), source)
 
-    def fits(self, cache: Cache, K: int) -> bool:
-        """Whether that cache, for K beams, can be taken over."""
-        same = len(self.mask) == len(cache.mask) and len(self.slots) == K and self.prefix_length == prefix_length(cache)
+    def fits(self, cache: Cache) -> bool:
+        """Whether that cache can be loaded."""
+        same = len(self.mask) == len(cache.mask) and self.prefix_length == prefix_length(cache)
         source = not self.source or cache.source[0].k.size(2) <= self.source[0].k.size(2)
         return same and source and cache.layers[0].filled <= self.filled
 
     def load(self, cache: Cache) -> None:
-        """Take over the contents of a cache; all beams begin as copies."""
+        """Copy the contents of a cache; all beams begin alike."""
         P, K, S = self.prefix_length, len(self.slots), cache.layers[0].filled
         self.mask.fill_(float("-inf"))[:, :, P : P + S] = cache.mask[:, :, :S]
         for mine, layer, prefix in zip(self.layers, cache.layers, cache.prefix, strict=True):
@@ -172,7 +172,7 @@ class FixedCache(Cache):
 
 
 def prefix_length(cache: Cache) -> int:
-    """The length of the prefix that stands apart in a cache."""
+    """P, the virtual tokens that `cache.prefix` holds for each layer."""
     return cache.prefix[0].k.size(2) if cache.prefix[0] else 0
 
 

@@ -1,13 +1,12 @@
-"""CUDA graphs: the kernels of a training or decoding step, recorded once and then launched all together.
+"""CUDA graphs: the kernels of a training or decoding step, captured once and then launched together.
 
-A GPU computes a small batch faster than the CPU can launch its kernels one by one. A recorded step reads and writes the
-same tensors each time; so inputs are copied into those, and padded to few sizes, since each needs a recording.
-On other devices the same code runs without a recording, which the tests use.
+A GPU computes a small batch faster than the CPU can launch its kernels one by one. A captured graph always reads and
+writes the same tensors, so each batch is copied into them. Batches are padded to few shapes, because each shape needs
+its own graph. On other devices the same code runs without capturing, which the tests use.
 
-Shapes: B rows, K beams of each, T tokens, V vocabulary.
+Shapes: B rows, K beams of each, R = B * K, V vocabulary.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,45 +14,43 @@ import torch
 from torch import Tensor
 
 from minprefix.core.batches import Batch, Group
-from minprefix.core.cache import Cache, FixedCache
+from minprefix.core.cache import Cache, StaticCache
 from minprefix.core.loss import add_gradients, target_loss
 from minprefix.core.model import Model
-from minprefix.system.errors import out_of_memory
 
 PAD_TO = 8  # batches are padded to a multiple of so many tokens
-MOST_TOKENS = 2**15  # of a batch; the memory of a recording is not given back, and a larger batch keeps a GPU busy
-FEWEST_TOKENS = 8  # to be written; for fewer, recording a step takes longer than it saves
-MAX_RECORDINGS = 128  # of training batches, one for each padded shape
+MAX_TOKENS = 2**15  # of a batch: larger ones keep a GPU busy, and a graph keeps its memory
+MAX_GRAPHS = 128  # for training, one for each shape; E2E needs about 25
+MIN_NEW_TOKENS = 8  # for fewer, capturing takes longer than it saves
 T = TypeVar("T")
 
 
-def uses_graphs(model: Model) -> bool:
+def on_cuda(model: Model) -> bool:
     return next(model.parameters()).is_cuda
 
 
-def record(function: Callable[[], T], device: torch.device, pool: Any) -> Callable[[], T]:
-    """What repeats the kernels that a call of `function` launches; it returns the same tensors each time.
+def new_pool(device: torch.device) -> Any:
+    """Memory for graphs of which only one runs at a time."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    pool: memory that recordings share, of which only one at a time is in use.
+
+def capture(function: Callable[[], T], device: torch.device, pool: Any) -> Callable[[], T]:
+    """A function that repeats the kernels which a call of `function` launches, and returns the same tensors each time.
+
+    pool: see `new_pool`.
     """
     if device.type != "cuda":
         return function
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(2):  # torch.compile and the libraries set themselves up
-            function()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # torch.compile and the libraries set themselves up
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=side):
             result = function()
-    except RuntimeError as error:
-        if out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())
-        print(f"CUDA graphs do not work here, so this is slower ({reason:.200})", file=sys.stderr)
-        return function
 
     def replay() -> T:
         graph.replay()
@@ -63,77 +60,84 @@ def record(function: Callable[[], T], device: torch.device, pool: Any) -> Callab
 
 
 def training_graphs(model: Model, trainable: Any) -> "TrainingGraphs | None":
-    """For a model on CUDA, what records the gradients of its training batches."""
-    return TrainingGraphs(model, trainable) if uses_graphs(model) else None
+    """For a frozen model on CUDA, what computes the gradients of `trainable`; None for others.
+
+    Fine-tuning would need the memory for its gradients twice.
+    """
+    frozen = not any(p.requires_grad for p in model.parameters())
+    return TrainingGraphs(model, trainable) if frozen and on_cuda(model) else None
 
 
-def decoding_graphs(model: Model, K: int, new_tokens: int) -> "DecodingGraphs | None":
-    """For a model on CUDA, what records its decoding steps, of K beams that get up to so many tokens."""
-    return DecodingGraphs(model, K, new_tokens) if uses_graphs(model) and new_tokens >= FEWEST_TOKENS else None
+def decoding_graphs(model: Model, K: int, max_new_tokens: int) -> "DecodingGraphs | None":
+    """For a model on CUDA, what decodes up to so many tokens by K beams; None for others, and for few tokens."""
+    return DecodingGraphs(model, K, max_new_tokens) if on_cuda(model) and max_new_tokens >= MIN_NEW_TOKENS else None
 
 
 class TrainingGraphs:
-    """Loss and gradients of training batches, recorded once for each shape of a batch."""
+    """Loss and gradients of training batches, by one graph for each shape of a batch."""
 
     def __init__(self, model: Model, trainable: Any):
         self.model, self.trainable = model, trainable
         self.device = next(model.parameters()).device
         self.parameters = [p for p in trainable.parameters() if p.requires_grad]
-        self.gradients = [torch.zeros_like(p) for p in self.parameters]  # to which every recording adds its own
+        self.gradients = [torch.zeros_like(p) for p in self.parameters]  # written by every graph
         self.scale = torch.ones((), device=self.device)
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        self.most_tokens = MOST_TOKENS
-        self.recordings: dict[Any, tuple[list[Tensor], Callable[[], Tensor]]] = {}
+        self.pool = new_pool(self.device)
+        self.graphs: dict[Any, tuple[list[Tensor], Callable[[], Tensor]]] = {}
 
     def pad_to(self, groups: list[Group]) -> int:
-        """What `collate` is to pad these groups to a multiple of: PAD_TO, or 1 for a batch too large to be recorded."""
-        longest = max(len(source) + sum(map(len, targets)) for source, targets in groups) + PAD_TO
-        fits = longest + self.trainable.position_offset <= self.model.n_positions
-        return PAD_TO if fits and len(groups) * longest <= self.most_tokens else 1
+        """What `collate` is to pad these groups to a multiple of: PAD_TO, or 1 for a batch that gets no graph.
+
+        Those are large batches, and rows too long to be padded or to be checked without a look at their contents.
+        """
+        sources, targets = zip(*((len(source), sum(map(len, targets))) for source, targets in groups), strict=True)
+        rows = [max(sources), max(targets)]  # of BART's encoder and decoder
+        if not self.model.encoder_decoder:
+            rows = [0, max(s + t for s, t in zip(sources, targets, strict=True))]
+        starts = (0, self.trainable.position_offset)
+        fits = all(n + -n % PAD_TO + start <= self.model.n_positions for n, start in zip(rows, starts, strict=True))
+        return PAD_TO if fits and len(groups) * sum(rows) <= MAX_TOKENS else 1
 
     def add_gradients(self, batch: Batch, scale: float) -> Tensor:
         """As loss.py's: add the gradients of scale * loss to the parameters' -> the loss, detached."""
         shapes = tuple(x.shape for x in batch.tensors())
-        if shapes not in self.recordings:
-            large = sum(x.numel() for x in batch.inputs) > self.most_tokens
-            if large or len(self.recordings) == MAX_RECORDINGS:
-                return add_gradients(self.model, self.trainable, batch, scale)
-            self.recordings[shapes] = self.record(batch)
-        inputs, replay = self.recordings[shapes]
-        if self.parameters[0].grad is None:
-            torch._foreach_zero_(self.gradients)
+        if not batch.padded or (shapes not in self.graphs and len(self.graphs) == MAX_GRAPHS):
+            return add_gradients(self.model, self.trainable, batch, scale)
         for p, gradient in zip(self.parameters, self.gradients, strict=True):
-            if p.grad is not gradient:
-                p.grad = gradient if p.grad is None else gradient.copy_(p.grad)
+            if p.grad is gradient:  # of the step's last batch
+                p.grad = gradient.clone()
+        if shapes not in self.graphs:
+            self.graphs[shapes] = self.capture(batch)
+        inputs, replay = self.graphs[shapes]
         for mine, new in zip(inputs, batch.tensors(), strict=True):
             mine.copy_(new)
         self.scale.fill_(scale)
-        return replay().clone()
+        loss = replay().clone()
+        for p, gradient in zip(self.parameters, self.gradients, strict=True):
+            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+        return loss
 
-    def record(self, batch: Batch) -> tuple[list[Tensor], Callable[[], Tensor]]:
-        """The tensors that a recording reads, and what repeats it."""
+    def capture(self, batch: Batch) -> tuple[list[Tensor], Callable[[], Tensor]]:
+        """The tensors that a graph reads, and what replays it."""
         inputs = [x.clone() for x in batch.tensors()]
         mine = batch.with_tensors(inputs)
 
         def step() -> Tensor:
             loss = target_loss(self.model, mine, self.trainable())
-            torch._foreach_add_(self.gradients, torch.autograd.grad(loss * self.scale, self.parameters))
+            torch._foreach_copy_(self.gradients, torch.autograd.grad(loss * self.scale, self.parameters))
             return loss.detach()
 
-        gradients = [gradient.clone() for gradient in self.gradients]
-        replay = record(step, self.device, self.pool)
-        torch._foreach_copy_(self.gradients, gradients)  # recording ran the step
-        return inputs, replay
+        return inputs, capture(step, self.device, self.pool)
 
 
 class DecodingGraph:
-    """A decoding step of batches that fit into one cache of fixed size."""
+    """A decoding step over a static cache."""
 
-    def __init__(self, model: Model, cache: Cache, K: int, room: int, pool: Any):
-        """See `FixedCache`."""
-        self.cache = FixedCache(cache, K, room + 2)  # recording takes two steps
+    def __init__(self, model: Model, cache: Cache, K: int, max_new_tokens: int, pool: Any):
+        """See `StaticCache`."""
+        self.cache = StaticCache(cache, K, max_new_tokens + 2)  # capturing takes two steps
         self.ids = torch.zeros_like(self.cache.position)
-        self.replay = record(lambda: model.logits(model.step(self.ids, self.cache)), self.ids.device, pool)
+        self.replay = capture(lambda: model.logits(model.step(self.ids, self.cache)), self.ids.device, pool)
 
     def step(self, ids: Tensor) -> Tensor:
         """As `model.step` and `model.logits`: ids (R,) -> logits (R, V), overwritten by the next step."""
@@ -142,18 +146,17 @@ class DecodingGraph:
 
 
 class DecodingGraphs:
-    """The graphs of one search, whose batches are alike."""
+    """The graph of a search, captured again for a batch that does not fit, as the last, which may have fewer rows."""
 
-    def __init__(self, model: Model, K: int, room: int):
-        """room: how many tokens each of the K beams can get."""
-        device = next(model.parameters()).device
-        self.model, self.K, self.room, self.graphs = model, K, room, list[DecodingGraph]()
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    def __init__(self, model: Model, K: int, max_new_tokens: int):
+        self.model, self.K, self.max_new_tokens = model, K, max_new_tokens
+        self.pool = new_pool(next(model.parameters()).device)
+        self.graph: DecodingGraph | None = None
 
     def load(self, cache: Cache) -> DecodingGraph:
         """A graph that goes on from a cache that was just filled by `prefill`."""
-        graph = next((graph for graph in self.graphs if graph.cache.fits(cache, self.K)), None)
-        if graph is None:
-            self.graphs.append(graph := DecodingGraph(self.model, cache, self.K, self.room, self.pool))
-        graph.cache.load(cache)
-        return graph
+        if self.graph is None or not self.graph.cache.fits(cache):
+            self.graph = None  # its memory is free before the next takes some
+            self.graph = DecodingGraph(self.model, cache, self.K, self.max_new_tokens, self.pool)
+        self.graph.cache.load(cache)
+        return self.graph

@@ -89,10 +89,10 @@ def pads_head(weight: Tensor) -> bool:
 
 
 def padded_head(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A head's weight (V, C) and bias (V,), filled up to a multiple of 64 entries.
+    """A head's weight (V, C) and bias (V,), padded to a multiple of 64 entries.
 
-    CUDA takes three times as long for products with GPT-2's 50,257 entries. Those filled in have a bias of -inf, and so
-    no part in the loss.
+    CUDA takes three times as long for products with GPT-2's 50,257 entries. The padding has a bias of -inf, so that the
+    loss stays the same.
     """
     more = -len(weight) % 64
     return F.pad(weight, (0, 0, 0, more)), F.pad(bias.detach(), (0, more), value=float("-inf"))

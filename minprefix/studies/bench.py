@@ -14,9 +14,9 @@ programs that it made after the first round.
 PEFT's `generate` leaves the prefix out (peft 0.21.2 with transformers 5.24.0), so that the peer's texts are written by
 the base model's `generate`, to which the adapter's keys and values are given as a cache.
 
-In training minprefix reads an input of E2E once for several of its references (--group), the peer once for each, as it
-does; both are given the same pairs, and examples_per_s counts pairs. tokens_per_s and the operations of TFLOP_per_s are
-those that each contender needs for them.
+With --group, minprefix reads an input of E2E once for several of its references in training, the peer once for each;
+both are given the same pairs, and examples_per_s counts pairs. tokens_per_s and the operations of TFLOP_per_s are those
+that each contender needs for them.
 """
 
 import json
@@ -181,7 +181,7 @@ def work(pipe: Connection, contender: Callable[[Namespace], Work], args: Namespa
         return
     facts["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if args.device == "cuda":
-        facts["peak"] = torch.cuda.max_memory_allocated()
+        facts["peak"] = torch.cuda.max_memory_reserved()
     facts |= {"compile_s": calculate_time_spent()["total_wall_time"], "recompiles": programs[-1] - programs[0]}
     facts["matmul"], facts["bandwidth"] = machine(args)
     pipe.send(facts)
@@ -215,7 +215,7 @@ def print_table(rows: list[dict[str, Any]], args: Namespace) -> None:
     for name in FIGURES:
         if name in rows[0]:
             print(f"  {name:<20}" + "".join(f"{row[name]!s:>22}" for row in rows))
-    if args.what == "train" and not args.source_length:
+    if args.what == "train" and args.group > 1 and not args.source_length:
         print(f"  examples are pairs; minprefix reads an input once for up to {args.group} of its references (--group)"
               + (", the peer once for each" if len(rows) > 1 else ""))  # fmt: skip
     if len(rows) > 1:

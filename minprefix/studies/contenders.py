@@ -44,7 +44,7 @@ def ours(args: Namespace) -> Work:
         compile_layers(model)
     start, count = start_id(model, tokenizer), args.new_tokens
 
-    graphs = training_graphs(model, prefix)
+    graphs = training_graphs(model, prefix) if args.what == "train" else None
 
     def train(i: int) -> None:
         batch = make_batch(batches[i], tokenizer, model, graphs)

@@ -30,6 +30,7 @@ from minprefix.cli.runs import check_out
 from minprefix.cli.search import recipe
 from minprefix.cli.settings import STUDY_STEPS, default_settings
 from minprefix.core.batches import batches_per_epoch, encode_pairs, loss_scale, pair_count
+from minprefix.core.cuda_graphs import training_graphs
 from minprefix.core.generate import generate
 from minprefix.core.kernels import packed_weights
 from minprefix.core.prefix import Prefix
@@ -178,16 +179,15 @@ def measure(args: Namespace) -> dict[str, float]:
     torch.set_num_threads(args.threads)
     model = load_model(args.model, args.device, pick_dtype("auto", args.device))
     tokenizer = load_tokenizer(resolve_model(args.model))
-    examples = load_examples(args.task, "dev", args.data)[:64]
-    prefix = Prefix(model, length=10).to(args.device)
-    optimizer, seconds = make_optimizer(prefix, lr=0.0), []
+    examples, prefix = load_examples(args.task, "dev", args.data)[:64], Prefix(model, length=10)
+    optimizer, graphs, seconds = make_optimizer(prefix, lr=0.0), training_graphs(model, prefix), []
     encoded = encode_pairs(examples, tokenizer, model, what=None)
     batches = list(islice(batch_stream(encoded, 16, 0, 0, model.encoder_decoder), 4))
     with packed_weights(model, training=True):
         for groups in [*batches, *batches]:
             started = time.perf_counter()
-            batch = make_batch(groups, tokenizer, model, None)
-            training_step(model, prefix, [batch], optimizer, loss_scale(model, groups)).item()
+            batch = make_batch(groups, tokenizer, model, graphs)
+            training_step(model, prefix, [batch], optimizer, loss_scale(model, groups), graphs).item()
             seconds.append((time.perf_counter() - started) / pair_count(groups))
     seconds = seconds[len(batches) :]  # the first time includes compiling
     sources, started = [example.source for example in examples[:16]], time.perf_counter()

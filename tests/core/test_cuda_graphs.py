@@ -1,8 +1,6 @@
 """What CUDA graphs need (padded batches, a cache of fixed size) changes no loss, gradient or text. Without a GPU."""
 
-import contextlib
 import math
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from minprefix.core import cuda_graphs, kernels
 from minprefix.core import generate as generate_module
 from minprefix.core.attention import KV
 from minprefix.core.batches import collate, loss_scale
-from minprefix.core.cache import FixedCache
+from minprefix.core.cache import StaticCache
 from minprefix.core.cuda_graphs import DecodingGraphs, TrainingGraphs
 from minprefix.core.generate import generate_ids, search_ids
 from minprefix.core.loss import add_gradients, target_loss
@@ -25,8 +23,8 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 SOURCES = [[*range(5, 5 + n)] for n in (4, 11, 3, 8, 9)]
 GROUPS = [(source, [[*range(20, 20 + i), 2], [7, 2]][: 1 + i % 2]) for i, source in enumerate(SOURCES, 2)]
 METHODS = pytest.mark.parametrize("kind, method", [
-    *(("gpt2", method) for method in ("prefix", "infix", "finetune", "adapter")),
-    *(("bart", method) for method in ("prefix", "finetune", "adapter")),
+    *(("gpt2", method) for method in ("prefix", "infix", "embedding", "finetune", "top2", "adapter")),
+    *(("bart", method) for method in ("prefix", "finetune", "top2", "adapter")),
 ])  # fmt: skip
 BOTH = pytest.mark.parametrize("kind", ["gpt2", "bart"])
 
@@ -58,34 +56,40 @@ def test_padded_batches_have_the_same_loss_and_gradients(folders, kind, method):
         assert all(ids.size(1) % 8 == 0 for ids in batch.inputs) and len(batch.labels) % (8 * len(groups)) == 0
         found = graphs.add_gradients(batch, 0.25), gradients(trainable)
         torch.testing.assert_close(found, expected, **EXACT)
-    assert len(graphs.recordings) == 3
+    assert len(graphs.graphs) == 3
 
 
 @BOTH
 def test_gradients_of_several_batches_add_up(folders, kind):
-    """Also where one of them is too large for a recording, or is recorded only then."""
+    """Also where one of them has no graph, and where they are captured only then."""
     model, tokenizer = load(folders[kind])
     prefix = Prefix(model, 3, mlp_width=4).double()
     graphs, parts = TrainingGraphs(model, prefix), [GROUPS[:2], GROUPS[2:4], GROUPS[4:], GROUPS[:2]]
-    batches = [collate(part, tokenizer, model, graphs.pad_to(part)) for part in parts]
-    for batch in batches:
-        add_gradients(model, prefix, batch, 0.5)
+    for part in parts:
+        add_gradients(model, prefix, collate(part, tokenizer, model), 0.5)
     expected = gradients(prefix)
-    for most in (10**6, max(sum(x.numel() for x in batch.inputs) for batch in batches) - 1):
-        graphs.most_tokens = most
-        graphs.recordings.clear()
-        for batch in batches:
-            graphs.add_gradients(batch, 0.5)
+    for sizes in ([8, 8, 8, 8], [8, 1, 8, 8], [1, 8, 1, 8]):
+        graphs.graphs.clear()
+        for part, size in zip(parts, sizes, strict=True):
+            graphs.add_gradients(collate(part, tokenizer, model, size), 0.5)
+        torch.testing.assert_close(gradients(prefix), expected, **EXACT)
+        for part, size in zip(parts, sizes, strict=True):
+            graphs.add_gradients(collate(part, tokenizer, model, size), 0.5)
         torch.testing.assert_close(gradients(prefix), expected, **EXACT)
 
 
-def test_batches_too_long_to_be_padded_stay_as_they_are(folders):
-    model, _ = load(folders["gpt2"])
+@pytest.mark.parametrize("kind, group, size", [
+    ("gpt2", ([5] * 40, [[6] * 13]), 8), ("gpt2", ([5] * 240, [[6] * 8]), 8), ("gpt2", ([5] * 240, [[6] * 9]), 1),
+    ("gpt2", ([5] * 200, [[6] * 30, [7] * 30]), 1), ("bart", ([5] * 256, [[6] * 248]), 8),
+    ("bart", ([5] * 256, [[6] * 249]), 1), ("bart", ([5] * 250, [[6] * 9]), 8),
+])  # fmt: skip
+def test_rows_are_padded_where_they_fit(folders, kind, group, size):
+    """Into the 256 positions, of which the prefix takes 3."""
+    model, tokenizer = load(folders[kind])
     graphs = TrainingGraphs(model, Prefix(model, 3))
-    longest = model.n_positions - 3
-    assert graphs.pad_to([([5] * (longest - 12), [[6] * 4])]) == 8
-    assert graphs.pad_to([([5] * (longest - 9), [[6] * 4])]) == 1
-    assert graphs.pad_to([([5] * 50, [[6] * 14])] * 1000) == 1
+    assert model.n_positions == 256 and graphs.pad_to([group]) == size and graphs.pad_to([group] * 5000) == 1
+    graphs.add_gradients(collate([group], tokenizer, model, size).to("cpu"), 1.0)
+    assert len(graphs.graphs) == (size > 1)
 
 
 @BOTH
@@ -94,7 +98,7 @@ def test_a_run_is_the_same(folders, kind, tmp_path, monkeypatch):
     pairs = [(source, target) for source, targets in GROUPS for target in targets]
     logs = []
     for graphs in (False, True):
-        monkeypatch.setattr(cuda_graphs, "uses_graphs", lambda model, graphs=graphs: graphs)
+        monkeypatch.setattr(cuda_graphs, "on_cuda", lambda model, graphs=graphs: graphs)
         torch.manual_seed(0)
         prefix = Prefix(model, 3, mlp_width=4).double()
         logs.append(train(model, prefix, tokenizer, pairs, pairs, tmp_path / str(graphs), steps=6, batch_size=4,
@@ -120,23 +124,6 @@ def test_a_padded_head_has_the_same_loss_and_gradients(folders, kind, scale, mon
         with torch.no_grad():
             torch.testing.assert_close(target_loss(model, batch, prefix()), expected[0], **EXACT)
     assert not hasattr(model.head.weight, "padded")
-
-
-@pytest.mark.parametrize("error", [RuntimeError("operation not permitted"), torch.OutOfMemoryError("out of memory")])
-def test_a_step_runs_as_it_is_where_it_cannot_be_recorded(error, monkeypatch, capsys):
-    def graph(graph, pool):
-        raise error
-
-    for name in ("Stream", "current_stream", "CUDAGraph"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    if isinstance(error, torch.OutOfMemoryError):
-        with pytest.raises(torch.OutOfMemoryError):
-            cuda_graphs.record(lambda: 3, torch.device("cuda"), None)
-    else:
-        assert cuda_graphs.record(lambda: 3, torch.device("cuda"), None)() == 3
-        assert capsys.readouterr().err == "CUDA graphs do not work here, so this is slower (operation not permitted)\n"
 
 
 def prefixes(model):
@@ -177,18 +164,17 @@ def force_graphs(monkeypatch):
     load, loads = DecodingGraphs.load, []
 
     def noted(graphs, cache):
-        before = len(graphs.graphs)
-        graph = load(graphs, cache)
-        loads.append(len(graphs.graphs) > before)
+        before, graph = graphs.graph, load(graphs, cache)
+        loads.append(graph is not before)
         return graph
 
     monkeypatch.setattr(DecodingGraphs, "load", noted)
-    monkeypatch.setattr(cuda_graphs, "uses_graphs", lambda model: True)
+    monkeypatch.setattr(cuda_graphs, "on_cuda", lambda model: True)
     monkeypatch.setattr(generate_module, "CHECK_EVERY", {"cpu": 8})
     return loads
 
 
-def test_few_tokens_are_not_recorded(folders, monkeypatch):
+def test_few_tokens_are_not_captured(folders, monkeypatch):
     model, _ = load(folders["gpt2"])
     loads = force_graphs(monkeypatch)
     generate_ids(model, SOURCES, 1, 2, max_new_tokens=7)
@@ -216,7 +202,7 @@ def test_a_decoding_step_reads_no_number_and_stays_on_its_device(folders, kind, 
     model, _ = load(folders[kind])
     prefix, ids = prefixes(model)[name], torch.zeros(5, 11, dtype=torch.long)
     cache = model.prefill(ids, torch.tensor([len(source) for source in SOURCES]), prefix)
-    fixed = FixedCache(cache, 3, 6)
+    fixed = StaticCache(cache, 3, 6)
     move(fixed, "meta")
     model.to("meta")
     for _ in range(2):
