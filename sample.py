@@ -27,7 +27,7 @@ from minprefix.cli.requests import load_prefixes, read_requests, write_requests
 from minprefix.cli.sample_args import parse_args
 from minprefix.cli.search import search_options
 from minprefix.cli.texts import read_examples, write_texts
-from minprefix.core.batches import check_vocabulary
+from minprefix.core.encode import check_vocabulary
 from minprefix.core.model import Model
 from minprefix.core.prefix_kv import KVPrefix
 from minprefix.data.tasks import ROW_SUFFIXES

@@ -24,7 +24,8 @@ from minprefix.cli.evaluation import NAMES, compare, load_before_after
 from minprefix.cli.runs import disk_size, has_checkpoint, resumable, run_folder, sample_command
 from minprefix.cli.search import recipe
 from minprefix.cli.train_args import NOT_IN_SETTINGS, parse_args
-from minprefix.core.batches import batches_per_epoch, check_vocabulary, sequence_form
+from minprefix.core.batches import batches_per_epoch
+from minprefix.core.encode import check_vocabulary, sequence_form
 from minprefix.core.generate import Search
 from minprefix.core.prefix import Prefix, count_parameters, fingerprint
 from minprefix.core.training import train

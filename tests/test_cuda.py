@@ -15,8 +15,9 @@ import sample
 import train as train_script
 from minprefix import Prefix, generate, load_model, load_prefix, load_tokenizer, stack_prefixes
 from minprefix.core import kernels, training
-from minprefix.core.batches import collate, encode_pairs
+from minprefix.core.batches import collate
 from minprefix.core.cuda_graphs import TrainingGraphs
+from minprefix.core.encode import encode_pairs
 from minprefix.core.kernels import compiled_layers, packed_weights
 from minprefix.core.loss import add_gradients
 from minprefix.core.training import dev_loss, train

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minprefix import generate, load_model, load_tokenizer, metrics
 from minprefix.cli.options import Parser, check_above_zero
-from minprefix.core.batches import Example
+from minprefix.core.encode import Example
 from minprefix.data.examples import evenly_spaced
 from minprefix.data.tasks import load_examples
 from minprefix.methods.files import find_trained, load_trained

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minprefix import metrics
-from minprefix.core.batches import Example
+from minprefix.core.encode import Example
 from minprefix.core.generate import generate
 from minprefix.core.model import Model
 from minprefix.core.prefix_kv import KVPrefix

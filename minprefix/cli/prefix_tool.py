@@ -20,7 +20,8 @@ from minprefix.cli.options import Parser
 from minprefix.cli.search import recipe
 from minprefix.core import bart, gpt2
 from minprefix.core.attention import KV, attend
-from minprefix.core.batches import Batch, collate, encode_sources, encode_target
+from minprefix.core.batches import Batch, collate
+from minprefix.core.encode import encode_sources, encode_target
 from minprefix.core.generate import generate
 from minprefix.core.model import Model
 from minprefix.core.prefix_kv import KVInfix, KVPrefix

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from minprefix.core.batches import Example
+from minprefix.core.encode import Example
 from minprefix.formats.hub import model_name
 from minprefix.formats.safetensors import read_object
 from minprefix.methods.baselines import METHODS

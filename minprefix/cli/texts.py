@@ -6,7 +6,7 @@ from argparse import Namespace
 from typing import Any
 
 from minprefix.cli.requests import prefix_name
-from minprefix.core.batches import Example
+from minprefix.core.encode import Example
 from minprefix.data.rows import group_rows, read_lines
 from minprefix.data.tasks import ROW_SUFFIXES, format_source, load_on_topics
 from minprefix.system import distributed

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minprefix.core.batches import check_vocabulary, encode_sources, end_ids, start_id
 from minprefix.core.cache import Cache
 from minprefix.core.cuda_graphs import DecodingGraphs, decoding_graphs
+from minprefix.core.encode import check_vocabulary, encode_sources, end_ids, start_id
 from minprefix.core.kernels import packed_weights
 from minprefix.core.model import Model, Tokenizer
 from minprefix.core.prefix_kv import AnyPrefix, first_position, prefix_like, row_count, select_rows, tensors_of

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from minprefix.core.batches import (
     Batch,
     Group,
-    Pair,
     batches_per_epoch,
     collate,
     cut_groups,
@@ -35,6 +34,7 @@ from minprefix.core.batches import (
 )
 from minprefix.core.checkpointing import Log, read_checkpoint, save_checkpoint, too_little_memory
 from minprefix.core.cuda_graphs import TrainingGraphs, training_graphs
+from minprefix.core.encode import Pair
 from minprefix.core.kernels import compiled_layers, packed_weights
 from minprefix.core.loss import add_gradients, target_loss
 from minprefix.core.model import Model, Tokenizer

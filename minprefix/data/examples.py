@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from minprefix.core.batches import Example
+from minprefix.core.encode import Example
 from minprefix.system.errors import InputError
 
 T = TypeVar("T")

@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-from minprefix.core.batches import Example, Pair, encode_pairs, encode_sources, pair_lengths
+from minprefix.core.encode import Example, Pair, encode_pairs, encode_sources, pair_lengths
 from minprefix.core.model import Model
 from minprefix.data.examples import evenly_spaced, sample_pairs
 from minprefix.data.tasks import load_on_topics

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minprefix.core.batches import Example
+from minprefix.core.encode import Example
 from minprefix.data.examples import check_text, collapse_whitespace, group_by_source, held_out
 from minprefix.system.errors import InputError, print_once
 from minprefix.system.files import read_text

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minprefix.core.batches import Example
+from minprefix.core.encode import Example
 from minprefix.data.download import GET_E2E, find_e2e
 from minprefix.data.examples import EmptyText, check_text, collapse_whitespace, filter_topics, group_by_source
 from minprefix.data.rows import csv_rows, json_rows, load_rows, parse_row, read_lines, read_rows

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from minprefix.core.batches import Example
+from minprefix.core.encode import Example
 from minprefix.data.examples import check_text, collapse_whitespace, group_by_source
 from minprefix.system.errors import InputError
 from minprefix.system.files import read_json, read_text

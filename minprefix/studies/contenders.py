@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from minprefix.core.batches import Group, collate, encode_pairs, loss_scale, pad, start_id
+from minprefix.core.batches import Group, collate, loss_scale, pad
 from minprefix.core.cuda_graphs import training_graphs
+from minprefix.core.encode import encode_pairs, start_id
 from minprefix.core.generate import generate_ids
 from minprefix.core.kernels import Linear, compile_layers, pack_weights
 from minprefix.core.loss import target_loss

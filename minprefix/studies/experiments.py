@@ -29,8 +29,9 @@ from minprefix.cli.options import Parser, check_above_zero, check_not_negative
 from minprefix.cli.runs import check_out
 from minprefix.cli.search import recipe
 from minprefix.cli.settings import STUDY_STEPS, default_settings
-from minprefix.core.batches import batches_per_epoch, encode_pairs, loss_scale, pair_count
+from minprefix.core.batches import batches_per_epoch, loss_scale, pair_count
 from minprefix.core.cuda_graphs import training_graphs
+from minprefix.core.encode import encode_pairs
 from minprefix.core.generate import generate
 from minprefix.core.kernels import packed_weights
 from minprefix.core.prefix import Prefix

@@ -10,7 +10,7 @@ import pytest
 import sample
 from minprefix.cli import sample_args
 from minprefix.cli.runs import disk_size, remove_half_written, run_folder, sample_command, texts_file
-from minprefix.core.batches import Example
+from minprefix.core.encode import Example
 from minprefix.system.errors import InputError
 from minprefix.system.files import locked
 from tests.tiny import ROOT

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from minprefix import Prefix, load_model, load_tokenizer
 from minprefix.core.attention import length_mask
 from minprefix.core.bart import BART
-from minprefix.core.batches import check_vocabulary, collate
+from minprefix.core.batches import collate
+from minprefix.core.encode import check_vocabulary
 from minprefix.core.prefix import word_activations
 from minprefix.core.prefix_kv import KVPrefix
 from minprefix.core.training import target_loss

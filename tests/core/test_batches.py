@@ -10,21 +10,8 @@ import torch
 
 from minprefix import load_tokenizer
 from minprefix.core.attention import length_mask
-from minprefix.core.batches import (
-    Batch,
-    collate,
-    cut_groups,
-    encode_pairs,
-    encode_sources,
-    encode_target,
-    epoch_batches,
-    eval_batches,
-    group_sizes,
-    pair_lengths,
-    pairs_by_source,
-    sequence_form,
-    start_id,
-)
+from minprefix.core.batches import Batch, collate, cut_groups, epoch_batches, eval_batches, group_sizes, pairs_by_source
+from minprefix.core.encode import encode_pairs, encode_sources, encode_target, pair_lengths, sequence_form, start_id
 from minprefix.data.pairs import load_pairs
 from minprefix.data.tasks import Example, load_e2e
 from minprefix.formats.tokenizer import Tokenizer, byte_alphabet

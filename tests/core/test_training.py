@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from minprefix import Prefix, load_model, load_tokenizer
 from minprefix.core import training
-from minprefix.core.batches import collate, encode_pairs
+from minprefix.core.batches import collate
 from minprefix.core.checkpointing import read_checkpoint
+from minprefix.core.encode import encode_pairs
 from minprefix.core.loss import target_loss
 from minprefix.core.muon import Muon
 from minprefix.core.training import batch_stream, dev_loss, linear_schedule, make_optimizer, train

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from minprefix.core.batches import Example
+from minprefix.core.encode import Example
 from minprefix.data import triples
 from minprefix.data.examples import filter_topics, sample_pairs
 from minprefix.data.tasks import format_source, load_examples

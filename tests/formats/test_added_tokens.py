@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 
 from minprefix import generate, load_model, load_tokenizer
-from minprefix.core.batches import check_vocabulary
+from minprefix.core.encode import check_vocabulary
 from minprefix.formats.added_tokens import is_in_word
 from minprefix.formats.load import save_model
 from minprefix.formats.tokenizer import SPECIAL_TOKENS

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minprefix import Prefix, generate, load_model, load_tokenizer
-from minprefix.core.batches import check_vocabulary, encode_sources, end_ids
+from minprefix.core.encode import check_vocabulary, encode_sources, end_ids
 from minprefix.formats.load import pick_writing_dtype
 from minprefix.formats.safetensors import read_safetensors, read_tensors, write_safetensors
 from minprefix.system.device import pick_device, pick_dtype

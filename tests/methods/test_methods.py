@@ -8,7 +8,8 @@ import torch
 
 from minprefix import Prefix, load_model, load_prefix, load_tokenizer
 from minprefix.core import training
-from minprefix.core.batches import collate, end_ids
+from minprefix.core.batches import collate
+from minprefix.core.encode import end_ids
 from minprefix.core.generate import generate_ids
 from minprefix.core.gpt2 import GPT2
 from minprefix.core.loss import target_loss

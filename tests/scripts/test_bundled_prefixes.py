@@ -7,7 +7,7 @@ import torch
 
 import sample
 from minprefix import generate, load_model, load_prefix, load_tokenizer
-from minprefix.core.batches import Example, encode_pairs
+from minprefix.core.encode import Example, encode_pairs
 from minprefix.core.training import dev_loss
 from minprefix.data.sample_e2e import sample_rows
 from minprefix.data.tasks import format_source

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from minprefix.core.batches import Example
+from minprefix.core.encode import Example
 from minprefix.system.errors import run_main
 from tests.tiny import ROOT, write_tiny_model
 

@@ -12,7 +12,7 @@ import torch
 import sample
 import train
 from minprefix import load_model, load_prefix, load_tokenizer
-from minprefix.core.batches import Example, encode_pairs
+from minprefix.core.encode import Example, encode_pairs
 from minprefix.core.training import dev_loss
 from minprefix.formats.peft import write_adapter
 from minprefix.methods.files import find_trained
