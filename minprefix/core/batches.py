@@ -51,10 +51,10 @@ def copy_to(x: Tensor, device: str | torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if to_gpu else x.to(device)
 
 
-def collate(groups: list[Group], tokenizer: Tokenizer, model: Model, pad_to: int = 1) -> Batch:
+def collate(groups: list[Group], tokenizer: Tokenizer, model: Model, pad_to: int = 1, pad_labels_to: int = 1) -> Batch:
     """B groups -> Batch, right-padded: GPT-2 rows hold source and targets, BART decoder rows the targets only.
 
-    pad_to: S and T are padded to a multiple of it, N to one of B times it, so that few shapes occur.
+    S and T are padded to a multiple of pad_to, N to one of pad_labels_to: so fewer shapes occur.
     """
     start, pad_id = start_id(model, tokenizer), tokenizer.pad_id
     rows, segments, labels = [], [], []
@@ -74,12 +74,38 @@ def collate(groups: list[Group], tokenizer: Tokenizer, model: Model, pad_to: int
         inputs = (source_ids, *inputs, length_mask(lengths, source_ids.size(1)))
     padded = pad(segments, -1, pad_to)
     target_positions = (padded > 0).flatten().nonzero()[:, 0]
-    if pad_to > 1:
-        more = -len(labels) % (len(groups) * pad_to)
+    if more := -len(labels) % pad_labels_to:
         labels += [IGNORE] * more
-        target_positions = torch.cat([target_positions, torch.arange(more)])  # any will do; equal ones would be slower
+        any_will_do = torch.arange(more) % padded.numel()  # equal ones would be slower
+        target_positions = torch.cat([target_positions, any_will_do])
     several = padded if pair_count(groups) > len(groups) else None
     return Batch(inputs, target_positions, torch.tensor(labels), lengths, several, padded=pad_to > 1)
+
+
+def make_batch(groups: list[Group], tokenizer: Tokenizer, model: Model, start: int) -> Batch:
+    """A batch for `training_step`, on the model's device, padded to one of few shapes where the positions suffice.
+
+    Few shapes are few CUDA graphs; on a CPU, for which oneDNN prepares each shape once, they save time and memory.
+    start: the position of the (decoder's) first token.
+    """
+    device = model.head.weight.device
+    pad_to, pad_labels_to = {"cpu": (4, 16), "cuda": (8, 8 * len(groups))}.get(device.type, (1, 1))
+    if not padding_fits(groups, model, start, pad_to):
+        pad_to, pad_labels_to = 1, 1
+    return collate(groups, tokenizer, model, pad_to, pad_labels_to).to(device)
+
+
+def padding_fits(groups: list[Group], model: Model, start: int, pad_to: int) -> bool:
+    """Whether rows padded to a multiple of pad_to fit into the model's positions, of which the first token has `start`.
+
+    For BART that is the decoder's.
+    """
+    rows = [(len(source), sum(map(len, targets))) for source, targets in groups]
+    if model.encoder_decoder:
+        longest = [(max(S for S, _ in rows), 0), (max(T for _, T in rows), start)]
+    else:
+        longest = [(max(S + T for S, T in rows), start)]
+    return all(n + -n % pad_to + first <= model.n_positions for n, first in longest)
 
 
 def pair_count(groups: list[Group]) -> int:

@@ -13,12 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from minprefix.core.batches import Batch, Group
+from minprefix.core.batches import Batch
 from minprefix.core.cache import Cache, StaticCache
 from minprefix.core.loss import add_gradients, target_loss
 from minprefix.core.model import Model
 
-PAD_TO = 8  # batches are padded to a multiple of so many tokens
 MAX_TOKENS = 2**15  # of a batch: larger ones keep a GPU busy, and a graph keeps its memory
 MAX_GRAPHS = 128  # for training, one for each shape; E2E needs about 25
 MIN_NEW_TOKENS = 8  # for fewer, capturing takes longer than it saves
@@ -85,23 +84,11 @@ class TrainingGraphs:
         self.pool = new_pool(self.device)
         self.graphs: dict[Any, tuple[list[Tensor], Callable[[], Tensor]]] = {}
 
-    def pad_to(self, groups: list[Group]) -> int:
-        """What `collate` is to pad these groups to a multiple of: PAD_TO, or 1 for a batch that gets no graph.
-
-        Those are large batches, and rows too long to be padded or to be checked without a look at their contents.
-        """
-        sources, targets = zip(*((len(source), sum(map(len, targets))) for source, targets in groups), strict=True)
-        rows = [max(sources), max(targets)]  # of BART's encoder and decoder
-        if not self.model.encoder_decoder:
-            rows = [0, max(s + t for s, t in zip(sources, targets, strict=True))]
-        starts = (0, self.trainable.position_offset)
-        fits = all(n + -n % PAD_TO + start <= self.model.n_positions for n, start in zip(rows, starts, strict=True))
-        return PAD_TO if fits and len(groups) * sum(rows) <= MAX_TOKENS else 1
-
     def add_gradients(self, batch: Batch, scale: float) -> Tensor:
         """As loss.py's: add the gradients of scale * loss to the parameters' -> the loss, detached."""
         shapes = tuple(x.shape for x in batch.tensors())
-        if not batch.padded or (shapes not in self.graphs and len(self.graphs) == MAX_GRAPHS):
+        tokens = sum(x.numel() for x in batch.inputs[:2])
+        if not batch.padded or tokens > MAX_TOKENS or (shapes not in self.graphs and len(self.graphs) == MAX_GRAPHS):
             return add_gradients(self.model, self.trainable, batch, scale)
         for p, gradient in zip(self.parameters, self.gradients, strict=True):
             if p.grad is gradient:  # of the step's last batch

@@ -27,6 +27,7 @@ from minprefix.core.batches import (
     eval_batches,
     group_sizes,
     loss_scale,
+    make_batch,
     pair_count,
     pairs_by_source,
     split_groups,
@@ -55,12 +56,6 @@ def make_optimizer(trainable: Method, lr: float) -> Optimizer:
     if isinstance(trainable, Prefix) and trainable.mlp_width == 0:
         return Muon(trainable.parameters(), lr)
     return torch.optim.AdamW(trainable.parameters(), lr=lr, weight_decay=0.0, fused=True)
-
-
-def make_batch(groups: list[Group], tokenizer: Tokenizer, model: Model, graphs: TrainingGraphs | None) -> Batch:
-    """A batch for `training_step`, on the model's device."""
-    pad_to = graphs.pad_to(groups) if graphs else 1
-    return collate(groups, tokenizer, model, pad_to).to(model.head.weight.device)
 
 
 def training_step(
@@ -165,7 +160,7 @@ class Run:
         parts = [part for part in split_groups(mine, self.accumulate) if part]
         # A rank without a share takes one group, of weight 0: `all_reduce_sum` needs a gradient of every rank.
         parts, scale = (parts, loss_scale(self.model, groups)) if parts else ([groups[:1]], 0.0)
-        batches = [make_batch(part, self.tokenizer, self.model, self.graphs) for part in parts]
+        batches = [make_batch(part, self.tokenizer, self.model, self.trainable.position_offset) for part in parts]
         with signals.defer_signals():  # a step is made whole or not at all
             loss = training_step(self.model, self.trainable, batches, self.optimizer, scale, self.graphs)
             self.losses.append(loss)

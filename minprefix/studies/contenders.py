@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from minprefix.core.batches import Group, collate, loss_scale, pad
+from minprefix.core.batches import Group, collate, loss_scale, make_batch, pad
 from minprefix.core.cuda_graphs import training_graphs
 from minprefix.core.encode import encode_pairs, start_id
 from minprefix.core.generate import generate_ids
@@ -22,7 +22,7 @@ from minprefix.core.kernels import Linear, compile_layers, pack_weights
 from minprefix.core.loss import target_loss
 from minprefix.core.model import Model
 from minprefix.core.prefix import Prefix
-from minprefix.core.training import batch_stream, make_batch, make_optimizer, training_step
+from minprefix.core.training import batch_stream, make_optimizer, training_step
 from minprefix.data.tasks import Example, load_examples
 from minprefix.formats.hub import resolve_model
 from minprefix.formats.load import load_model
@@ -48,7 +48,7 @@ def ours(args: Namespace) -> Work:
     graphs = training_graphs(model, prefix) if args.what == "train" else None
 
     def train(i: int) -> None:
-        batch = make_batch(batches[i], tokenizer, model, graphs)
+        batch = make_batch(batches[i], tokenizer, model, prefix.position_offset)
         training_step(model, prefix, [batch], optimizer, loss_scale(model, batches[i]), graphs)
 
     def write(_: int) -> None:

@@ -29,13 +29,13 @@ from minprefix.cli.options import Parser, check_above_zero, check_not_negative
 from minprefix.cli.runs import check_out
 from minprefix.cli.search import recipe
 from minprefix.cli.settings import STUDY_STEPS, default_settings
-from minprefix.core.batches import batches_per_epoch, loss_scale, pair_count
+from minprefix.core.batches import batches_per_epoch, loss_scale, make_batch, pair_count
 from minprefix.core.cuda_graphs import training_graphs
 from minprefix.core.encode import encode_pairs
 from minprefix.core.generate import generate
 from minprefix.core.kernels import packed_weights
 from minprefix.core.prefix import Prefix
-from minprefix.core.training import DIVERGED, batch_stream, make_batch, make_optimizer, training_step
+from minprefix.core.training import DIVERGED, batch_stream, make_optimizer, training_step
 from minprefix.data.rows import json_rows
 from minprefix.data.tasks import TASKS, find_e2e, load_examples, load_on_topics
 from minprefix.formats.hub import model_name, resolve_model
@@ -187,7 +187,7 @@ def measure(args: Namespace) -> dict[str, float]:
     with packed_weights(model, training=True):
         for groups in [*batches, *batches]:
             started = time.perf_counter()
-            batch = make_batch(groups, tokenizer, model, graphs)
+            batch = make_batch(groups, tokenizer, model, prefix.position_offset)
             training_step(model, prefix, [batch], optimizer, loss_scale(model, groups), graphs).item()
             seconds.append((time.perf_counter() - started) / pair_count(groups))
     seconds = seconds[len(batches) :]  # the first time includes compiling

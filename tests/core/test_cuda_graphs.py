@@ -9,7 +9,7 @@ from minprefix import Prefix, load_model, load_tokenizer, stack_prefixes
 from minprefix.core import cuda_graphs, kernels
 from minprefix.core import generate as generate_module
 from minprefix.core.attention import KV
-from minprefix.core.batches import collate, loss_scale
+from minprefix.core.batches import collate, loss_scale, make_batch, padding_fits
 from minprefix.core.cache import StaticCache
 from minprefix.core.cuda_graphs import DecodingGraphs, TrainingGraphs
 from minprefix.core.generate import generate_ids, search_ids
@@ -52,7 +52,7 @@ def test_padded_batches_have_the_same_loss_and_gradients(folders, kind, method):
     graphs = TrainingGraphs(model, trainable)
     for groups in (GROUPS, singles([(s, t) for s, targets in GROUPS for t in targets]), GROUPS[:2], GROUPS):
         expected = add_gradients(model, trainable, collate(groups, tokenizer, model), 0.25), gradients(trainable)
-        batch = collate(groups, tokenizer, model, graphs.pad_to(groups))
+        batch = collate(groups, tokenizer, model, 8, 8 * len(groups))
         assert all(ids.size(1) % 8 == 0 for ids in batch.inputs) and len(batch.labels) % (8 * len(groups)) == 0
         found = graphs.add_gradients(batch, 0.25), gradients(trainable)
         torch.testing.assert_close(found, expected, **EXACT)
@@ -78,18 +78,30 @@ def test_gradients_of_several_batches_add_up(folders, kind):
         torch.testing.assert_close(gradients(prefix), expected, **EXACT)
 
 
-@pytest.mark.parametrize("kind, group, size", [
-    ("gpt2", ([5] * 40, [[6] * 13]), 8), ("gpt2", ([5] * 240, [[6] * 8]), 8), ("gpt2", ([5] * 240, [[6] * 9]), 1),
-    ("gpt2", ([5] * 200, [[6] * 30, [7] * 30]), 1), ("bart", ([5] * 256, [[6] * 248]), 8),
-    ("bart", ([5] * 256, [[6] * 249]), 1), ("bart", ([5] * 250, [[6] * 9]), 8),
+@pytest.mark.parametrize("kind, group, fits", [
+    ("gpt2", ([5] * 40, [[6] * 13]), True), ("gpt2", ([5] * 240, [[6] * 8]), True),
+    ("gpt2", ([5] * 240, [[6] * 9]), False), ("gpt2", ([5] * 200, [[6] * 30, [7] * 30]), False),
+    ("bart", ([5] * 256, [[6] * 248]), True), ("bart", ([5] * 256, [[6] * 249]), False),
+    ("bart", ([5] * 250, [[6] * 9]), True),
 ])  # fmt: skip
-def test_rows_are_padded_where_they_fit(folders, kind, group, size):
-    """Into the 256 positions, of which the prefix takes 3."""
+def test_rows_are_padded_where_they_fit(folders, kind, group, fits):
+    """Into the 256 positions, of which the prefix takes 3. Others get no graph."""
     model, tokenizer = load(folders[kind])
+    assert model.n_positions == 256 and padding_fits([group], model, 3, 8) == fits
     graphs = TrainingGraphs(model, Prefix(model, 3))
-    assert model.n_positions == 256 and graphs.pad_to([group]) == size and graphs.pad_to([group] * 5000) == 1
-    graphs.add_gradients(collate([group], tokenizer, model, size).to("cpu"), 1.0)
-    assert len(graphs.graphs) == (size > 1)
+    graphs.add_gradients(collate([group], tokenizer, model, 8 if fits else 1), 1.0)
+    assert len(graphs.graphs) == fits
+
+
+@BOTH
+def test_training_batches_are_padded_also_on_a_cpu(folders, kind):
+    model, tokenizer = load(folders[kind])
+    batch = make_batch(GROUPS, tokenizer, model, 3)
+    assert batch.padded and len(batch.labels) % 16 == 0 and all(ids.size(1) % 4 == 0 for ids in batch.inputs)
+    longest = [([5] * 250, [[6] * 3])] if kind == "gpt2" else [([5] * 256, [[6] * 253])]
+    batch = make_batch(longest, tokenizer, model, 3)
+    assert not batch.padded and batch.inputs[-1].size(1) == (253 if kind == "gpt2" else 256)
+    target_loss(model, batch, Prefix(model, 3).double()())
 
 
 @BOTH
