@@ -32,7 +32,7 @@ from tqdm import tqdm
 from minprefix.cli.options import Parser, check_above_zero, check_not_negative, fill_defaults
 from minprefix.core import bart, gpt2
 from minprefix.core.attention import length_mask
-from minprefix.core.batches import pad
+from minprefix.core.batches import IGNORE, pad
 from minprefix.core.checkpointing import read_checkpoint
 from minprefix.core.model import Model
 from minprefix.formats.load import check_state, load_model, save_model
@@ -41,7 +41,6 @@ from minprefix.system.device import keep_freed_memory
 from minprefix.system.errors import InputError, run_main
 from minprefix.system.files import atomic_write, read_json, write_jsonl
 
-IGNORE = -100  # the label of padding
 END = "<|endoftext|>"
 Rows = tuple[tuple[Any, ...], Tensor, int]  # model inputs, labels, the position of the first token
 
@@ -168,21 +167,14 @@ def denoising(args: argparse.Namespace, ids: np.ndarray, seed: int) -> Callable[
             noised = infill(np.concatenate([sentences[i] for i in order]), mask, rng)
             sources.append([start_id, *noised, end_id])
             targets.append([start_id, *np.concatenate(sentences), end_id])
-        source = pad_to_16(sources, tokenizer.pad_id, args.positions)
-        labels = pad_to_16(targets, IGNORE, args.positions)
+        source = pad(sources, tokenizer.pad_id, 16)[:, : args.positions]  # a GPU's attention kernels want such widths
+        labels = pad(targets, IGNORE, 16)[:, : args.positions]
         inputs = torch.full_like(labels, end_id)  # BART's decoder starts from </s>
         inputs[:, 1:] = labels[:, :-1].where(labels[:, :-1] != IGNORE, tokenizer.pad_id)
         real = length_mask(torch.tensor([len(row) for row in sources]), source.size(1))
         return (source, inputs, real), labels, int(rng.integers(min(64, args.positions - labels.size(1) + 1)))
 
     return batch
-
-
-def pad_to_16(rows: list[list[int]], value: int, most: int) -> Tensor:
-    """As `pad`, to a multiple of 16 tokens, `most` at most: a GPU's attention kernels want masks of such widths."""
-    padded = pad(rows, value)
-    width = padded.size(1)
-    return F.pad(padded, (0, min(-width % 16, max(0, most - width))), value=value)
 
 
 def sentence_starts(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -152,3 +152,8 @@ def check_positions(
             f"{lengths} tokens from position {start} on do not fit the model's {n_positions} positions: "
             "shorten the text (--max-source cuts sources) or the prefix"
         )
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple that is not below n."""
+    return n + -n % multiple

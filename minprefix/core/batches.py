@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minprefix.core.attention import length_mask
+from minprefix.core.attention import length_mask, round_up
 from minprefix.core.encode import Pair, start_id
 from minprefix.core.model import Model, Tokenizer
 
@@ -105,7 +105,7 @@ def padding_fits(groups: list[Group], model: Model, start: int, pad_to: int) -> 
         longest = [(max(S for S, _ in rows), 0), (max(T for _, T in rows), start)]
     else:
         longest = [(max(S + T for S, T in rows), start)]
-    return all(n + -n % pad_to + first <= model.n_positions for n, first in longest)
+    return all(round_up(n, pad_to) + first <= model.n_positions for n, first in longest)
 
 
 def pair_count(groups: list[Group]) -> int:
@@ -123,8 +123,7 @@ def loss_scale(model: Model, groups: list[Group]) -> float:
 
 def pad(rows: list[list[int]], value: int, multiple: int = 1) -> Tensor:
     """Lists of ids -> (B, T) int64, filled up on the right; T is a multiple of `multiple`."""
-    longest = max(len(row) for row in rows)
-    T = longest + -longest % multiple
+    T = round_up(max(len(row) for row in rows), multiple)
     return torch.tensor([[*row, *[value] * (T - len(row))] for row in rows])
 
 

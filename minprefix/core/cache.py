@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minprefix.core.attention import KV
+from minprefix.core.attention import KV, round_up
 
 ROOM = 64  # slots that a cache grows by
 
@@ -119,7 +119,7 @@ class StaticCache(Cache):
         mask = cache.mask
         self.prefix_length, self.filled = prefix_length(cache), cache.layers[0].filled
         self.slots = torch.arange(K, device=mask.device)
-        M = round_up(self.prefix_length + self.filled + max_new_tokens * K)
+        M = round_up(self.prefix_length + self.filled + max_new_tokens * K, 8)  # as fused attention wants its masks
         layers, source = [], []
         for layer in cache.layers:
             assert layer.k is not None
@@ -128,8 +128,9 @@ class StaticCache(Cache):
             layers.append(StaticLayer(k, v, self.slots))
         for kv in cache.source:
             B, H, S, D = kv.k.shape
-            k, v = kv.k.new_zeros(2, B, H, round_up(S), D)
-            source.append(KV(k, v, mask.new_zeros(B, 1, 1, round_up(S))))
+            S = round_up(S, 8)
+            k, v = kv.k.new_zeros(2, B, H, S, D)
+            source.append(KV(k, v, mask.new_zeros(B, 1, 1, S)))
         mask = mask.new_zeros(len(mask), K, M)
         super().__init__(layers, mask, cache.position.new_zeros(len(mask) * K), [None] * len(layers), source)
 
@@ -174,8 +175,3 @@ class StaticCache(Cache):
 def prefix_length(cache: Cache) -> int:
     """P, the virtual tokens that `cache.prefix` holds for each layer."""
     return cache.prefix[0].k.size(2) if cache.prefix[0] else 0
-
-
-def round_up(length: int) -> int:
-    """The next multiple of 8, as fused attention wants its masks."""
-    return length + -length % 8
